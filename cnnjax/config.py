@@ -1,0 +1,264 @@
+"""The configuration of a run: frozen dataclasses, one per concern.
+
+A run is a function of (config, data, seed). Every field is a command-line flag of every recipe
+(`--train.epochs 30`), stands in the run's `config.json`, and is compared when a run is resumed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_type_hints
+
+from cnnjax.errors import InputError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images come from and how they are split."""
+
+    root: str = "phantom"
+    """A Kaggle or Mendeley tree, a zip of one, a MedMNIST .npz, or the word `phantom`."""
+    size: int = 64
+    """Side of the square that every image is reduced to, in pixels."""
+    positive: str = "PNEUMONIA"
+    """Name of the class folder that counts as positive (label 1)."""
+    validation: Literal["patients", "official"] = "patients"
+    """`patients` holds out a fold of the patients of train and val; `official` uses the val folder."""
+    folds: int = 5
+    """Number of patient-grouped folds."""
+    fold: int = 0
+    """Which fold is held out for validation, counted from 0."""
+    strict: bool = False
+    """Stop at a file that cannot be decoded instead of leaving it out."""
+    cache: Path | None = None
+    """Folder of the decoded images; by default the user's cache folder."""
+    resident_mib: int = 1024
+    """Data sets up to this size, in MiB, live on the device; larger ones are streamed."""
+
+    def __post_init__(self) -> None:
+        _require(8 <= self.size <= 4096, "--data.size", "be between 8 and 4096 pixels", self.size)
+        _require(self.folds >= 2, "--data.folds", "be at least 2", self.folds)
+        _require(
+            0 <= self.fold < self.folds,
+            "--data.fold",
+            f"be between 0 and {self.folds - 1} for {self.folds} folds",
+            self.fold,
+        )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which network, and its size."""
+
+    name: Literal["baseline", "resnet"] = "baseline"
+    """`baseline` is the blog post's network, `resnet` a small residual one."""
+    channels: int = 1
+    """Input channels: 1 for grayscale, 3 to repeat it as the post did."""
+    width: int = 32
+    """ResNet: channels of the first stage; each later stage doubles them."""
+    depth: int = 1
+    """ResNet: residual blocks per stage."""
+
+    def __post_init__(self) -> None:
+        _require(self.channels in (1, 3), "--model.channels", "be 1 or 3", self.channels)
+        _require(self.width >= 1, "--model.width", "be at least 1", self.width)
+        _require(self.depth >= 1, "--model.depth", "be at least 1", self.depth)
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """How training images are changed at random, on the device; the defaults are the post's."""
+
+    shear: float = 0.2
+    """Largest shear angle, in degrees either way (as Keras's `shear_range`)."""
+    zoom: float = 0.2
+    """Height and width are scaled independently by factors in [1 - zoom, 1 + zoom]."""
+    flip: bool = True
+    """Mirror left and right with probability one half."""
+    rotate: float = 0.0
+    """Largest rotation, in degrees either way."""
+    shift: float = 0.0
+    """Largest shift, as a fraction of the side, in each direction."""
+    contrast: float = 0.0
+    """Contrast about the image's mean is scaled by a factor in [1 - contrast, 1 + contrast]."""
+    brightness: float = 0.0
+    """Largest amount added to every pixel of an image, in units of the full range."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.shear < 90, "--augment.shear", "be in [0, 90) degrees", self.shear)
+        _require(0 <= self.zoom < 1, "--augment.zoom", "be in [0, 1)", self.zoom)
+        _require(0 <= self.rotate <= 180, "--augment.rotate", "be in [0, 180]", self.rotate)
+        _require(0 <= self.shift <= 1, "--augment.shift", "be in [0, 1]", self.shift)
+        _require(0 <= self.contrast <= 1, "--augment.contrast", "be in [0, 1]", self.contrast)
+        _require(0 <= self.brightness <= 1, "--augment.brightness", "be in [0, 1]", self.brightness)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the weights are fitted; the defaults are the post's."""
+
+    epochs: int = 15
+    """Passes over the training images."""
+    batch: int = 32
+    """Images per step, over all devices."""
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    """`sgd` is with Nesterov momentum 0.9."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """`cosine` warms up linearly, then falls to zero at the last step."""
+    warmup: float = 1.0
+    """Epochs of linear warm-up of the cosine schedule."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of adamw, on kernels only."""
+    clip_norm: float = 0.0
+    """Largest global norm of the gradient; 0 leaves it as it is."""
+    ema: float = 0.0
+    """Decay per step of the moving average of the weights that is evaluated; 0 for none."""
+    class_weights: bool = True
+    """Weight each class by n / (2 n_c), counted on the training images."""
+    label_smoothing: float = 0.0
+    """Labels become s / 2 and 1 - s / 2."""
+    best: Literal["auc", "accuracy", "loss"] = "auc"
+    """The validation metric that chooses the best checkpoint."""
+    patience: int = 0
+    """Stop after this many epochs without a better checkpoint; 0 never stops early."""
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 1, "--train.epochs", "be at least 1", self.epochs)
+        _require(self.batch >= 1, "--train.batch", "be at least 1", self.batch)
+        _require(
+            self.learning_rate > 0, "--train.learning-rate", "be positive", self.learning_rate
+        )
+        _require(self.warmup >= 0, "--train.warmup", "be at least 0", self.warmup)
+        _require(self.weight_decay >= 0, "--train.weight-decay", "be at least 0", self.weight_decay)
+        if self.weight_decay and self.optimizer != "adamw":
+            raise InputError(
+                f"--train.weight-decay needs --train.optimizer adamw, not {self.optimizer}"
+            )
+        _require(self.clip_norm >= 0, "--train.clip-norm", "be at least 0", self.clip_norm)
+        _require(0 <= self.ema < 1, "--train.ema", "be in [0, 1)", self.ema)
+        _require(
+            0 <= self.label_smoothing < 1,
+            "--train.label-smoothing",
+            "be in [0, 1)",
+            self.label_smoothing,
+        )
+        _require(self.patience >= 0, "--train.patience", "be at least 0", self.patience)
+
+
+@dataclass(frozen=True)
+class DeviceConfig:
+    """What the run computes on."""
+
+    platform: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
+    """`auto` takes the fastest that is there."""
+    count: int = 0
+    """How many devices share each batch; 0 for all. On CPU each core is a device."""
+
+    def __post_init__(self) -> None:
+        _require(self.count >= 0, "--device.count", "be at least 0", self.count)
+
+
+@dataclass(frozen=True)
+class Config:
+    """All that decides a training run."""
+
+    workdir: Path = Path("runs/run")
+    """Folder that the run writes to, and resumes from."""
+    seed: int = 0
+    """Seed of the split, the initial weights, the order of images and their augmentation."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.seed < 2**32, "--seed", "be between 0 and 2**32 - 1", self.seed)
+
+
+# Where a run takes place does not decide what comes out of it: these may change on a resume. (The
+# data are compared by their content, not by where they lie.)
+_INCIDENTAL = {
+    "workdir",
+    "data.root",
+    "data.cache",
+    "data.strict",
+    "data.resident_mib",
+    "device.platform",
+    "device.count",
+}
+
+
+def to_json(config: Config) -> str:
+    """Returns `config` as the text of a `config.json`."""
+    return json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n"
+
+
+def from_json(text: str, source: str) -> Config:
+    """Returns the config that `to_json` wrote.
+
+    Args:
+        text: what stands in the file.
+        source: the file's name, for the message.
+
+    Raises:
+        InputError: the text is no JSON, or holds an unknown key or a missing one.
+    """
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{source} is not valid JSON ({error}); restore it") from None
+    return _from_dict(Config, values, source)
+
+
+def differences(ours: Config, theirs: Config) -> list[str]:
+    """Returns a line `--flag ours (was theirs)` for each difference that changes the outcome."""
+    before = _flatten(dataclasses.asdict(theirs))
+    return [
+        f"--{key.replace('_', '-')} {value} (was {before[key]})"
+        for key, value in _flatten(dataclasses.asdict(ours)).items()
+        if key not in _INCIDENTAL and value != before[key]
+    ]
+
+
+_T = TypeVar("_T")
+
+
+def _from_dict(cls: type[_T], values: Any, source: str, prefix: str = "") -> _T:
+    if not isinstance(values, dict):
+        raise InputError(f"{source}: {prefix or 'the file'} must be an object, got {values!r}")
+    hints = get_type_hints(cls)
+    unknown = sorted(values.keys() - hints.keys())
+    missing = sorted(hints.keys() - values.keys())
+    if unknown or missing:
+        problem = f"unknown key {prefix}{unknown[0]}" if unknown else f"no {prefix}{missing[0]}"
+        raise InputError(f"{source} has {problem}; was it written by another version of cnnjax?")
+    parsed: dict[str, Any] = {}
+    for name, hint in hints.items():
+        value = values[name]
+        if dataclasses.is_dataclass(hint):
+            value = _from_dict(hint, value, source, f"{prefix}{name}.")  # type: ignore[arg-type]
+        elif hint in (Path, Path | None) and value is not None:
+            value = Path(value)
+        parsed[name] = value
+    return cls(**parsed)
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _require(holds: bool, flag: str, rule: str, value: object) -> None:
+    if not holds:
+        raise InputError(f"{flag} must {rule}, got {value}")

@@ -1,0 +1,185 @@
+"""Decode once: images on disk to one memory-mapped uint8 array, found again at the next start.
+
+The array lies in a folder named by a hash of what it was made from: names, sizes, times (in a zip,
+checksums) and decode settings. The folder appears whole or not at all, so any number of processes
+may look for it or make it at once.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import platformdirs
+from tqdm import tqdm
+
+from cnnjax.data.decode import DecodeError, decode
+from cnnjax.data.files import write_atomically
+from cnnjax.data.index import Example, Source
+from cnnjax.errors import InputError
+
+_VERSION = 1  # raise it when decode() gives other pixels for the same file
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Images as arrays, in the order of their index."""
+
+    images: np.ndarray
+    """uint8 [n, size, size], memory-mapped."""
+    examples: tuple[Example, ...]
+    """The n examples that could be decoded."""
+    quarantine: tuple[tuple[str, str], ...]
+    """(name, reason) of each file that could not."""
+    fingerprint: str
+    """SHA-256 over names, labels, patients and pixels: the same data has the same, anywhere."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int32 [n], 1 for the positive class."""
+        return np.array([e.label for e in self.examples], np.int32)
+
+
+def default_folder() -> Path:
+    """Returns the user's own cache folder for this program."""
+    return Path(platformdirs.user_cache_dir("cnnjax"))
+
+
+def load(
+    examples: Sequence[Example],
+    source: Source,
+    size: int,
+    *,
+    folder: Path | None = None,
+    strict: bool = False,
+    progress: bool = True,
+) -> Decoded:
+    """Returns the decoded images, from the cache if it has them, else decoding them into it.
+
+    Args:
+        examples: the images wanted.
+        source: where their bytes come from.
+        size: side of the squares, in pixels.
+        folder: where the cache lies; `default_folder()` when None.
+        strict: raise at a file that cannot be decoded, instead of leaving it out.
+        progress: show a bar on a terminal.
+
+    Raises:
+        InputError: no image could be decoded, one could not and `strict`, or the cache folder
+            cannot be written.
+    """
+    folder = default_folder() if folder is None else folder
+    key = _key(examples, source, size)
+    home = folder / f"images-{size}-{key[:32]}"
+    if not (home / "done.json").exists():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _decode_into(home, examples, source, size, progress)
+        except OSError as error:
+            raise InputError(
+                f"the cache {folder} cannot be written ({error.strerror or error});"
+                " free some space there or choose another place with --data.cache"
+            ) from None
+    done = json.loads((home / "done.json").read_text("utf-8"))
+    quarantine = tuple((name, reason) for name, reason in done["quarantine"])
+    if quarantine and strict:
+        name, reason = quarantine[0]
+        more = f", and {len(quarantine) - 1} more files like it" if len(quarantine) > 1 else ""
+        raise InputError(f"{name} cannot be decoded ({reason}){more}; mend it or drop --data.strict")
+    broken = {name for name, _ in quarantine}
+    whole = tuple(e for e in examples if e.name not in broken)
+    if not whole:
+        name, reason = quarantine[0]
+        raise InputError(f"none of the {len(examples)} images can be decoded: {name}: {reason}")
+    images = np.load(home / "images.npy", mmap_mode="r")
+    return Decoded(images, whole, quarantine, _fingerprint(whole, done["pixels"]))
+
+
+def write_quarantine(path: Path, quarantine: Sequence[tuple[str, str]]) -> None:
+    """Writes `quarantine.csv`: a line for each file that could not be decoded, with the reason."""
+    with write_atomically(path) as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["image", "reason"])
+        table.writerows(quarantine)
+
+
+def _key(examples: Sequence[Example], source: Source, size: int) -> str:
+    made_from = [_VERSION, size, *((e.name, *source.signature(e.name)) for e in examples)]
+    return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
+
+
+def _fingerprint(examples: Sequence[Example], pixels: str) -> str:
+    rows = [(e.name, e.label, e.patient) for e in examples]
+    return hashlib.sha256(json.dumps([pixels, rows]).encode()).hexdigest()
+
+
+def _decode_into(
+    home: Path, examples: Sequence[Example], source: Source, size: int, progress: bool
+) -> None:
+    def decode_one(example: Example) -> np.ndarray | str:
+        try:
+            return decode(source.read(example.name), size)
+        except DecodeError as error:
+            return str(error)
+        except OSError as error:
+            return f"cannot be read: {error.strerror or error}"
+
+    work = Path(tempfile.mkdtemp(dir=home.parent, prefix=f".{home.name}."))
+    try:
+        images = np.lib.format.open_memmap(
+            work / "images.npy", mode="w+", dtype=np.uint8, shape=(len(examples), size, size)
+        )
+        quarantine: list[tuple[str, str]] = []
+        row = 0
+        # Threads suffice: Pillow decodes and resizes without holding the interpreter's lock.
+        with ThreadPoolExecutor(_cores()) as pool:
+            outcomes = tqdm(
+                zip(examples, pool.map(decode_one, examples), strict=True),
+                desc="decoding",
+                total=len(examples),
+                unit="image",
+                disable=None if progress else True,
+            )
+            for example, outcome in outcomes:
+                if isinstance(outcome, str):
+                    quarantine.append((example.name, outcome))
+                else:
+                    images[row] = outcome
+                    row += 1
+        pixels = hashlib.sha256(images[:row]).hexdigest()
+        images.flush()
+        del images
+        if quarantine:
+            _shorten(work / "images.npy", row)
+        with write_atomically(work / "done.json") as file:
+            json.dump({"pixels": pixels, "quarantine": quarantine}, file)
+        try:
+            work.rename(home)
+        except OSError:
+            # Another process was first; what it made is what we made.
+            if not (home / "done.json").exists():
+                raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _shorten(path: Path, rows: int) -> None:
+    """Rewrites the array without the rows at its end, which files in quarantine left unused."""
+    images = np.load(path, mmap_mode="r")
+    shorter = path.with_suffix(".shorter.npy")
+    np.save(shorter, images[:rows])
+    del images
+    shorter.replace(path)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

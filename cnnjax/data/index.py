@@ -1,0 +1,331 @@
+"""What lies under a data root: a class-folder tree, a zip of one, or a MedMNIST .npz.
+
+`read_index` looks at names only; no image is opened. What it returns can be counted, split by
+patient, and handed to `cnnjax.data.cache` to be decoded.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+import numpy as np
+
+from cnnjax.errors import InputError
+
+SPLITS = ("train", "val", "test")
+IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png")
+
+_MEDMNIST_CLASSES = ("NORMAL", "PNEUMONIA")
+_LARGEST_FILE = 256 * 2**20  # no radiograph is near it; a zip bomb would be
+_PATIENT = (
+    re.compile(r"(person\d+_(?:bacteria|virus))_\d+"),
+    re.compile(r"((?:NORMAL2-)?IM-\d+)-\d+"),
+    re.compile(r"(?:NORMAL|BACTERIA|VIRUS|PNEUMONIA)-(\d+)-\d+", re.IGNORECASE),
+)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image of the index."""
+
+    name: str
+    """Where it lies: a path relative to the root, with forward slashes."""
+    split: str
+    """`train`, `val` or `test`."""
+    label: int
+    """1 for the positive class, else 0."""
+    patient: str
+    """Whom it shows; the file's own name where that cannot be told."""
+
+
+class Source(Protocol):
+    """Gives the encoded bytes, or the pixels, of the images of an index."""
+
+    def read(self, name: str) -> bytes | np.ndarray:
+        """Returns the file's bytes or, from an array file, uint8 [height, width(, 3)].
+
+        Raises:
+            OSError: it cannot be read; the text says why.
+        """
+
+    def signature(self, name: str) -> tuple[int, int]:
+        """Returns (size in bytes, time or checksum): another pair means other content."""
+
+
+@dataclass(frozen=True)
+class Index:
+    """The images under a root, their classes and patients, and what was left out."""
+
+    root: Path
+    classes: tuple[str, str]
+    """Names of the negative and the positive class."""
+    examples: tuple[Example, ...]
+    """Every image, sorted by split and name."""
+    empty: tuple[str, ...]
+    """`split/class` folders without an image."""
+    left_out: tuple[tuple[str, str], ...]
+    """(name, reason) of each file that is not one of the images."""
+    source: Source
+
+    def split(self, *names: str) -> tuple[Example, ...]:
+        """Returns the images of these splits.
+
+        Raises:
+            InputError: none of the splits is there, one of them has an empty class folder, or
+                together they hold one class only.
+        """
+        chosen = tuple(e for e in self.examples if e.split in names)
+        wanted = " or ".join(names)
+        for folder in self.empty:
+            if folder.partition("/")[0] in names:
+                raise InputError(f"{self.root}: the class folder {folder} holds no image")
+        if not chosen:
+            there = ", ".join(sorted({e.split for e in self.examples}))
+            raise InputError(f"{self.root} has no {wanted} split, only {there}")
+        labels = {e.label for e in chosen}
+        if len(labels) == 1:
+            raise InputError(
+                f"{self.root}: {wanted} holds one class only, {self.classes[labels.pop()]};"
+                f" add images of {' and '.join(c for c in self.classes if c)}"
+            )
+        return chosen
+
+    def describe(self) -> str:
+        """Returns a few lines: images per split and class, patients, and what was left out."""
+        lines = [f"data      {self.root}"]
+        for split in SPLITS:
+            members = [e for e in self.examples if e.split == split]
+            if members:
+                count = Counter(e.label for e in members)
+                per_class = ", ".join(f"{count[k]:,} {self.classes[k]}" for k in (0, 1))
+                patients = len({e.patient for e in members})
+                lines.append(f"  {split:<6} {per_class}; {patients:,} patients")
+        nameless = sum(e.patient == PurePosixPath(e.name).name for e in self.examples)
+        if nameless:
+            lines.append(f"  {nameless:,} file names tell no patient: each counts as a patient")
+        reasons = Counter(reason for _, reason in self.left_out)
+        lines += [f"  left out: {n:,} {reason}" for reason, n in sorted(reasons.items())]
+        return "\n".join(lines)
+
+
+def patient_of(name: str) -> str:
+    """Returns whom an image shows, by its file name; a name of no known scheme is its own patient.
+
+    The schemes are listed in `cnnjax.data.patients`.
+    """
+    file = PurePosixPath(name)
+    for scheme in _PATIENT:
+        if match := scheme.match(file.stem):
+            return match[1]
+    return file.name
+
+
+def read_index(root: Path | str, positive: str = "PNEUMONIA") -> Index:
+    """Lists the images under a root.
+
+    Args:
+        root: a folder or a zip that holds `train`, `val` or `test` with a folder for each of two
+            classes (at the top or nested up to two folders down, as archives are), or a MedMNIST
+            .npz. Letter case does not matter; hidden files and `__MACOSX` are passed over.
+        positive: name of the class that gets label 1.
+
+    Raises:
+        InputError: the root is not there, cannot be read, or holds no such images.
+    """
+    root = Path(root)
+    if root.is_dir():
+        files, folders = _walk(root)
+        return _from_names(root, files, folders, _Tree(root), positive)
+    if not root.exists():
+        raise InputError(f"{root} does not exist; --data.root takes a folder, a .zip or a .npz")
+    if root.suffix.lower() == ".npz":
+        return _from_npz(root, positive)
+    if root.suffix.lower() == ".zip":
+        zipped = _Zip(root)
+        names = zipped.infos.keys()
+        files = [n for n in names if not n.endswith("/")]
+        return _from_names(root, files, [n[:-1] for n in names if n.endswith("/")], zipped, positive)
+    raise InputError(f"{root} is no folder, .zip or .npz; --data.root takes one of these")
+
+
+class _Tree:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def read(self, name: str) -> bytes:
+        path = self.root / name
+        if path.stat().st_size > _LARGEST_FILE:
+            raise OSError("larger than 256 MiB")
+        return path.read_bytes()
+
+    def signature(self, name: str) -> tuple[int, int]:
+        status = (self.root / name).stat()
+        return status.st_size, status.st_mtime_ns
+
+
+class _Zip:
+    def __init__(self, path: Path) -> None:
+        try:
+            # One open file serves every thread: ZipFile locks its reads and inflates outside.
+            self.archive = zipfile.ZipFile(path)
+        except (zipfile.BadZipFile, OSError) as error:
+            raise InputError(f"{path} cannot be read as a zip ({error}); fetch it again") from None
+        self.infos = {info.filename: info for info in self.archive.infolist()}
+
+    def read(self, name: str) -> bytes:
+        if self.infos[name].file_size > _LARGEST_FILE:
+            raise OSError("larger than 256 MiB")
+        try:
+            return self.archive.read(name)
+        except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError) as error:
+            raise OSError(f"broken in the zip: {error}") from None
+        except Exception as error:  # zlib.error, lzma.LZMAError: each method has its own
+            raise OSError(f"broken in the zip: {error}") from None
+
+    def signature(self, name: str) -> tuple[int, int]:
+        return self.infos[name].file_size, self.infos[name].CRC
+
+
+class _Arrays:
+    """The images of a MedMNIST file; each split is loaded when it is first asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.file = np.load(path, allow_pickle=False)
+            with zipfile.ZipFile(path) as members:
+                self.members = {i.filename: (i.file_size, i.CRC) for i in members.infolist()}
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise InputError(f"{path} cannot be read as an .npz ({error})") from None
+        self.loaded: dict[str, np.ndarray] = {}
+
+    def array(self, key: str) -> np.ndarray:
+        if key not in self.loaded:
+            try:
+                self.loaded[key] = self.file[key]
+            except Exception as error:  # zlib.error, ValueError, BadZipFile: whatever broke
+                raise InputError(f"{self.path}: {key} cannot be read ({error})") from None
+        return self.loaded[key]
+
+    def read(self, name: str) -> np.ndarray:
+        split, number = name.split("/")
+        pixels: np.ndarray = self.array(f"{split}_images")[int(number)]
+        return pixels
+
+    def signature(self, name: str) -> tuple[int, int]:
+        return self.members[f"{name.partition('/')[0]}_images.npy"]
+
+
+def _walk(root: Path) -> tuple[list[str], list[str]]:
+    files: list[str] = []
+    folders: list[str] = []
+    for parent, inner, names in os.walk(root):
+        inner[:] = [d for d in inner if not _hidden(d)]
+        below = Path(parent).relative_to(root)
+        folders += [(below / d).as_posix() for d in inner]
+        files += [(below / name).as_posix() for name in names]
+    return files, folders
+
+
+def _hidden(part: str) -> bool:
+    return part.startswith(".") or part == "__MACOSX"
+
+
+def _from_names(
+    root: Path, files: Iterable[str], folders: Iterable[str], source: Source, positive: str
+) -> Index:
+    """Finds the split and class folders in a list of paths; trees and zips alike."""
+    found: list[tuple[str, str, str, str]] = []  # (prefix, split, class, name)
+    left_out: list[tuple[str, str]] = []
+    class_folders: set[tuple[str, str, str]] = set()
+    for folder in folders:
+        parts = folder.split("/")
+        if not any(map(_hidden, parts)) and len(parts) >= 2 and parts[-2].lower() in SPLITS:
+            class_folders.add(("/".join(parts[:-2]), parts[-2].lower(), parts[-1].upper()))
+    for name in files:
+        parts = name.split("/")
+        if any(map(_hidden, parts)):
+            continue
+        if not name.lower().endswith(IMAGE_SUFFIXES):
+            left_out.append((name, f"not {', '.join(IMAGE_SUFFIXES)}"))
+        elif len(parts) < 3 or parts[-3].lower() not in SPLITS:
+            left_out.append((name, "not in a class folder of train, val or test"))
+        else:
+            prefix = "/".join(parts[:-3])
+            found.append((prefix, parts[-3].lower(), parts[-2].upper(), name))
+            class_folders.add((prefix, parts[-3].lower(), parts[-2].upper()))
+    if not class_folders:
+        raise InputError(
+            f"{root} holds no images in class folders; "
+            "it should look like train/NORMAL/*.jpeg and train/PNEUMONIA/*.jpeg"
+        )
+    # The Kaggle archive carries a second copy of itself one folder down: take the outermost.
+    top = min({prefix for prefix, _, _ in class_folders}, key=lambda p: (len(p.split("/")), p))
+    if top.count("/") > 1:
+        raise InputError(f"{root} has its splits too deep, in {top}; give that folder as the root")
+    left_out += [(name, "in a second copy of the tree") for p, _, _, name in found if p != top]
+    class_folders = {key for key in class_folders if key[0] == top}
+    found = [entry for entry in found if entry[0] == top]
+    if not found:
+        raise InputError(f"{root} holds class folders but no {', '.join(IMAGE_SUFFIXES)} in them")
+
+    classes = _two_classes(root, {c for _, _, c in class_folders}, positive)
+    filled = {(split, c) for _, split, c, _ in found}
+    return Index(
+        root=root,
+        classes=classes,
+        examples=_sorted(
+            Example(name, split, classes.index(c), patient_of(name)) for _, split, c, name in found
+        ),
+        empty=tuple(sorted(f"{s}/{c}" for _, s, c in class_folders if (s, c) not in filled)),
+        left_out=tuple(sorted(left_out)),
+        source=source,
+    )
+
+
+def _from_npz(path: Path, positive: str) -> Index:
+    source = _Arrays(path)
+    classes = _two_classes(path, set(_MEDMNIST_CLASSES), positive)
+    examples: list[Example] = []
+    for split in SPLITS:
+        if f"{split}_labels.npy" not in source.members:
+            continue
+        labels = source.array(f"{split}_labels").reshape(-1)
+        images = source.array(f"{split}_images") if f"{split}_images.npy" in source.members else ()
+        if len(images) != len(labels):
+            raise InputError(f"{path}: {len(labels)} {split}_labels for {len(images)} images")
+        if not np.isin(labels, (0, 1)).all():
+            raise InputError(f"{path}: {split}_labels holds values other than 0 and 1")
+        if images.dtype != np.uint8 or images.ndim not in (3, 4):
+            shape = f"{images.dtype} {list(images.shape)}"
+            raise InputError(f"{path}: {split}_images is {shape}, not uint8 [n, height, width(, 3)]")
+        for number, label in enumerate(labels):
+            name = f"{split}/{number:05d}"
+            positive_here = _MEDMNIST_CLASSES[int(label)] == classes[1]
+            examples.append(Example(name, split, int(positive_here), patient_of(name)))
+    if not examples:
+        raise InputError(f"{path} holds no train_images and train_labels, as MedMNIST files do")
+    return Index(path, classes, _sorted(examples), (), (), source)
+
+
+def _two_classes(root: Path, names: set[str], positive: str) -> tuple[str, str]:
+    positive = positive.upper()
+    listed = ", ".join(sorted(names))
+    if len(names) != 2:
+        raise InputError(f"{root} needs images of exactly two classes, found {listed}")
+    if positive not in names:
+        raise InputError(f"{root} has the classes {listed}; name one of them with --data.positive")
+    (negative,) = names - {positive}
+    return negative, positive
+
+
+def _sorted(examples: Iterable[Example]) -> tuple[Example, ...]:
+    return tuple(sorted(examples, key=lambda e: (SPLITS.index(e.split), e.name)))

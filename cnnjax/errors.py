@@ -1,0 +1,8 @@
+"""The one exception that stands for a mistake in what the user gave."""
+
+
+class InputError(Exception):
+    """Bad input: one sentence that names the file or the flag and says what to do.
+
+    The commands print it without a traceback and exit with status 2.
+    """

@@ -130,9 +130,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, "--train.epochs", "be at least 1", self.epochs)
         _require(self.batch >= 1, "--train.batch", "be at least 1", self.batch)
-        _require(
-            self.learning_rate > 0, "--train.learning-rate", "be positive", self.learning_rate
-        )
+        _require(self.learning_rate > 0, "--train.learning-rate", "be positive", self.learning_rate)
         _require(self.warmup >= 0, "--train.warmup", "be at least 0", self.warmup)
         _require(self.weight_decay >= 0, "--train.weight-decay", "be at least 0", self.weight_decay)
         if self.weight_decay and self.optimizer != "adamw":

@@ -94,7 +94,9 @@ def load(
     if quarantine and strict:
         name, reason = quarantine[0]
         more = f", and {len(quarantine) - 1} more files like it" if len(quarantine) > 1 else ""
-        raise InputError(f"{name} cannot be decoded ({reason}){more}; mend it or drop --data.strict")
+        raise InputError(
+            f"{name} cannot be decoded ({reason}){more}; mend it or drop --data.strict"
+        )
     broken = {name for name, _ in quarantine}
     whole = tuple(e for e in examples if e.name not in broken)
     if not whole:

@@ -10,9 +10,8 @@ import os
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
@@ -152,7 +151,9 @@ def read_index(root: Path | str, positive: str = "PNEUMONIA") -> Index:
         zipped = _Zip(root)
         names = zipped.infos.keys()
         files = [n for n in names if not n.endswith("/")]
-        return _from_names(root, files, [n[:-1] for n in names if n.endswith("/")], zipped, positive)
+        return _from_names(
+            root, files, [n[:-1] for n in names if n.endswith("/")], zipped, positive
+        )
     raise InputError(f"{root} is no folder, .zip or .npz; --data.root takes one of these")
 
 
@@ -306,7 +307,9 @@ def _from_npz(path: Path, positive: str) -> Index:
             raise InputError(f"{path}: {split}_labels holds values other than 0 and 1")
         if images.dtype != np.uint8 or images.ndim not in (3, 4):
             shape = f"{images.dtype} {list(images.shape)}"
-            raise InputError(f"{path}: {split}_images is {shape}, not uint8 [n, height, width(, 3)]")
+            raise InputError(
+                f"{path}: {split}_images is {shape}, not uint8 [n, height, width(, 3)]"
+            )
         for number, label in enumerate(labels):
             name = f"{split}/{number:05d}"
             positive_here = _MEDMNIST_CLASSES[int(label)] == classes[1]

@@ -1,0 +1,142 @@
+"""Random changes to training images, inside the compiled step: (key, images) -> images.
+
+Each image draws from its own key, folded with its number in the batch, so neither the number of
+devices nor of the rows that fill up the batch changes what it draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from cnnjax.config import AugmentConfig
+
+Augment = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def make_augment(config: AugmentConfig) -> Augment:
+    """Returns the pure function (key, images) -> images that the config describes.
+
+    Images are float32 [batch, height, width, 1] in [0, 1], before and after. What the config has at
+    zero is left out of the compiled program.
+    """
+    moves = (config.shear, config.zoom, config.rotate, config.shift, config.flip)
+
+    def augment_one(key: jax.Array, image: jax.Array) -> jax.Array:
+        geometry, tone = jax.random.split(key)
+        if any(moves):
+            matrix = _random_affine(geometry, config, image.shape[:2])
+            image = affine(image[..., 0], matrix)[..., None]
+        if config.contrast or config.brightness:
+            image = _random_tone(tone, config, image)
+        return image
+
+    def augment(key: jax.Array, images: jax.Array) -> jax.Array:
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(images.shape[0]))
+        return jax.vmap(augment_one)(keys, images)
+
+    return augment
+
+
+def affine(image: jax.Array, matrix: jax.Array) -> jax.Array:
+    """Resamples an image under an affine map, bilinearly; beyond the edge the edge goes on.
+
+    The same as `scipy.ndimage.affine_transform(image, matrix, order=1, mode="nearest")`, and thus as
+    the warp of Keras's `ImageDataGenerator`.
+
+    Args:
+        image: float [height, width].
+        matrix: [2, 3]; maps an output pixel (row, column, 1) to the input place it is read from.
+
+    Returns:
+        float [height, width].
+    """
+    height, width = image.shape
+    rows, columns = jnp.meshgrid(
+        jnp.arange(height, dtype=image.dtype), jnp.arange(width, dtype=image.dtype), indexing="ij"
+    )
+    row = matrix[0, 0] * rows + matrix[0, 1] * columns + matrix[0, 2]
+    column = matrix[1, 0] * rows + matrix[1, 1] * columns + matrix[1, 2]
+    row = jnp.clip(row, 0, height - 1)
+    column = jnp.clip(column, 0, width - 1)
+    top = jnp.floor(row).astype(jnp.int32)
+    left = jnp.floor(column).astype(jnp.int32)
+    down = row - top.astype(image.dtype)
+    right = column - left.astype(image.dtype)
+    pixels = jnp.asarray(image).reshape(-1)
+    below = jnp.minimum(top + 1, height - 1) * width
+    beside = jnp.minimum(left + 1, width - 1)
+    top = top * width
+    upper = _mix(_read(pixels, top + left), _read(pixels, top + beside), right)
+    lower = _mix(_read(pixels, below + left), _read(pixels, below + beside), right)
+    return _mix(upper, lower, down)
+
+
+def keras_affine(
+    shear: jax.Array, zoom: jax.Array, rotate: jax.Array, shift: jax.Array, size: tuple[int, int]
+) -> jax.Array:
+    """Returns the matrix that Keras's `apply_affine_transform` resamples with, about the centre.
+
+    It is rotation @ shift @ shear @ zoom in homogeneous (row, column) coordinates.
+
+    Args:
+        shear: angle, in radians.
+        zoom: [2], input over output size for height and width; above 1 the image shrinks.
+        rotate: angle, in radians.
+        shift: [2], rows and columns, in pixels.
+        size: (height, width) of the image.
+
+    Returns:
+        float32 [2, 3], for `affine`.
+    """
+    turn = jnp.array([[jnp.cos(rotate), -jnp.sin(rotate)], [jnp.sin(rotate), jnp.cos(rotate)]])
+    slant = jnp.array([[1.0, -jnp.sin(shear)], [0.0, jnp.cos(shear)]])
+    linear = _matmul(_matmul(turn, slant), jnp.diag(zoom))
+    centre = (jnp.array(size, jnp.float32) - 1) / 2
+    offset = _matmul(turn, shift) + centre - _matmul(linear, centre)
+    return jnp.concatenate([linear, offset[:, None]], axis=1)
+
+
+def _random_affine(key: jax.Array, config: AugmentConfig, size: tuple[int, int]) -> jax.Array:
+    """Draws shear, zoom, rotation, shift and flip, as one matrix for `affine`."""
+    shear, zoom, rotate, shift, flip = jax.random.split(key, 5)
+    extent = jnp.array(size, jnp.float32)
+    matrix = keras_affine(
+        jnp.deg2rad(_uniform(shear, config.shear)),
+        1 + _uniform(zoom, config.zoom, (2,)),
+        jnp.deg2rad(_uniform(rotate, config.rotate)),
+        _uniform(shift, config.shift, (2,)) * extent,
+        size,
+    )
+    if config.flip:
+        # Keras warps, then mirrors: output column c shows what stood at width - 1 - c.
+        mirror = jnp.array([[1.0, 0.0, 0.0], [0.0, -1.0, size[1] - 1.0], [0.0, 0.0, 1.0]])
+        matrix = jnp.where(jax.random.bernoulli(flip), _matmul(matrix, mirror), matrix)
+    return matrix
+
+
+def _random_tone(key: jax.Array, config: AugmentConfig, image: jax.Array) -> jax.Array:
+    contrast, brightness = jax.random.split(key)
+    mean = image.mean()
+    image = mean + (image - mean) * (1 + _uniform(contrast, config.contrast))
+    return jnp.clip(image + _uniform(brightness, config.brightness), 0, 1)
+
+
+def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    # An accelerator's default rounds to 10 bits: coordinates would be off by parts of a pixel.
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def _uniform(key: jax.Array, bound: float, shape: tuple[int, ...] = ()) -> jax.Array:
+    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+
+def _mix(a: jax.Array, b: jax.Array, part: jax.Array) -> jax.Array:
+    return a + (b - a) * part
+
+
+def _read(pixels: jax.Array, at: jax.Array) -> jax.Array:
+    # The caller has clipped the places; saying so spares a comparison a pixel.
+    return pixels.at[at].get(mode="promise_in_bounds")

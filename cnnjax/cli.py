@@ -1,0 +1,283 @@
+"""The command line: `cnnjax evaluate | predict | phantom | devices`, and the recipes' entry."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from cnnjax.config import Config, DeviceConfig
+from cnnjax.errors import InputError
+
+# Modules that import JAX are imported where they are used: `cnnjax --help` answers at once, and
+# `cnnjax.devices.make_mesh` can still turn each CPU core into a device.
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Judge a trained run on a split of a data set."""
+
+    run: Path
+    """Workdir of the run."""
+    data: str = "phantom"
+    """A tree, a zip, a MedMNIST .npz, or the word `phantom`; as a run's --data.root."""
+    split: Literal["train", "val", "test"] = "test"
+    """Which split of it."""
+    checkpoint: Literal["best", "latest"] = "best"
+    """The best epoch by validation, or the last."""
+    threshold: float = 0.5
+    """Images count as positive from this probability on."""
+    json: Path | None = None
+    """Write the metrics to this file."""
+    cache: Path | None = None
+    """Folder of the decoded images; by default the user's cache folder."""
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+
+    def __call__(self) -> int:
+        """Prints the metrics with their intervals; returns the exit status."""
+        from cnnjax import devices, metrics
+        from cnnjax.data import cache
+        from cnnjax.data.prepare import open_index
+        from cnnjax.predict import Predictor
+        from cnnjax.workdir import write_json
+
+        if not 0 <= self.threshold <= 1:
+            raise InputError(f"--threshold must be between 0 and 1, got {self.threshold}")
+        predictor = Predictor(self.run, devices.make_mesh(self.device), self.checkpoint)
+        config = predictor.config.data
+        index = open_index(replace(config, root=self.data, cache=self.cache), print)
+        if index.classes != predictor.classes:
+            raise InputError(
+                f"{self.data} has the classes {' and '.join(index.classes)}, but the run was trained"
+                f" on {' and '.join(predictor.classes)}"
+            )
+        print(index.describe())
+        decoded = cache.load(index.split(self.split), index.source, config.size, folder=self.cache)
+        for name, reason in decoded.quarantine:
+            print(f"  left out: {name}: {reason}")
+        judged = metrics.evaluate(
+            predictor.logits(decoded.images),
+            decoded.labels,
+            [e.patient for e in decoded.examples],
+            threshold=self.threshold,
+        )
+        print(
+            f"\n{self.split} split, {self.checkpoint} checkpoint of {self.run}, with 95 % intervals"
+        )
+        print(judged.report(predictor.classes))
+        if self.json is not None:
+            with _writing(self.json, "--json"):
+                write_json(self.json, judged.to_json())
+        return 0
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Give each image's probability and class; exit status 2 if one could not be read."""
+
+    paths: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Image files, or folders of them."""
+    run: Path
+    """Workdir of the run."""
+    checkpoint: Literal["best", "latest"] = "best"
+    """The best epoch by validation, or the last."""
+    threshold: float = 0.5
+    """Images count as positive from this probability on."""
+    json: Path | None = None
+    """Also write the predictions to this file, an object a line."""
+    csv: Path | None = None
+    """Also write the predictions to this file as a table."""
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+
+    def __call__(self) -> int:
+        """Prints a line an image; returns the exit status."""
+        from cnnjax import devices, metrics
+        from cnnjax.data.decode import DecodeError, decode
+        from cnnjax.predict import Predictor
+
+        files = _image_files(self.paths)
+        predictor = Predictor(self.run, devices.make_mesh(self.device), self.checkpoint)
+        size = predictor.config.data.size
+
+        def read(path: Path) -> np.ndarray | str:
+            try:
+                return decode(path.read_bytes(), size)
+            except DecodeError as error:
+                return str(error)
+            except OSError as error:
+                return error.strerror or str(error)
+
+        with ThreadPoolExecutor(devices.cpu_cores()) as pool:
+            bar = tqdm(pool.map(read, files), "decoding", len(files), unit="image", disable=None)
+            read_files = list(bar)
+        images = [image for image in read_files if not isinstance(image, str)]
+        logits = iter(predictor.logits(np.stack(images)) if images else ())
+        results: list[dict[str, Any]] = []
+        for path, image in zip(files, read_files, strict=True):
+            if isinstance(image, str):
+                results.append({"path": str(path), "error": image})
+                print(f"{path}: {image}", file=sys.stderr)
+                continue
+            probability = float(metrics.sigmoid(next(logits)))
+            label = predictor.classes[int(probability >= self.threshold)]
+            results.append({"path": str(path), "probability": probability, "class": label})
+            print(f"{path}  {probability:.4f}  {label}")
+        if self.json is not None:
+            with _writing(self.json, "--json"):
+                self.json.write_text("".join(json.dumps(r) + "\n" for r in results), "utf-8")
+        if self.csv is not None:
+            with _writing(self.csv, "--csv"), self.csv.open("w", encoding="utf-8", newline="") as f:
+                table = csv.DictWriter(f, ["path", "probability", "class", "error"])
+                table.writeheader()
+                table.writerows(results)
+        return 2 if len(images) < len(files) else 0
+
+
+@dataclass(frozen=True)
+class Phantom:
+    """Write a tree of synthetic radiographs."""
+
+    directory: Annotated[Path, tyro.conf.Positional]
+    """Where to; must be empty or not there."""
+    train: int = 1200
+    """Images of the train split."""
+    val: int = 16
+    """Images of the val split."""
+    test: int = 400
+    """Images of the test split."""
+    size: int = 256
+    """Side of the images, in pixels."""
+    seed: int = 0
+    """Another seed draws other patients."""
+
+    def __call__(self) -> int:
+        """Draws the tree; returns the exit status."""
+        from cnnjax.data import phantom
+
+        with _writing(self.directory, "the directory"):
+            try:
+                phantom.write_tree(
+                    self.directory,
+                    train=self.train,
+                    val=self.val,
+                    test=self.test,
+                    size=self.size,
+                    seed=self.seed,
+                )
+            except (FileExistsError, ValueError) as error:
+                raise InputError(str(error)) from None
+        return 0
+
+
+@dataclass(frozen=True)
+class Devices:
+    """List what JAX can compute on here."""
+
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+
+    def __call__(self) -> int:
+        """Prints a line a device; returns the exit status."""
+        from cnnjax import devices
+
+        mesh = devices.make_mesh(self.device)
+        print(devices.describe(mesh))
+        for device in mesh.devices.flat:
+            print(f"  {device.id}  {device.platform}  {device.device_kind}")
+        return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the `cnnjax` command and exits with its status."""
+    commands: Any = (
+        Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Predict, tyro.conf.subcommand("predict")]
+        | Annotated[Phantom, tyro.conf.subcommand("phantom")]
+        | Annotated[Devices, tyro.conf.subcommand("devices")]
+    )
+    sys.exit(_guarded(lambda: tyro.cli(commands, prog="cnnjax", args=arguments)()))
+
+
+def train(default: Config, description: str, arguments: Sequence[str] | None = None) -> None:
+    """Runs a recipe: its default config, changed by flags, is trained; exits with the status.
+
+    Args:
+        default: what the recipe sets.
+        description: the text of `--help`.
+        arguments: the command line; `sys.argv[1:]` when None.
+    """
+
+    def run() -> int:
+        config = tyro.cli(Config, default=default, description=description, args=arguments)
+        from cnnjax.loop import fit
+
+        result = fit(config)
+        rules = result.summary["rules"]
+        print(
+            f"\nbest epoch {result.summary['best_epoch']} of {result.summary['epochs']},"
+            f" on the {result.best.n:,} held-out images that chose it, with 95 % intervals"
+        )
+        print(result.best.report(result.classes))
+        print(
+            f"for comparison: the larger class always, accuracy {rules['majority_accuracy']:.4f};"
+            f" mean brightness, AUC {rules['brightness_auc']:.4f}"
+        )
+        print(
+            f"\nwritten to {config.workdir}; judge it on a test split with\n"
+            f"  cnnjax evaluate --run {config.workdir} --data {config.data.root} --split test"
+        )
+        return 0
+
+    sys.exit(_guarded(run))
+
+
+def _guarded(command: Callable[[], int]) -> int:
+    """Runs a command; bad input becomes one sentence and status 2."""
+    try:
+        return command()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from the last epoch", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has left, as `head` does; it wants no traceback.
+        sys.stdout = None  # type: ignore[assignment]
+        return 141
+
+
+@contextlib.contextmanager
+def _writing(path: Path, flag: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{flag} {path} cannot be written ({error.strerror or error})") from None
+
+
+def _image_files(paths: Sequence[Path]) -> list[Path]:
+    """Returns the files named, and those in the folders named, sorted within each."""
+    from cnnjax.data.index import IMAGE_SUFFIXES
+
+    files: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            files.append(path)
+            continue
+        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        inside = [p for p in inside if not any(part.startswith(".") for part in p.parts)]
+        if not inside:
+            raise InputError(f"{path} holds no {', '.join(IMAGE_SUFFIXES)}")
+        files += inside
+    if not files:
+        raise InputError("predict needs image files or folders")
+    return files

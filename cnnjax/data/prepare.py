@@ -1,0 +1,107 @@
+"""From a config to the arrays that training uses: index, decode, split by patient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cnnjax.config import DataConfig
+from cnnjax.data import cache
+from cnnjax.data.index import Index, read_index
+from cnnjax.data.patients import grouped_folds, in_several_splits
+from cnnjax.errors import InputError
+
+Say = Callable[[str], None]
+
+_NAMED = 10  # patients named in a warning; the rest are counted
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The decoded images of a run and the part each plays."""
+
+    decoded: cache.Decoded
+    held_out: np.ndarray
+    """bool [n], true where the image validates."""
+    classes: tuple[str, str]
+    """Names of labels 0 and 1."""
+
+    @property
+    def train(self) -> np.ndarray:
+        """int64 [n_train], rows of the training images."""
+        return np.flatnonzero(~self.held_out)
+
+    @property
+    def validation(self) -> np.ndarray:
+        """int64 [n_validation], rows of the held-out images."""
+        return np.flatnonzero(self.held_out)
+
+
+def open_index(config: DataConfig, say: Say) -> Index:
+    """Returns the index of the config's root; draws the phantoms first if that is the root.
+
+    Raises:
+        InputError: see `read_index`.
+    """
+    root = Path(config.root)
+    if config.root == "phantom":
+        from cnnjax.data import phantom
+
+        root = (config.cache or cache.default_folder()) / f"phantom-{phantom.VERSION}"
+        if not root.is_dir():
+            say(f"drawing the phantom radiographs into {root}")
+            try:
+                phantom.write_tree(root)
+            except FileExistsError:
+                pass  # another process drew the same ones meanwhile
+            except OSError as error:
+                raise InputError(
+                    f"{root} cannot be written ({error.strerror or error});"
+                    " free some space there or choose another place with --data.cache"
+                ) from None
+    return read_index(root, config.positive)
+
+
+def training_data(config: DataConfig, seed: int, say: Say) -> TrainingData:
+    """Returns the decoded images of train and val, and which of them validate.
+
+    The split is drawn over every image of the index, so that a file which cannot be decoded changes
+    nothing for the others.
+
+    Args:
+        config: where from and how.
+        seed: of the folds.
+        say: told what was found, a few lines at a time.
+
+    Raises:
+        InputError: the data cannot serve; see `read_index`, `Index.split`, `cache.load`.
+    """
+    index = open_index(config, say)
+    say(index.describe())
+    for (a, b), shared in in_several_splits(index.examples).items():
+        if {a, b} == {"train", "val"} and config.validation == "patients":
+            continue  # these two are pooled and split anew
+        names = ", ".join(shared[:_NAMED]) + (", ..." if len(shared) > _NAMED else "")
+        say(f"warning: {len(shared)} patients are in both {a} and {b}: {names}")
+    if config.validation == "official":
+        index.split("val")
+        index.split("train")
+    examples = index.split("train", "val")
+    if config.validation == "official":
+        validates = [e.split == "val" for e in examples]
+    else:
+        validates = list(grouped_folds(examples, config.folds, seed) == config.fold)
+    decoded = cache.load(
+        examples, index.source, config.size, folder=config.cache, strict=config.strict
+    )
+    if decoded.quarantine:
+        say(f"  left out: {len(decoded.quarantine):,} that cannot be decoded, see quarantine.csv")
+    role = {e.name: v for e, v in zip(examples, validates, strict=True)}
+    held_out = np.array([role[e.name] for e in decoded.examples])
+    for side, name in ((~held_out, "training"), (held_out, "validation")):
+        if len(set(decoded.labels[side])) < 2:
+            raise InputError(f"{index.root}: after decoding, {name} lacks a class; mend the files")
+    return TrainingData(decoded, held_out, index.classes)

@@ -1,0 +1,74 @@
+"""The devices of a run: one mesh axis over which each batch is divided.
+
+The same code serves eight GPUs and two CPU cores, since every core is made an XLA device of its own.
+"""
+
+from __future__ import annotations
+
+import os
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from cnnjax.config import DeviceConfig
+from cnnjax.errors import InputError
+
+AXIS = "batch"
+
+
+def cpu_cores() -> int:
+    """Returns how many CPU cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def make_mesh(config: DeviceConfig) -> Mesh:
+    """Returns the mesh of the run's devices, with one axis, `batch`.
+
+    To be called before JAX is first used: later, the CPU's cores can no longer become devices.
+
+    Raises:
+        InputError: the platform asked for is not there, or has too few devices.
+    """
+    try:
+        jax.config.update("jax_num_cpu_devices", max(cpu_cores(), config.count))
+    except RuntimeError:
+        pass  # JAX is already in use, as in tests and notebooks: take the devices that there are
+    if config.platform == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+    try:
+        devices = jax.devices(None if config.platform == "auto" else config.platform)
+    except Exception as error:
+        if config.platform == "auto":
+            raise
+        hint = "" if config.platform == "tpu" else ' with pip install "cnnjax[cuda13]"'
+        raise InputError(
+            f"--device.platform {config.platform}: JAX finds none here; drop the flag,"
+            f" or install JAX for it{hint} ({str(error).splitlines()[0]})"
+        ) from None
+    if config.count > len(devices):
+        raise InputError(
+            f"--device.count {config.count}: there are only {len(devices)}"
+            f" {devices[0].platform} devices"
+        )
+    return Mesh(np.array(devices[: config.count or None]), (AXIS,))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding that puts the whole array on each device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def divided(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding that divides an array's first axis among the devices."""
+    return NamedSharding(mesh, PartitionSpec(AXIS))
+
+
+def describe(mesh: Mesh) -> str:
+    """Returns a phrase such as `2 x cpu (one for each core)`."""
+    first = mesh.devices.flat[0]
+    if first.platform == "cpu":
+        return f"{mesh.size} x cpu ({cpu_cores()} cores)"
+    return f"{mesh.size} x {first.platform} ({first.device_kind})"

@@ -1,0 +1,203 @@
+"""The pure functions that training is made of, jitted: train_step and eval_step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from cnnjax.augment import Augment
+from cnnjax.config import TrainConfig
+
+PyTree = Any
+
+
+class Batch(NamedTuple):
+    """The images of one step, filled up to a fixed size."""
+
+    images: jax.Array
+    """uint8 [batch, height, width]."""
+    labels: jax.Array
+    """int32 [batch], 1 for the positive class."""
+    mask: jax.Array
+    """bool [batch], false on rows that only fill up the batch."""
+
+
+class TrainState(struct.PyTreeNode):  # type: ignore[misc]
+    """All that a step changes: a pytree of arrays, and nothing else."""
+
+    step: jax.Array
+    """int32, the number of steps taken."""
+    params: PyTree
+    batch_stats: PyTree
+    opt_state: PyTree
+    ema: PyTree
+    """Moving average of `params`; None where the config has none."""
+
+
+class Metrics(NamedTuple):
+    """Sums over the rows that count, so that batches of any size add up."""
+
+    loss: jax.Array
+    """float32, sum of the loss, class weights included."""
+    correct: jax.Array
+    """int32, images on the right side of probability 0.5."""
+    count: jax.Array
+    """int32, images."""
+
+
+TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]
+EvalStep = Callable[[TrainState, Batch], jax.Array]
+
+
+def make_optimizer(
+    config: TrainConfig, steps_per_epoch: int
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """Returns the optimizer that the config describes, and its learning rate as of step."""
+    total = config.epochs * steps_per_epoch
+    if config.schedule == "cosine":
+        warmup = min(int(config.warmup * steps_per_epoch), total - 1)
+        rate = optax.warmup_cosine_decay_schedule(
+            0.0 if warmup else config.learning_rate, config.learning_rate, warmup, total
+        )
+    else:
+        rate = optax.constant_schedule(config.learning_rate)
+    if config.optimizer == "adam":
+        optimizer = optax.adam(rate, eps=1e-7)  # Keras's epsilon
+    elif config.optimizer == "adamw":
+        optimizer = optax.adamw(rate, weight_decay=config.weight_decay, mask=_is_kernel)
+    else:
+        optimizer = optax.sgd(rate, momentum=0.9, nesterov=True)
+    if config.clip_norm:
+        optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    return optimizer, rate
+
+
+def init_state(
+    model: Any,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    size: int,
+    *,
+    ema: bool = False,
+) -> TrainState:
+    """Returns the state before the first step, for images of size x size pixels."""
+    variables = model.init(key, jnp.zeros((1, size, size, 1), jnp.float32))
+    params = variables["params"]
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=variables.get("batch_stats", {}),
+        opt_state=optimizer.init(params),
+        # A copy: the step donates its state, and one buffer cannot be given away twice.
+        ema=jax.tree.map(jnp.copy, params) if ema else None,
+    )
+
+
+def make_train_step(
+    model: Any,
+    optimizer: optax.GradientTransformation,
+    augment: Augment,
+    *,
+    class_weights: tuple[float, float] = (1.0, 1.0),
+    label_smoothing: float = 0.0,
+    ema_decay: float = 0.0,
+) -> TrainStep:
+    """Returns the jitted pure step (state, batch, key) -> (state, metrics); `state` is donated.
+
+    One step augments the batch, takes the gradient of the mean over its rows of the class-weighted
+    binary cross-entropy, and updates weights, batch statistics and moving average. `key` is that of
+    the run: the step folds its own number into it.
+
+    Args:
+        model: a network of `cnnjax.models`.
+        optimizer: any optax transformation.
+        augment: (key, images) -> images.
+        class_weights: of labels 0 and 1.
+        label_smoothing: s turns labels into s / 2 and 1 - s / 2.
+        ema_decay: of the moving average of the weights; 0 for none. It warms up as
+            min(decay, (1 + step) / (10 + step)), so that it is unbiased from early on.
+    """
+
+    def train_step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
+        images = augment(jax.random.fold_in(key, state.step), to_float(batch.images))
+        count = batch.mask.sum()
+
+        def loss_of(params: PyTree) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
+            logits, changed = model.apply(
+                {"params": params, "batch_stats": state.batch_stats},
+                images,
+                train=True,
+                mask=batch.mask,
+                mutable=["batch_stats"],
+            )
+            losses = cross_entropy(logits, batch.labels, class_weights, label_smoothing)
+            total = jnp.where(batch.mask, losses, 0).sum()
+            return total / jnp.maximum(count, 1), (logits, changed.get("batch_stats", {}))
+
+        (loss, (logits, batch_stats)), gradient = jax.value_and_grad(loss_of, has_aux=True)(
+            state.params
+        )
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema is not None:
+            decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
+            ema = jax.tree.map(lambda mean, new: mean + (new - mean) * (1 - decay), ema, params)
+        state = TrainState(state.step + 1, params, batch_stats, opt_state, ema)
+        correct = ((logits > 0) == (batch.labels == 1)) & batch.mask
+        return state, Metrics(loss * count, correct.sum(), count)
+
+    return jax.jit(train_step, donate_argnames="state")
+
+
+def make_eval_step(model: Any) -> EvalStep:
+    """Returns the jitted pure step (state, batch) -> logits float32 [batch].
+
+    It uses the moving average of the weights where the state has one. Rows outside the mask get
+    logits too, of no meaning.
+    """
+
+    def eval_step(state: TrainState, batch: Batch) -> jax.Array:
+        params = state.params if state.ema is None else state.ema
+        variables = {"params": params, "batch_stats": state.batch_stats}
+        logits: jax.Array = model.apply(variables, to_float(batch.images), train=False)
+        return logits
+
+    return jax.jit(eval_step)
+
+
+def to_float(images: jax.Array) -> jax.Array:
+    """Maps uint8 [batch, height, width] to float32 [batch, height, width, 1] in [0, 1]."""
+    return images[..., None].astype(jnp.float32) / 255
+
+
+def cross_entropy(
+    logits: jax.Array,
+    labels: jax.Array,
+    class_weights: tuple[float, float] = (1.0, 1.0),
+    label_smoothing: float = 0.0,
+) -> jax.Array:
+    """Returns each image's weighted binary cross-entropy, in nats; stable for large logits.
+
+    Args:
+        logits: float [batch].
+        labels: int [batch], 0 or 1.
+        class_weights: of labels 0 and 1.
+        label_smoothing: s turns labels into s / 2 and 1 - s / 2.
+
+    Returns:
+        float [batch].
+    """
+    target = labels * (1.0 - label_smoothing) + label_smoothing / 2
+    weight = jnp.where(labels == 1, class_weights[1], class_weights[0])
+    return weight * optax.sigmoid_binary_cross_entropy(logits, target)
+
+
+def _is_kernel(params: PyTree) -> PyTree:
+    """Marks what weight decay shrinks: kernels, not biases or batch norm's scales."""
+    return jax.tree.map(lambda p: p.ndim > 1, params)

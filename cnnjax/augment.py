@@ -27,7 +27,7 @@ def make_augment(config: AugmentConfig) -> Augment:
     def augment_one(key: jax.Array, image: jax.Array) -> jax.Array:
         geometry, tone = jax.random.split(key)
         if any(moves):
-            matrix = _random_affine(geometry, config, image.shape[:2])
+            matrix = _random_affine(geometry, config, (image.shape[0], image.shape[1]))
             image = affine(image[..., 0], matrix)[..., None]
         if config.contrast or config.brightness:
             image = _random_tone(tone, config, image)
@@ -43,8 +43,8 @@ def make_augment(config: AugmentConfig) -> Augment:
 def affine(image: jax.Array, matrix: jax.Array) -> jax.Array:
     """Resamples an image under an affine map, bilinearly; beyond the edge the edge goes on.
 
-    The same as `scipy.ndimage.affine_transform(image, matrix, order=1, mode="nearest")`, and thus as
-    the warp of Keras's `ImageDataGenerator`.
+    The same as `scipy.ndimage.affine_transform(image, matrix, order=1, mode="nearest")`, and thus
+    as the warp of Keras's `ImageDataGenerator`.
 
     Args:
         image: float [height, width].

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from cnnjax.config import Config, DeviceConfig
 from cnnjax.errors import InputError
+from cnnjax.machine import cpu_cores
 
 # Modules that import JAX are imported where they are used: `cnnjax --help` answers at once, and
 # `cnnjax.devices.make_mesh` can still turn each CPU core into a device.
@@ -58,8 +59,8 @@ class Evaluate:
         index = open_index(replace(config, root=self.data, cache=self.cache), print)
         if index.classes != predictor.classes:
             raise InputError(
-                f"{self.data} has the classes {' and '.join(index.classes)}, but the run was trained"
-                f" on {' and '.join(predictor.classes)}"
+                f"{self.data} has the classes {' and '.join(index.classes)},"
+                f" but the run was trained on {' and '.join(predictor.classes)}"
             )
         print(index.describe())
         decoded = cache.load(index.split(self.split), index.source, config.size, folder=self.cache)
@@ -117,7 +118,7 @@ class Predict:
             except OSError as error:
                 return error.strerror or str(error)
 
-        with ThreadPoolExecutor(devices.cpu_cores()) as pool:
+        with ThreadPoolExecutor(cpu_cores()) as pool:
             bar = tqdm(pool.map(read, files), "decoding", len(files), unit="image", disable=None)
             read_files = list(bar)
         images = [image for image in read_files if not isinstance(image, str)]
@@ -252,7 +253,7 @@ def _guarded(command: Callable[[], int]) -> int:
         return 130
     except BrokenPipeError:
         # The reader of our output has left, as `head` does; it wants no traceback.
-        sys.stdout = None  # type: ignore[assignment]
+        sys.stdout = None
         return 141
 
 

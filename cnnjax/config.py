@@ -10,7 +10,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from cnnjax.errors import InputError
 
@@ -26,7 +26,7 @@ class DataConfig:
     positive: str = "PNEUMONIA"
     """Name of the class folder that counts as positive (label 1)."""
     validation: Literal["patients", "official"] = "patients"
-    """`patients` holds out a fold of the patients of train and val; `official` uses the val folder."""
+    """`patients` holds out a fold of all patients of train and val, `official` the val folder."""
     folds: int = 5
     """Number of patient-grouped folds."""
     fold: int = 0
@@ -241,10 +241,24 @@ def _from_dict(cls: type[_T], values: Any, source: str, prefix: str = "") -> _T:
         value = values[name]
         if dataclasses.is_dataclass(hint):
             value = _from_dict(hint, value, source, f"{prefix}{name}.")  # type: ignore[arg-type]
+        elif not _fits(value, hint):
+            wanted = " | ".join(map(str, get_args(hint))) or hint.__name__
+            raise InputError(f"{source}: {prefix}{name} must be {wanted}, got {value!r}")
         elif hint in (Path, Path | None) and value is not None:
             value = Path(value)
         parsed[name] = value
     return cls(**parsed)
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Tells whether a value out of JSON can stand in a field of this type."""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if hint is float:
+        return type(value) in (int, float)
+    if hint in (Path, Path | None):
+        return isinstance(value, str) or (value is None and hint is not Path)
+    return type(value) is hint
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

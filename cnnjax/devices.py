@@ -1,11 +1,11 @@
 """The devices of a run: one mesh axis over which each batch is divided.
 
-The same code serves eight GPUs and two CPU cores, since every core is made an XLA device of its own.
+The same code serves eight GPUs and two CPU cores, since every core is made an XLA device.
 """
 
 from __future__ import annotations
 
-import os
+import contextlib
 
 import jax
 import numpy as np
@@ -13,15 +13,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cnnjax.config import DeviceConfig
 from cnnjax.errors import InputError
+from cnnjax.machine import cache_folder, cpu_cores
 
 AXIS = "batch"
-
-
-def cpu_cores() -> int:
-    """Returns how many CPU cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def make_mesh(config: DeviceConfig) -> Mesh:
@@ -32,10 +26,11 @@ def make_mesh(config: DeviceConfig) -> Mesh:
     Raises:
         InputError: the platform asked for is not there, or has too few devices.
     """
-    try:
-        jax.config.update("jax_num_cpu_devices", max(cpu_cores(), config.count))
-    except RuntimeError:
-        pass  # JAX is already in use, as in tests and notebooks: take the devices that there are
+    keep_compiled_programs()
+    if jax.config.jax_num_cpu_devices < 1:  # the user, or a test, has not chosen a number
+        # JAX refuses once it is in use, as in a notebook: then take the devices there are.
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", max(cpu_cores(), config.count))
     if config.platform == "cpu":
         jax.config.update("jax_platforms", "cpu")
     try:
@@ -54,6 +49,23 @@ def make_mesh(config: DeviceConfig) -> Mesh:
             f" {devices[0].platform} devices"
         )
     return Mesh(np.array(devices[: config.count or None]), (AXIS,))
+
+
+def keep_compiled_programs() -> None:
+    """Lets JAX keep what it compiles in the user's cache folder, for the next start.
+
+    A folder chosen through JAX's own settings is left as it is. Compiled programs are code, so the
+    folder is for this user alone.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    folder = cache_folder() / "compiled"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
+        return  # a home that cannot be written to costs compile time, nothing else
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

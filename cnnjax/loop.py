@@ -1,8 +1,8 @@
 """Training, from a config to a run on disk; the only place with side effects while training.
 
 Read `fit` from top to bottom. Everything that decides the outcome is a function of (config, data,
-seed): the loop holds no state but `state` and the history in `metrics.jsonl`, so that a run which is
-stopped and started again goes on as if it had never stopped.
+seed): the loop holds no state but `state` and the history in `metrics.jsonl`, so that a run which
+is stopped and started again goes on as if it had never stopped.
 """
 
 from __future__ import annotations
@@ -194,13 +194,16 @@ def _epoch(
         state, step_sums = step(state, feeder.data, feed, key)
         sums.append(step_sums)
         if i % _LOOK == 0 or i == len(order):
-            loss = float(step_sums.loss) / float(step_sums.count)
+            loss = float(step_sums.loss) / float(step_sums.images)
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             now = int((order[:i] >= 0).sum())
             bar.update(now - seen)
             seen = now
-    loss, correct, count = np.sum([list(s) for s in jax.device_get(sums)], axis=0, dtype=np.float64)
-    return state, {"loss": loss / count, "accuracy": correct / count}
+    totals = Metrics(*np.asarray(jax.device_get(sums), np.float64).sum(0))
+    return state, {
+        "loss": float(totals.loss / totals.images),
+        "accuracy": float(totals.correct / totals.images),
+    }
 
 
 def _validate(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -279,7 +282,7 @@ def _conclude(
 
 
 def _trivial_rules(data: TrainingData) -> dict[str, float]:
-    """Returns what needs no network: the larger class's accuracy, and the AUC of mean brightness."""
+    """Returns what needs no network: accuracy of the larger class, AUC of mean brightness."""
     labels = data.decoded.labels
     brightness = np.array([image.mean() for image in data.decoded.images])
 

@@ -93,9 +93,10 @@ class Evaluation:
             )
         lines += [
             "",
-            f"decided at probability {self.threshold:g}: {c.tp:,} true and {c.fp:,} false positives,"
-            f" {c.tn:,} true and {c.fn:,} false negatives; {self.n:,} images of"
-            f" {self.patients:,} patients",
+            f"decided at probability {self.threshold:g}:"
+            f" {c.tp:,} true and {c.fp:,} false positives,"
+            f" {c.tn:,} true and {c.fn:,} false negatives;"
+            f" {self.n:,} images of {self.patients:,} patients",
         ]
         return "\n".join(lines)
 
@@ -111,9 +112,9 @@ def evaluate(
 ) -> Evaluation:
     """Judges logits against labels.
 
-    Accuracy, sensitivity, specificity and precision get Wilson's score interval (J. Am. Stat. Assoc.
-    22, 1927), which takes images as independent; F1, AUC and Brier score get the percentile interval
-    of a bootstrap that draws whole patients.
+    Accuracy, sensitivity, specificity and precision get Wilson's score interval (J. Am. Stat.
+    Assoc. 22, 1927), which takes images as independent; F1, AUC and Brier score get the percentile
+    interval of a bootstrap that draws whole patients.
 
     Args:
         logits: float [n].

@@ -1,8 +1,8 @@
 """The networks. The only module that imports Flax.
 
 Every network is called as `model.apply(variables, images, train=..., mask=...)` with float images
-[batch, height, width, 1] in [0, 1], and returns logits [batch]. `mask` [batch] is false on rows that
-fill up a batch and must not count in batch statistics.
+[batch, height, width, 1] in [0, 1], and returns logits [batch]. `mask` [batch] is false on rows
+that fill up a batch and must not count in batch statistics.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Conv(nn.Module):
 class ConvPool(nn.Module):
     """Convolution, bias, relu and 2x2 max-pool, the last three in the order that costs least.
 
-    Bias and relu are monotonic, so relu(pool(x) + b) = pool(relu(x + b)), with the same gradient and
-    a quarter of the elementwise work.
+    Bias and relu are monotonic, so relu(pool(x) + b) = pool(relu(x + b)), with the same gradient
+    and a quarter of the elementwise work.
     """
 
     features: int
@@ -74,9 +74,9 @@ class ConvPool(nn.Module):
 class BaselineCNN(nn.Module):
     """The blog post's Keras network, layer by layer.
 
-    Convolution 3x3 x 32, relu, max-pool 2; the same again; dense 128, relu; dense 1. Convolutions do
-    not pad and kernels start Glorot-uniform, as Keras has it. With `channels=3` on 64x64 it has the
-    post's 813,217 parameters.
+    Convolution 3x3 x 32, relu, max-pool 2; the same again; dense 128, relu; dense 1. Convolutions
+    do not pad and kernels start Glorot-uniform, as Keras has it. With `channels=3` on 64x64 it has
+    the post's 813,217 parameters.
     """
 
     channels: int = 1
@@ -100,8 +100,9 @@ class BaselineCNN(nn.Module):
 class ResidualBlock(nn.Module):
     """relu(x + BN(conv(relu(BN(conv(x)))))) of He et al., CVPR 2016 (arXiv:1512.03385), figure 2.
 
-    Where the shape changes, x passes a 1x1 convolution with the same stride and batch norm. The last
-    scale starts at zero, so that a block starts as the identity (Goyal et al., arXiv:1706.02677).
+    Where the shape changes, x passes a 1x1 convolution with the same stride and batch norm. The
+    last scale starts at zero, so that a block starts as the identity (Goyal et al.,
+    arXiv:1706.02677).
     """
 
     features: int
@@ -122,7 +123,7 @@ class ResidualBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A small residual network: a stem, four stages of `depth` blocks, global average pool, dense 1.
+    """A small residual network: stem, four stages of `depth` blocks, global average pool, dense 1.
 
     The stem is a 3x3 convolution with stride 2, batch norm and relu. Stage k has width * 2**k
     channels; each stage after the first halves the resolution.
@@ -171,4 +172,6 @@ def _norm(
     )
     if mask is not None:
         mask = mask.reshape(-1, 1, 1, 1)
-    return norm(x, mask=mask)
+    # Flax mixes float32 statistics with inputs of `dtype`, which strict promotion would refuse.
+    with jax.numpy_dtype_promotion("standard"):
+        return norm(x, mask=mask)

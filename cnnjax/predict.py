@@ -11,13 +11,13 @@ from jax.sharding import Mesh
 
 from cnnjax.checkpoint import Checkpoints, Kind, template_of
 from cnnjax.config import Config
-from cnnjax.data.batches import Feeder, in_batches, load
+from cnnjax.data.batches import Feeder, Resident, in_batches, load
 from cnnjax.devices import divided, replicated
 from cnnjax.models import make_model
-from cnnjax.steps import EvalStep, TrainState, init_state, make_eval_step, make_optimizer
+from cnnjax.steps import Batch, EvalStep, TrainState, init_state, make_eval_step, make_optimizer
 from cnnjax.workdir import Workdir
 
-BATCH = 256  # images per step when nothing is kept for a gradient
+BATCH = 64  # images per step; more only fall out of a CPU core's cache
 
 Logits = Callable[[TrainState, Feeder, np.ndarray], np.ndarray]
 
@@ -25,8 +25,8 @@ Logits = Callable[[TrainState, Feeder, np.ndarray], np.ndarray]
 def make_logits(eval_step: EvalStep, mesh: Mesh) -> Logits:
     """Returns the function (state, feeder, rows) -> logits float32 [rows], which compiles once."""
 
-    def step(state: TrainState, data: object, feed: object) -> jax.Array:
-        return eval_step(state, load(data, feed))  # type: ignore[arg-type]
+    def step(state: TrainState, data: Resident | None, feed: Batch | jax.Array) -> jax.Array:
+        return eval_step(state, load(data, feed))
 
     compiled = jax.jit(step, out_shardings=divided(mesh))
 

@@ -27,7 +27,7 @@ class Batch(NamedTuple):
     """bool [batch], false on rows that only fill up the batch."""
 
 
-class TrainState(struct.PyTreeNode):  # type: ignore[misc]
+class TrainState(struct.PyTreeNode):
     """All that a step changes: a pytree of arrays, and nothing else."""
 
     step: jax.Array
@@ -46,7 +46,7 @@ class Metrics(NamedTuple):
     """float32, sum of the loss, class weights included."""
     correct: jax.Array
     """int32, images on the right side of probability 0.5."""
-    count: jax.Array
+    images: jax.Array
     """int32, images."""
 
 
@@ -86,7 +86,13 @@ def init_state(
     ema: bool = False,
 ) -> TrainState:
     """Returns the state before the first step, for images of size x size pixels."""
-    variables = model.init(key, jnp.zeros((1, size, size, 1), jnp.float32))
+    return state_of(model.init(key, jnp.zeros((1, size, size, 1), jnp.float32)), optimizer, ema=ema)
+
+
+def state_of(
+    variables: PyTree, optimizer: optax.GradientTransformation, *, ema: bool = False
+) -> TrainState:
+    """Returns the state before the first step from given initial variables of a network."""
     params = variables["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -125,7 +131,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
         images = augment(jax.random.fold_in(key, state.step), to_float(batch.images))
-        count = batch.mask.sum()
+        images_seen = batch.mask.sum(dtype=jnp.int32)
 
         def loss_of(params: PyTree) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
             logits, changed = model.apply(
@@ -137,20 +143,25 @@ def make_train_step(
             )
             losses = cross_entropy(logits, batch.labels, class_weights, label_smoothing)
             total = jnp.where(batch.mask, losses, 0).sum()
-            return total / jnp.maximum(count, 1), (logits, changed.get("batch_stats", {}))
+            mean = total / jnp.maximum(images_seen, 1).astype(total.dtype)
+            return mean, (logits, changed.get("batch_stats", {}))
 
         (loss, (logits, batch_stats)), gradient = jax.value_and_grad(loss_of, has_aux=True)(
             state.params
         )
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        # Optax mixes its integer counts with floats, which strict promotion would refuse.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if ema is not None:
-            decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
+            step = state.step.astype(jnp.float32)
+            decay = jnp.minimum(ema_decay, (1 + step) / (10 + step))
             ema = jax.tree.map(lambda mean, new: mean + (new - mean) * (1 - decay), ema, params)
         state = TrainState(state.step + 1, params, batch_stats, opt_state, ema)
         correct = ((logits > 0) == (batch.labels == 1)) & batch.mask
-        return state, Metrics(loss * count, correct.sum(), count)
+        loss = loss * images_seen.astype(loss.dtype)
+        return state, Metrics(loss, correct.sum(dtype=jnp.int32), images_seen)
 
     return jax.jit(train_step, donate_argnames="state")
 
@@ -193,7 +204,7 @@ def cross_entropy(
     Returns:
         float [batch].
     """
-    target = labels * (1.0 - label_smoothing) + label_smoothing / 2
+    target = labels.astype(logits.dtype) * (1 - label_smoothing) + label_smoothing / 2
     weight = jnp.where(labels == 1, class_weights[1], class_weights[0])
     return weight * optax.sigmoid_binary_cross_entropy(logits, target)
 

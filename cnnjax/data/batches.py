@@ -94,7 +94,10 @@ class Feeder:
         self._by_row = divided(mesh)
         self.data: Resident | None = None
         if images.nbytes <= resident_mib * 2**20:
-            self.data = jax.device_put(Resident(np.asarray(images), labels), replicated(mesh))
+            everywhere = replicated(mesh)
+            self.data = Resident(
+                jax.device_put(np.asarray(images), everywhere), jax.device_put(labels, everywhere)
+            )
 
     def feed(self, rows: np.ndarray) -> Iterator[Batch | jax.Array]:
         """Yields what `load` turns into the batch of each step.
@@ -119,6 +122,4 @@ class Feeder:
 
     def _read(self, rows: np.ndarray) -> Batch:
         at = np.maximum(rows, 0)
-        batch = Batch(self._images[at], self._labels[at], rows >= 0)  # type: ignore[arg-type]
-        placed: Batch = jax.device_put(batch, self._by_row)
-        return placed
+        return Batch(*jax.device_put((self._images[at], self._labels[at], rows >= 0), self._by_row))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -19,13 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import platformdirs
 from tqdm import tqdm
 
 from cnnjax.data.decode import DecodeError, decode
 from cnnjax.data.files import write_atomically
 from cnnjax.data.index import Example, Source
 from cnnjax.errors import InputError
+from cnnjax.machine import cache_folder, cpu_cores
 
 _VERSION = 1  # raise it when decode() gives other pixels for the same file
 
@@ -49,11 +48,6 @@ class Decoded:
         return np.array([e.label for e in self.examples], np.int32)
 
 
-def default_folder() -> Path:
-    """Returns the user's own cache folder for this program."""
-    return Path(platformdirs.user_cache_dir("cnnjax"))
-
-
 def load(
     examples: Sequence[Example],
     source: Source,
@@ -69,7 +63,7 @@ def load(
         examples: the images wanted.
         source: where their bytes come from.
         size: side of the squares, in pixels.
-        folder: where the cache lies; `default_folder()` when None.
+        folder: where the cache lies; `cnnjax.machine.cache_folder()` when None.
         strict: raise at a file that cannot be decoded, instead of leaving it out.
         progress: show a bar on a terminal.
 
@@ -77,7 +71,7 @@ def load(
         InputError: no image could be decoded, one could not and `strict`, or the cache folder
             cannot be written.
     """
-    folder = default_folder() if folder is None else folder
+    folder = cache_folder() if folder is None else folder
     key = _key(examples, source, size)
     home = folder / f"images-{size}-{key[:32]}"
     if not (home / "done.json").exists():
@@ -143,7 +137,7 @@ def _decode_into(
         quarantine: list[tuple[str, str]] = []
         row = 0
         # Threads suffice: Pillow decodes and resizes without holding the interpreter's lock.
-        with ThreadPoolExecutor(_cores()) as pool:
+        with ThreadPoolExecutor(cpu_cores()) as pool:
             outcomes = tqdm(
                 zip(examples, pool.map(decode_one, examples), strict=True),
                 desc="decoding",
@@ -157,7 +151,7 @@ def _decode_into(
                 else:
                     images[row] = outcome
                     row += 1
-        pixels = hashlib.sha256(images[:row]).hexdigest()
+        pixels = hashlib.sha256(np.ascontiguousarray(images[:row]).data).hexdigest()
         images.flush()
         del images
         if quarantine:
@@ -181,7 +175,3 @@ def _shorten(path: Path, rows: int) -> None:
     np.save(shorter, images[:rows])
     del images
     shorter.replace(path)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

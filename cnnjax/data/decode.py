@@ -6,7 +6,7 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG")
 LARGEST_PIXELS = 100_000_000  # five times the largest plain film; more is a decompression bomb
@@ -21,8 +21,8 @@ def decode(encoded: bytes | np.ndarray, size: int) -> np.ndarray:
 
     Luma is ITU-R 601 (Pillow's `L`), transparency shows the black that surrounds a film, 16-bit
     values are scaled to 8, and EXIF orientation is applied. JPEGs are reduced by 2, 4 or 8 while
-    they are decoded (libjpeg's scaled inverse DCT, an average over blocks), as far as that leaves at
-    least `size` pixels; the rest is a Hamming-windowed area filter.
+    they are decoded (libjpeg's scaled inverse DCT, an average over blocks), as far as that leaves
+    at least `size` pixels; the rest is a Hamming-windowed area filter.
 
     Args:
         encoded: a JPEG or PNG file, or uint8 [height, width] or [height, width, 3].
@@ -41,7 +41,7 @@ def decode(encoded: bytes | np.ndarray, size: int) -> np.ndarray:
             # Pillow's own bomb warning: the limit below is lower, and an error.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image: Image.Image = Image.open(io.BytesIO(encoded), formats=FORMATS)
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise DecodeError("empty file" if not encoded else "not a JPEG or PNG image") from None
     except Image.DecompressionBombError:
         raise DecodeError("too many pixels") from None

@@ -201,9 +201,9 @@ class _Arrays:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.file = np.load(path, allow_pickle=False)
             with zipfile.ZipFile(path) as members:
                 self.members = {i.filename: (i.file_size, i.CRC) for i in members.infolist()}
+            self.file = np.load(path, allow_pickle=False)
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise InputError(f"{path} cannot be read as an .npz ({error})") from None
         self.loaded: dict[str, np.ndarray] = {}
@@ -300,7 +300,9 @@ def _from_npz(path: Path, positive: str) -> Index:
         if f"{split}_labels.npy" not in source.members:
             continue
         labels = source.array(f"{split}_labels").reshape(-1)
-        images = source.array(f"{split}_images") if f"{split}_images.npy" in source.members else ()
+        if f"{split}_images.npy" not in source.members:
+            raise InputError(f"{path} has {split}_labels but no {split}_images")
+        images = source.array(f"{split}_images")
         if len(images) != len(labels):
             raise InputError(f"{path}: {len(labels)} {split}_labels for {len(images)} images")
         if not np.isin(labels, (0, 1)).all():

@@ -13,6 +13,7 @@ from cnnjax.data import cache
 from cnnjax.data.index import Index, read_index
 from cnnjax.data.patients import grouped_folds, in_several_splits
 from cnnjax.errors import InputError
+from cnnjax.machine import cache_folder
 
 Say = Callable[[str], None]
 
@@ -50,7 +51,7 @@ def open_index(config: DataConfig, say: Say) -> Index:
     if config.root == "phantom":
         from cnnjax.data import phantom
 
-        root = (config.cache or cache.default_folder()) / f"phantom-{phantom.VERSION}"
+        root = (config.cache or cache_folder()) / f"phantom-{phantom.VERSION}"
         if not root.is_dir():
             say(f"drawing the phantom radiographs into {root}")
             try:

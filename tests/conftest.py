@@ -1,0 +1,69 @@
+"""Strict promotion, several devices, and small data trees for every test."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from cnnjax.devices import keep_compiled_programs
+
+# Keeps the tests, and the processes that they start, out of the user's cache folder.
+_CACHE = tempfile.TemporaryDirectory(prefix="cnnjax-tests-")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
+
+# Before JAX is first used: more devices than this machine may have cores, so that every test of a
+# step is also a test of dividing a batch.
+jax.config.update("jax_num_cpu_devices", 4)
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Many tests compile the same few programs.
+keep_compiled_programs()
+
+
+def radiograph(rng: np.random.Generator, positive: bool, size: int = 32) -> np.ndarray:
+    """Returns uint8 [size, size]: noise, with a bright patch somewhere if positive."""
+    image = rng.integers(0, 120, (size, size))
+    if positive:
+        row, column = rng.integers(0, size // 2, 2)
+        image[row : row + size // 3, column : column + size // 3] += 120
+    return image.astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Kaggle-like tree: 96 train, 8 val and 32 test images, half of each class."""
+    root = tmp_path_factory.mktemp("chest_xray")
+    rng = np.random.default_rng(0)
+    patient = 0
+    for split, per_class in (("train", 48), ("val", 4), ("test", 16)):
+        for name, positive in (("NORMAL", False), ("PNEUMONIA", True)):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(per_class):
+                patient += i % 2 == 0  # two images a patient
+                file = (
+                    f"person{patient}_virus_{i}.jpeg" if positive else f"IM-{patient:04}-{i}.jpeg"
+                )
+                Image.fromarray(radiograph(rng, positive)).save(folder / file, quality=95)
+    return root
+
+
+@pytest.fixture
+def make_tree(tmp_path: Path) -> Callable[..., Path]:
+    """Writes empty files under a new root: enough for what looks at names only."""
+
+    def make(*names: str, root: str = "tree") -> Path:
+        for name in names:
+            path = tmp_path / root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        return tmp_path / root
+
+    return make

@@ -1,0 +1,110 @@
+"""Images are decoded once; what is found again is what was decoded, whatever happened meanwhile."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cnnjax.data import cache
+from cnnjax.data.decode import decode
+from cnnjax.data.index import Index, read_index
+from cnnjax.errors import InputError
+
+
+@pytest.fixture
+def copy(tree: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tree / "test", tmp_path / "copy" / "test").parent)
+
+
+def load(root: Path, folder: Path, size: int = 16, strict: bool = False) -> cache.Decoded:
+    index = read_index(root)
+    return cache.load(index.split("test"), index.source, size, folder=folder, strict=strict)
+
+
+def test_images_are_those_of_their_examples(copy: Path, tmp_path: Path) -> None:
+    decoded = load(copy, tmp_path)
+    assert decoded.images.shape == (32, 16, 16)
+    assert decoded.labels.sum() == 16
+    for image, example in zip(decoded.images, decoded.examples, strict=True):
+        np.testing.assert_array_equal(image, decode((copy / example.name).read_bytes(), 16))
+
+
+def test_second_start_decodes_nothing(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = load(copy, tmp_path)
+    monkeypatch.setattr(cache, "decode", lambda *_: pytest.fail("decoded again"))
+    second = load(copy, tmp_path)
+    np.testing.assert_array_equal(first.images, second.images)
+    assert first.fingerprint == second.fingerprint
+
+
+def test_changed_file_or_size_is_decoded_anew(copy: Path, tmp_path: Path) -> None:
+    first = load(copy, tmp_path)
+    a, b = (copy / e.name for e in first.examples[:2])
+    shutil.copy(b, a)
+    os.utime(a, ns=(1, 1))
+    second = load(copy, tmp_path)
+    np.testing.assert_array_equal(second.images[0], first.images[1])
+    assert first.fingerprint != second.fingerprint
+    assert load(copy, tmp_path, size=8).images.shape == (32, 8, 8)
+
+
+def test_fingerprint_is_that_of_the_content_not_the_place(copy: Path, tmp_path: Path) -> None:
+    elsewhere = Path(shutil.copytree(copy, tmp_path / "elsewhere"))
+    os.utime(elsewhere / load(copy, tmp_path).examples[0].name, ns=(1, 1))
+    assert load(copy, tmp_path).fingerprint == load(elsewhere, tmp_path).fingerprint
+
+
+def test_broken_files_go_to_quarantine(copy: Path, tmp_path: Path) -> None:
+    whole = load(copy, tmp_path)
+    bad = whole.examples[3].name
+    (copy / bad).write_bytes(b"no image")
+    for _ in range(2):  # decoded, then found
+        decoded = load(copy, tmp_path)
+        assert decoded.quarantine == ((bad, "not a JPEG or PNG image"),)
+        assert [e.name for e in decoded.examples] == [
+            e.name for e in whole.examples if e.name != bad
+        ]
+        np.testing.assert_array_equal(decoded.images, np.delete(whole.images, 3, axis=0))
+    with pytest.raises(InputError, match=rf"{bad} cannot be decoded \(not a JPEG or PNG image\)"):
+        load(copy, tmp_path, strict=True)
+    cache.write_quarantine(tmp_path / "quarantine.csv", decoded.quarantine)
+    text = (tmp_path / "quarantine.csv").read_text()
+    assert text == f"image,reason\n{bad},not a JPEG or PNG image\n"
+
+
+def test_nothing_decodes(copy: Path, tmp_path: Path) -> None:
+    for path in copy.rglob("*.jpeg"):
+        path.write_bytes(b"")
+    with pytest.raises(InputError, match=r"none of the 32 images can be decoded: .*: empty file"):
+        load(copy, tmp_path)
+
+
+def test_interrupted_decoding_leaves_nothing(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cache, "decode", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            load(copy, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert len(load(copy, tmp_path / "cache").images) == 32
+
+
+def test_unwritable_cache_is_named(copy: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"file cannot be written .* --data.cache"):
+        load(copy, tmp_path / "file")
+
+
+def test_index_of_the_fixture(tree: Path) -> None:
+    index: Index = read_index(tree)
+    assert (len(index.split("train")), len(index.split("val"))) == (96, 8)

@@ -1,0 +1,184 @@
+"""The commands, as a person types them: what they print, what they write, how they end."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cnnjax import cli
+from cnnjax.config import Config, DataConfig, DeviceConfig, TrainConfig
+from cnnjax.loop import fit
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def run(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workdir of a trained run."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    fit(
+        Config(
+            workdir=folder,
+            data=DataConfig(root=str(tree), size=20),
+            train=TrainConfig(epochs=4, batch=16),
+            device=DeviceConfig(count=2),
+        )
+    )
+    return folder
+
+
+def cnnjax(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(a) for a in arguments])
+    return int(ended.value.code or 0)
+
+
+def test_evaluate(
+    run: Path, tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "metrics.json"
+    assert cnnjax("evaluate", "--run", run, "--data", tree, "--split", "test", "--json", out) == 0
+    found = json.loads(out.read_text())
+    c = found["confusion"]
+    assert found["n"] == c["tn"] + c["fp"] + c["fn"] + c["tp"] == 32
+    assert found["accuracy"]["value"] == (c["tp"] + c["tn"]) / 32
+    assert found["auc"]["value"] > 0.8
+    screen = capsys.readouterr().out
+    assert "test split, best checkpoint" in screen
+    assert f"{found['auc']['value']:.4f}" in screen
+
+    assert cnnjax("evaluate", "--run", run, "--data", tree, "--threshold", 0, "--json", out) == 0
+    assert json.loads(out.read_text())["sensitivity"]["value"] == 1
+
+
+def test_a_tree_with_only_test_can_be_evaluated(run: Path, tree: Path, tmp_path: Path) -> None:
+    shutil.copytree(tree / "test", tmp_path / "only" / "test")
+    assert cnnjax("evaluate", "--run", run, "--data", tmp_path / "only") == 0
+
+
+def test_predict_goes_on_past_a_bad_file(
+    run: Path, tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(tree / "test" / "PNEUMONIA", images)
+    bad = images / "bad.jpeg"
+    bad.write_bytes(b"nothing")
+    single = next((tree / "test" / "NORMAL").iterdir())
+    missing = tmp_path / "missing.png"
+    out = tmp_path / "out.jsonl", tmp_path / "out.csv"
+    status = cnnjax(
+        "predict", "--run", run, "--json", out[0], "--csv", out[1], images, single, missing
+    )
+    assert status == 2
+    screen = capsys.readouterr()
+    assert f"{bad}: not a JPEG or PNG image" in screen.err
+    assert f"{missing}: No such file" in screen.err
+    assert len(screen.out.splitlines()) == 17
+    rows = [json.loads(line) for line in out[0].read_text().splitlines()]
+    assert len(rows) == 19
+    with out[1].open(newline="") as file:
+        table = list(csv.DictReader(file))
+    for row, line in zip(rows, table, strict=True):
+        assert row["path"] == line["path"]
+        if "error" in row:
+            assert row["path"] in (str(bad), str(missing))
+        else:
+            assert row["class"] == ("PNEUMONIA" if row["probability"] >= 0.5 else "NORMAL")
+            assert float(line["probability"]) == row["probability"]
+
+
+def test_predict_agrees_with_evaluate(run: Path, tree: Path, tmp_path: Path) -> None:
+    cnnjax("evaluate", "--run", run, "--data", tree, "--json", tmp_path / "e.json")
+    cnnjax("predict", "--run", run, tree / "test", "--json", tmp_path / "p.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    right = sum(Path(r["path"]).parent.name == r["class"] for r in rows)
+    assert right / len(rows) == json.loads((tmp_path / "e.json").read_text())["accuracy"]["value"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "--run", "nowhere"], "nowhere is no run: it has no config.json"),
+        (["evaluate", "--run", "RUN", "--data", "nowhere"], "nowhere does not exist"),
+        (["evaluate", "--run", "RUN", "--data", "TREE", "--threshold", "2"], "--threshold must be"),
+        (["evaluate", "--run", "RUN", "--data", "LETTERS"], "has the classes A and PNEUMONIA, but"),
+        (
+            ["evaluate", "--run", "RUN", "--data", "TREE", "--json", "no/dir/x"],
+            "--json no/dir/x can",
+        ),
+        (["predict", "--run", "RUN", "EMPTY"], "holds no .jpeg, .jpg, .png"),
+        (["devices", "--device.platform", "gpu"], "--device.platform gpu: JAX finds none here"),
+        (["devices", "--device.count", "99"], "--device.count 99: there are only 4 cpu devices"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(
+    run: Path,
+    tree: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    (tmp_path / "empty").mkdir()
+    for name in ("A", "PNEUMONIA"):
+        (tmp_path / "letters" / "test" / name).mkdir(parents=True)
+        Image.fromarray(np.zeros((9, 9), np.uint8)).save(tmp_path / f"letters/test/{name}/a.png")
+    named = {
+        "RUN": run,
+        "TREE": tree,
+        "EMPTY": tmp_path / "empty",
+        "LETTERS": tmp_path / "letters",
+    }
+    assert cnnjax(*(named.get(a, a) for a in arguments)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["--nonsense"], ["evaluate", "--speed", "3"], []])
+def test_unknown_flags_end_with_status_2(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cnnjax(*arguments) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_devices(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cnnjax("devices", "--device.count", "2") == 0
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_a_recipe_from_the_shell(tree: Path, tmp_path: Path) -> None:
+    """In a process of its own, killed once on its way, ending like one that was not."""
+
+    def command(run: str) -> list[str]:
+        flags = {"data.root": tree, "data.size": 20, "train.epochs": 3, "workdir": tmp_path / run}
+        return [
+            sys.executable,
+            str(ROOT / "experiments" / "baseline.py"),
+            *(str(part) for k, v in flags.items() for part in (f"--{k}", v)),
+        ]
+
+    whole = subprocess.run(command("whole"), capture_output=True, text=True, check=True)
+    assert "accuracy" in whole.stdout
+    assert whole.stderr == ""  # no bar and no warning where there is no terminal
+    killed = subprocess.Popen(command("killed"), stdout=subprocess.PIPE, text=True)
+    assert killed.stdout is not None
+    for line in killed.stdout:
+        if line.startswith("epoch   1/3"):
+            killed.kill()
+            break
+    killed.communicate()
+    assert killed.returncode == -9
+    subprocess.run(command("killed"), capture_output=True, check=True)
+    for name in ("metrics.jsonl", "summary.json", "validation.csv"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

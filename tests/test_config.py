@@ -1,0 +1,90 @@
+"""A config is what its file says, and nothing else is let in."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cnnjax.config import (
+    AugmentConfig,
+    Config,
+    DataConfig,
+    DeviceConfig,
+    ModelConfig,
+    TrainConfig,
+    differences,
+    from_json,
+    to_json,
+)
+from cnnjax.errors import InputError
+
+
+def test_file_and_back() -> None:
+    config = Config(
+        workdir=Path("somewhere"),
+        seed=3,
+        data=DataConfig(root="x.zip", cache=Path("c"), size=96),
+        model=ModelConfig("resnet", width=8),
+    )
+    assert from_json(to_json(config), "config.json") == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d["train"].update(speed=3), "config.json has unknown key train.speed"),
+        (lambda d: d.pop("seed"), "config.json has no seed"),
+        (lambda d: d.update(train=3), "train. must be an object"),
+        (lambda d: d["train"].update(epochs="many"), "train.epochs must be"),
+        (lambda d: d["model"].update(name="vgg"), "model.name must be"),
+    ],
+)
+def test_what_is_not_a_config(change: object, message: str) -> None:
+    values = json.loads(to_json(Config()))
+    change(values)  # type: ignore[operator]
+    with pytest.raises(InputError, match=message):
+        from_json(json.dumps(values), "config.json")
+
+
+def test_no_json() -> None:
+    with pytest.raises(InputError, match=r"config.json is not valid JSON"):
+        from_json("{", "config.json")
+
+
+@pytest.mark.parametrize(
+    ("make", "flag"),
+    [
+        (lambda: DataConfig(size=4), "--data.size"),
+        (lambda: DataConfig(folds=1), "--data.folds"),
+        (lambda: DataConfig(fold=5), "--data.fold"),
+        (lambda: ModelConfig(channels=2), "--model.channels"),
+        (lambda: AugmentConfig(zoom=1.0), "--augment.zoom"),
+        (lambda: TrainConfig(batch=0), "--train.batch"),
+        (lambda: TrainConfig(learning_rate=0), "--train.learning-rate"),
+        (lambda: TrainConfig(weight_decay=0.1), "--train.weight-decay needs"),
+        (lambda: DeviceConfig(count=-1), "--device.count"),
+        (lambda: Config(seed=-1), "--seed"),
+    ],
+)
+def test_values_out_of_range_name_their_flag(make: object, flag: str) -> None:
+    with pytest.raises(InputError, match=flag):
+        make()  # type: ignore[operator]
+
+
+def test_differences_are_those_that_change_the_outcome() -> None:
+    theirs = Config()
+    ours = replace(
+        theirs,
+        workdir=Path("elsewhere"),
+        device=DeviceConfig("cpu", 2),
+        data=replace(theirs.data, root="moved", fold=1),
+        train=replace(theirs.train, learning_rate=0.1),
+    )
+    assert differences(theirs, theirs) == []
+    assert differences(ours, theirs) == [
+        "--data.fold 1 (was 0)",
+        "--train.learning-rate 0.1 (was 0.001)",
+    ]

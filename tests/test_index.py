@@ -1,0 +1,205 @@
+"""Every form of data root gives the same kind of index; each broken one a sentence."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cnnjax.data.index import Index, patient_of, read_index
+from cnnjax.errors import InputError
+
+KAGGLE = (
+    "train/NORMAL/IM-0115-0001.jpeg",
+    "train/NORMAL/NORMAL2-IM-0395-0001-0002.jpeg",
+    "train/PNEUMONIA/person1_bacteria_1.jpeg",
+    "val/NORMAL/NORMAL2-IM-1427-0001.jpeg",
+    "val/PNEUMONIA/person1946_bacteria_4874.jpeg",
+    "test/NORMAL/IM-0001-0001.jpeg",
+    "test/PNEUMONIA/person1_virus_6.jpeg",
+)
+
+
+def rows(index: Index) -> list[tuple[str, str, int, str]]:
+    return [(e.name, e.split, e.label, e.patient) for e in index.examples]
+
+
+def test_kaggle_tree(make_tree: Callable[..., Path]) -> None:
+    index = read_index(make_tree(*KAGGLE))
+    assert index.classes == ("NORMAL", "PNEUMONIA")
+    assert rows(index) == [
+        ("train/NORMAL/IM-0115-0001.jpeg", "train", 0, "IM-0115"),
+        ("train/NORMAL/NORMAL2-IM-0395-0001-0002.jpeg", "train", 0, "NORMAL2-IM-0395"),
+        ("train/PNEUMONIA/person1_bacteria_1.jpeg", "train", 1, "person1_bacteria"),
+        ("val/NORMAL/NORMAL2-IM-1427-0001.jpeg", "val", 0, "NORMAL2-IM-1427"),
+        ("val/PNEUMONIA/person1946_bacteria_4874.jpeg", "val", 1, "person1946_bacteria"),
+        ("test/NORMAL/IM-0001-0001.jpeg", "test", 0, "IM-0001"),
+        ("test/PNEUMONIA/person1_virus_6.jpeg", "test", 1, "person1_virus"),
+    ]
+
+
+@pytest.mark.parametrize("prefix", ["chest_xray", "chest_xray/chest_xray"])
+def test_nested_mixed_case_and_litter(make_tree: Callable[..., Path], prefix: str) -> None:
+    index = read_index(
+        make_tree(
+            f"{prefix}/Train/Normal/a.JPG",
+            f"{prefix}/Train/pneumonia/b.PnG",
+            f"{prefix}/Train/pneumonia/.DS_Store",
+            f"{prefix}/Train/pneumonia/.hidden.jpeg",
+            f"{prefix}/Train/pneumonia/notes.txt",
+            f"{prefix}/loose.jpeg",
+            f"__MACOSX/{prefix}/Train/Normal/a.JPG",
+        )
+    )
+    assert [(e.split, e.label, e.patient) for e in index.examples] == [
+        ("train", 0, "a.JPG"),
+        ("train", 1, "b.PnG"),
+    ]
+    assert dict(index.left_out) == {
+        f"{prefix}/Train/pneumonia/notes.txt": "not .jpeg, .jpg, .png",
+        f"{prefix}/loose.jpeg": "not in a class folder of train, val or test",
+    }
+    assert "2 file names tell no patient" in index.describe()
+    assert "left out: 1 not in a class folder" in index.describe()
+
+
+def test_kaggle_archive_holds_itself_twice(make_tree: Callable[..., Path]) -> None:
+    names = ("train/NORMAL/a.jpeg", "train/PNEUMONIA/b.jpeg")
+    index = read_index(
+        make_tree(*(f"x/{n}" for n in names), *(f"x/x/{n}" for n in names), root="twice")
+    )
+    assert [e.name for e in index.examples] == [f"x/{n}" for n in names]
+    assert {reason for _, reason in index.left_out} == {"in a second copy of the tree"}
+
+
+def test_mendeley_tree_and_positive_class(make_tree: Callable[..., Path]) -> None:
+    root = make_tree(
+        "train/NORMAL/NORMAL-3464500-0001.jpeg",
+        "train/PNEUMONIA/BACTERIA-1008087-0001.jpeg",
+        "train/PNEUMONIA/VIRUS-1008087-0002.jpeg",
+        "test/NORMAL/NORMAL-1049278-0001.jpeg",
+        "test/PNEUMONIA/VIRUS-1002131-0001.jpeg",
+    )
+    index = read_index(root, positive="normal")
+    assert index.classes == ("PNEUMONIA", "NORMAL")
+    assert [(e.label, e.patient) for e in index.split("train")] == [
+        (1, "3464500"),
+        (0, "1008087"),
+        (0, "1008087"),
+    ]
+
+
+def test_zip_reads_like_the_tree(tree: Path, tmp_path: Path) -> None:
+    archive = tmp_path / "archive.zip"
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as out:
+        out.writestr("__MACOSX/train/NORMAL/x.jpeg", b"")
+        for path in sorted(tree.rglob("*")):
+            out.write(path, path.relative_to(tree))
+    plain, zipped = read_index(tree), read_index(archive)
+    assert rows(plain) == rows(zipped)
+    for example in plain.examples[::20]:
+        assert plain.source.read(example.name) == zipped.source.read(example.name)
+
+
+def test_medmnist(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split, n in (("train", 6), ("test", 4)):
+        arrays[f"{split}_images"] = rng.integers(0, 255, (n, 28, 28), dtype=np.uint8)
+        arrays[f"{split}_labels"] = np.arange(n)[:, None] % 2
+    np.savez_compressed(tmp_path / "pneumoniamnist.npz", **arrays)
+    index = read_index(tmp_path / "pneumoniamnist.npz")
+    assert [e.label for e in index.examples] == [0, 1, 0, 1, 0, 1, 0, 1, 0, 1]
+    assert len({e.patient for e in index.split("train")}) == 6
+    np.testing.assert_array_equal(index.source.read("test/00003"), arrays["test_images"][3])
+    with pytest.raises(InputError, match="no val split, only test, train"):
+        index.split("val")
+
+
+def test_a_tree_with_only_test_serves_where_test_is_wanted(make_tree: Callable[..., Path]) -> None:
+    index = read_index(make_tree("test/NORMAL/a.jpeg", "test/PNEUMONIA/b.jpeg"))
+    assert len(index.split("test")) == 2
+    with pytest.raises(InputError, match="no train or val split, only test"):
+        index.split("train", "val")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ((), "does not exist"),
+        (("readme.txt",), "holds no images in class folders"),
+        (("train/readme.txt", "train/NORMAL/readme.txt"), "but no .jpeg"),
+        (("train/NORMAL/a.jpeg",), "exactly two classes, found NORMAL"),
+        (("train/A/a.png", "train/B/b.png", "train/C/c.png"), "exactly two classes, found A, B, C"),
+        (("train/A/a.png", "train/B/b.png"), "classes A, B; name one of them with --data.positive"),
+        (("a/b/c/train/NORMAL/a.png",), "too deep, in a/b/c; give that folder as the root"),
+    ],
+)
+def test_bad_roots(make_tree: Callable[..., Path], names: tuple[str, ...], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read_index(make_tree(*names))
+
+
+def test_empty_class_folder_is_named(make_tree: Callable[..., Path]) -> None:
+    root = make_tree("train/NORMAL/a.jpeg", "test/NORMAL/a.jpeg", "test/PNEUMONIA/b.jpeg")
+    (root / "train/PNEUMONIA").mkdir()
+    index = read_index(root)
+    with pytest.raises(InputError, match="class folder train/PNEUMONIA holds no image"):
+        index.split("train")
+    assert len(index.split("test")) == 2
+
+
+def test_one_class_in_the_split_wanted(make_tree: Callable[..., Path]) -> None:
+    index = read_index(make_tree("train/NORMAL/a.jpeg", "test/PNEUMONIA/b.jpeg"))
+    with pytest.raises(InputError, match="train holds one class only, NORMAL"):
+        index.split("train")
+
+
+@pytest.mark.parametrize(("name", "form"), [("a.zip", "a zip"), ("a.npz", "an .npz")])
+def test_broken_archives(tmp_path: Path, name: str, form: str) -> None:
+    (tmp_path / name).write_bytes(b"PK\x03\x04 but nothing more")
+    with pytest.raises(InputError, match=f"cannot be read as {form}"):
+        read_index(tmp_path / name)
+
+
+def test_npz_of_something_else(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=np.zeros(3))
+    with pytest.raises(InputError, match="holds no train_images"):
+        read_index(tmp_path / "a.npz")
+    np.savez(tmp_path / "b.npz", train_images=np.zeros((3, 4, 4)), train_labels=np.zeros(3))
+    with pytest.raises(InputError, match="not uint8"):
+        read_index(tmp_path / "b.npz")
+
+
+def test_damaged_zip_member_is_an_error_of_that_file(tmp_path: Path) -> None:
+    archive = tmp_path / "a.zip"
+    with zipfile.ZipFile(archive, "w") as out:
+        out.writestr("train/NORMAL/a.jpeg", b"x" * 1000)
+        out.writestr("train/PNEUMONIA/b.jpeg", b"y" * 1000)
+    raw = archive.read_bytes()
+    archive.write_bytes(raw.replace(b"x" * 1000, b"z" * 1000))
+    source = read_index(archive).source
+    with pytest.raises(OSError, match="broken in the zip"):
+        source.read("train/NORMAL/a.jpeg")
+    assert source.read("train/PNEUMONIA/b.jpeg") == b"y" * 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "patient"),
+    [
+        ("train/PNEUMONIA/person12_bacteria_46.jpeg", "person12_bacteria"),
+        ("person1637_virus_2834_2.jpeg", "person1637_virus"),
+        ("IM-0115-0001.jpeg", "IM-0115"),
+        ("IM-0451-0001-0001.jpeg", "IM-0451"),
+        ("NORMAL2-IM-0395-0001-0002.jpeg", "NORMAL2-IM-0395"),
+        ("normal-3464500-0001.jpeg", "3464500"),
+        ("BACTERIA-1008087-0001.jpeg", "1008087"),
+        ("scan.jpeg", "scan.jpeg"),
+        ("00012", "00012"),
+    ],
+)
+def test_patient_of(name: str, patient: str) -> None:
+    assert patient_of(name) == patient

@@ -1,0 +1,215 @@
+"""A run is a function of config, data and seed, however often it is stopped on its way."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+import pytest
+
+from cnnjax import loop
+from cnnjax.config import Config, DataConfig, DeviceConfig, ModelConfig, TrainConfig
+from cnnjax.errors import InputError
+from cnnjax.loop import fit
+
+EPOCHS = 4
+
+
+def config_for(tree: Path, workdir: Path, **train: Any) -> Config:
+    return Config(
+        workdir=workdir,
+        data=DataConfig(root=str(tree), size=20),
+        train=TrainConfig(**{"epochs": EPOCHS, "batch": 16, **train}),
+        device=DeviceConfig(count=2),
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workdir of a run that was never stopped."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    fit(config_for(tree, folder))
+    return folder
+
+
+def outcome(run: Path) -> dict[str, bytes]:
+    names = ("metrics.jsonl", "summary.json", "validation.csv", "split.csv", "config.json")
+    return {name: (run / name).read_bytes() for name in names if name != "config.json"}
+
+
+def test_a_run_learns_and_leaves_its_files(finished: Path) -> None:
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines] == [6, 12, 18, 24]  # 84 or so images, 16 a step
+    assert lines[-1]["train"]["loss"] < lines[0]["train"]["loss"]
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["best"]["auc"]["value"] > 0.8
+    assert summary["protocol"].startswith("fold 0 of 5, patient-grouped")
+    assert summary["train_images"] + summary["validation_images"] == 96 + 8
+    with (finished / "split.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    side: dict[str, str] = {}
+    for row in rows:
+        assert side.setdefault(row["patient"], row["role"]) == row["role"]
+    assert len(rows) == 104
+    best = max(lines, key=lambda line: line["validation"]["auc"])
+    assert summary["best_epoch"] == best["epoch"]
+    with (finished / "validation.csv").open() as file:
+        labels, logits = zip(
+            *((int(r["label"]), float(r["logit_best"])) for r in csv.DictReader(file)), strict=True
+        )
+    right = np.mean((np.array(logits) >= 0) == np.array(labels))
+    assert right == pytest.approx(summary["best"]["accuracy"]["value"])
+
+
+@pytest.mark.parametrize("where", ["before the line", "after the line", "after the best state"])
+def test_a_stopped_run_ends_with_the_same_bytes(
+    tree: Path, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    config = config_for(tree, tmp_path / "run")
+    append, save = loop.append_line, loop.Checkpoints.save
+    calls = {"append": 0, "latest": 0}
+
+    def stopping_append(path: Path, values: Any) -> None:
+        if path.name == "metrics.jsonl":
+            calls["append"] += 1
+            if where == "before the line" and calls["append"] == 2:
+                raise KeyboardInterrupt
+        append(path, values)
+
+    def stopping_save(self: Any, kind: Any, epoch: int, state: Any) -> None:
+        if where == "after the line" and epoch == 2:
+            raise KeyboardInterrupt
+        if where == "after the best state" and epoch == 3 and kind == "latest":
+            raise KeyboardInterrupt
+        save(self, kind, epoch, state)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "append_line", stopping_append)
+        patched.setattr(loop.Checkpoints, "save", stopping_save)
+        with pytest.raises(KeyboardInterrupt):
+            fit(config)
+    assert not (tmp_path / "run" / "summary.json").exists()
+    fit(config)
+    assert outcome(tmp_path / "run") == outcome(finished)
+
+
+def test_streaming_and_other_incidental_flags_change_nothing(
+    tree: Path, tmp_path: Path, finished: Path
+) -> None:
+    moved = shutil.copytree(tree, tmp_path / "moved")
+    config = config_for(moved, tmp_path / "run")
+    fit(replace(config, data=replace(config.data, resident_mib=0, cache=tmp_path / "cache")))
+    assert outcome(tmp_path / "run") == outcome(finished)
+
+
+def test_a_finished_run_is_not_trained_again(
+    tree: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = outcome(finished)
+    fit(config_for(tree, finished))
+    assert "resuming after epoch 4" in capsys.readouterr().out
+    assert outcome(finished) == before
+
+
+def test_another_config_is_refused_with_the_difference(tree: Path, finished: Path) -> None:
+    before = outcome(finished)
+    with pytest.raises(InputError, match=r"another config: --train.batch 8 \(was 16\); give"):
+        fit(config_for(tree, finished, batch=8))
+    assert outcome(finished) == before
+
+
+def test_other_images_are_refused(tree: Path, tmp_path: Path, finished: Path) -> None:
+    changed = Path(shutil.copytree(tree, tmp_path / "changed"))
+    next(changed.glob("train/NORMAL/*")).unlink()
+    with pytest.raises(InputError, match=r"was trained on other images than --data.root holds"):
+        fit(config_for(changed, finished))
+
+
+def test_a_workdir_in_use_is_refused(tree: Path, tmp_path: Path) -> None:
+    with (
+        filelock.FileLock(tmp_path / "run.lock"),
+        pytest.raises(InputError, match="in use by another run"),
+    ):
+        fit(config_for(tree, tmp_path))
+
+
+def test_a_diverging_run_says_so(tree: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"the loss is .* in epoch \d; lower --train.learning-rate"
+    ):
+        fit(config_for(tree, tmp_path / "run", learning_rate=1e30, optimizer="sgd"))
+
+
+def test_patience_stops_early_and_stays_stopped(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # A rate too small to change any decision: no epoch is better than the first.
+    config = config_for(
+        tree, tmp_path / "run", epochs=9, patience=2, best="accuracy", learning_rate=1e-12
+    )
+    for _ in range(2):
+        result = fit(config)
+        assert (result.summary["epochs"], result.summary["best_epoch"]) == (3, 1)
+    assert "no better checkpoint in 2 epochs: stopping early" in capsys.readouterr().out
+
+
+def test_broken_images_are_left_out_and_listed(tree: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(tree, tmp_path / "tree"))
+    names = sorted(p.relative_to(root).as_posix() for p in root.glob("train/*/*"))
+    (root / names[5]).write_bytes(b"nothing")
+    config = config_for(root, tmp_path / "run", epochs=1)
+    result = fit(config)
+    assert result.summary["train_images"] + result.summary["validation_images"] == 103
+    listed = (tmp_path / "run" / "quarantine.csv").read_text()
+    assert listed == f"image,reason\n{names[5]},not a JPEG or PNG image\n"
+    strict = replace(config, workdir=tmp_path / "strict", data=replace(config.data, strict=True))
+    with pytest.raises(InputError, match=r"cannot be decoded"):
+        fit(strict)
+
+
+def test_official_validation_uses_the_val_folder(tree: Path, tmp_path: Path) -> None:
+    config = config_for(tree, tmp_path / "run", epochs=1)
+    result = fit(replace(config, data=replace(config.data, validation="official")))
+    assert (result.summary["train_images"], result.summary["validation_images"]) == (96, 8)
+
+
+def test_a_patient_in_train_and_test_is_named(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = Path(shutil.copytree(tree, tmp_path / "tree"))
+    source = sorted(root.glob("train/NORMAL/*"))[0]
+    shutil.copy(source, root / "test" / "NORMAL" / source.name)
+    fit(config_for(root, tmp_path / "run", epochs=1))
+    assert "warning: 1 patients are in both test and train: IM-0001" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_resnet_with_every_option_resumes_on_other_devices(tree: Path, tmp_path: Path) -> None:
+    """Another number of devices resumes too; the figures agree to rounding."""
+    options = {"ema": 0.9, "clip_norm": 1.0, "schedule": "cosine", "label_smoothing": 0.1}
+    config = replace(
+        config_for(tree, tmp_path / "a", optimizer="adamw", weight_decay=0.01, **options),
+        model=ModelConfig("resnet", width=4),
+    )
+    whole = fit(config).summary["last"]
+    append = loop.append_line
+
+    def stop(path: Path, values: Any) -> None:
+        append(path, values)
+        if path.name == "throughput.jsonl" and values["epoch"] == 2:
+            raise KeyboardInterrupt
+
+    other = replace(config, workdir=tmp_path / "b")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(loop, "append_line", stop)
+        with pytest.raises(KeyboardInterrupt):
+            fit(other)
+    resumed = fit(replace(other, device=DeviceConfig(count=3))).summary["last"]
+    assert resumed["brier"]["value"] == pytest.approx(whole["brier"]["value"], abs=0.02)

@@ -1,0 +1,120 @@
+"""Figures against scikit-learn and SciPy, and intervals that cover what they should."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+from sklearn import metrics as reference
+
+from cnnjax import metrics
+
+
+def drawn(seed: int, n: int = 300, ties: bool = False) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 2, n)
+    logits = rng.normal(size=n) + 1.5 * labels
+    if ties:
+        logits = np.round(logits)
+    return logits, labels, [f"p{i // 3}" for i in range(n)]
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("threshold", [0.5, 0.8])
+def test_values_against_scikit_learn(ties: bool, threshold: float) -> None:
+    logits, labels, patients = drawn(0, ties=ties)
+    found = metrics.evaluate(logits, labels, patients, threshold=threshold, replicates=50)
+    probability = 1 / (1 + np.exp(-logits))
+    decided = probability >= threshold
+    tn, fp, fn, tp = reference.confusion_matrix(labels, decided).ravel()
+    assert found.confusion == metrics.Confusion(tn, fp, fn, tp)
+    for ours, theirs in (
+        (found.accuracy, reference.accuracy_score(labels, decided)),
+        (found.sensitivity, reference.recall_score(labels, decided)),
+        (found.specificity, reference.recall_score(labels, decided, pos_label=0)),
+        (found.precision, reference.precision_score(labels, decided)),
+        (found.f1, reference.f1_score(labels, decided)),
+        (found.auc, reference.roc_auc_score(labels, logits)),
+        (found.brier, reference.brier_score_loss(labels, probability)),
+    ):
+        assert ours.value == pytest.approx(theirs, abs=1e-12)
+        assert ours.ci95 is not None
+        assert ours.ci95[0] <= theirs <= ours.ci95[1]
+    assert (found.n, found.patients) == (300, 100)
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 10), (10, 10), (3, 7), (950, 1000)])
+def test_wilson_against_scipy(hits: int, n: int) -> None:
+    interval = binomtest(hits, n).proportion_ci(0.95, method="wilson")
+    assert metrics.proportion(hits, n).ci95 == pytest.approx((interval.low, interval.high))
+
+
+def test_bootstrap_draws_patients_not_images() -> None:
+    """Each image five times over, under one patient, tells no more than the image once."""
+    logits, labels, _ = drawn(1, 100)
+    names = [str(i) for i in range(100)]
+    once = metrics.evaluate(logits, labels, names)
+    again = metrics.evaluate(np.repeat(logits, 5), np.repeat(labels, 5), np.repeat(names, 5))
+    independent = metrics.evaluate(
+        np.repeat(logits, 5), np.repeat(labels, 5), [str(i) for i in range(500)]
+    )
+
+    def width(found: metrics.Evaluation) -> float:
+        assert found.auc.ci95 is not None
+        return found.auc.ci95[1] - found.auc.ci95[0]
+
+    assert width(again) == pytest.approx(width(once), rel=0.1)
+    assert width(independent) < 0.6 * width(once)
+
+
+def test_bootstrap_is_a_function_of_its_seed() -> None:
+    given = drawn(2)
+    assert metrics.evaluate(*given, seed=1) == metrics.evaluate(*given, seed=1)
+    assert metrics.evaluate(*given, seed=1) != metrics.evaluate(*given, seed=2)
+
+
+def test_undefined_is_none_and_null() -> None:
+    found = metrics.evaluate(np.array([-1.0, -2.0]), np.array([0, 0]), ["a", "b"])
+    assert found.auc == found.sensitivity == found.precision == metrics.Estimate(None, None)
+    assert found.to_json()["auc"] == {"value": None, "ci95": None}
+    assert found.specificity.value == 1
+    assert "undefined" in found.report(("NORMAL", "PNEUMONIA"))
+
+
+def test_json_has_the_documented_form() -> None:
+    out = metrics.evaluate(*drawn(3)).to_json()
+    assert set(out["confusion"]) == {"tn", "fp", "fn", "tp"}
+    for name in ("accuracy", "sensitivity", "specificity", "precision", "f1", "auc", "brier"):
+        low, high = out[name]["ci95"]
+        assert 0 <= low <= out[name]["value"] <= high <= 1
+    assert out["threshold"] == 0.5
+    assert out["n"] == 300
+
+
+def test_report_agrees_with_the_classification_report() -> None:
+    logits, labels, patients = drawn(4)
+    text = metrics.evaluate(logits, labels, patients).report(("NORMAL", "PNEUMONIA"))
+    theirs = reference.classification_report(
+        labels, logits >= 0, target_names=("NORMAL", "PNEUMONIA"), output_dict=True
+    )
+    for name in ("NORMAL", "PNEUMONIA"):
+        row = next(line for line in text.splitlines() if line.startswith(name)).split()
+        expected = [theirs[name][k] for k in ("precision", "recall", "f1-score", "support")]
+        assert [float(x) for x in row[1:]] == pytest.approx(expected, abs=5e-5)
+
+
+def test_sigmoid_of_large_logits() -> None:
+    np.testing.assert_array_equal(metrics.sigmoid(np.array([-1e4, 0, 1e4])), [0, 0.5, 1])
+
+
+@pytest.mark.parametrize("n", [0, 2])
+def test_lengths_must_agree(n: int) -> None:
+    with pytest.raises(ValueError, match="as many logits, labels and patients"):
+        metrics.evaluate(np.zeros(n), np.zeros(3 if n else 0), ["a"] * n)
+
+
+def test_auc_of_one_class() -> None:
+    assert metrics.auc(np.array([1.0, 2.0]), np.array([1, 1])) is None
+    assert not math.isnan(metrics.auc(np.array([1.0, 2.0]), np.array([0, 1])) or 0)

@@ -1,0 +1,107 @@
+"""The networks are what their docstrings say."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cnnjax.config import ModelConfig
+from cnnjax.models import BaselineCNN, ConvPool, ResNet, make_model
+
+
+class PlainPost(nn.Module):
+    """The post's network, with the layers that anyone would write first."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for name in ("conv1", "conv2"):
+            x = nn.relu(nn.Conv(32, (3, 3), padding="VALID", name=name)(x))
+            x = nn.max_pool(x, (2, 2), (2, 2))
+        x = x.reshape(x.shape[0], -1)
+        x = nn.relu(nn.Dense(128, name="dense1")(x))
+        return nn.Dense(1, name="dense2")(x)[:, 0]
+
+
+def count(params: object) -> int:
+    return sum(p.size for p in jax.tree.leaves(params))
+
+
+def test_baseline_has_the_posts_shapes() -> None:
+    model = make_model(ModelConfig(channels=3))
+    variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 1)))
+    shapes = jax.tree.map(lambda p: p.shape, variables["params"])
+    assert shapes == {
+        "conv1": {"kernel": (3, 3, 3, 32), "bias": (32,)},
+        "conv2": {"kernel": (3, 3, 32, 32), "bias": (32,)},
+        "dense1": {"kernel": (6272, 128), "bias": (128,)},
+        "dense2": {"kernel": (128, 1), "bias": (1,)},
+    }
+    assert count(variables) == 813_217
+
+
+def test_baseline_is_the_plain_network() -> None:
+    """Same parameters, same logits and gradients as the plain layers, ties included."""
+    images = jax.random.uniform(jax.random.key(1), (4, 30, 30, 1))
+    images = images.at[:, :8].set(0)  # a black border makes ties in every pool
+    ours, plain = BaselineCNN(), PlainPost()
+    params = ours.init(jax.random.key(0), images)["params"]
+    params = jax.tree.map(lambda p: p + 0.05, params)  # biases that are not zero
+
+    def loss(params: object, model: nn.Module) -> jax.Array:
+        logits = model.apply({"params": params}, images)
+        return (logits * jnp.arange(1.0, 5.0)).sum()
+
+    a, ga = jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, ours)
+    b, gb = jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, plain)
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+    for x, y in zip(jax.tree.leaves(ga), jax.tree.leaves(gb), strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-4 * float(jnp.abs(y).max()))
+
+
+@pytest.mark.parametrize("width", [4, 8])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_resnet_takes_width_and_depth(width: int, depth: int) -> None:
+    model = make_model(ModelConfig("resnet", width=width, depth=depth))
+    images = jnp.zeros((2, 40, 40, 1))
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    assert jax.eval_shape(model.apply, variables, images).shape == (2,)
+    assert len(variables["params"]) == 3 + 4 * depth
+    head = variables["params"]["head"]["kernel"]
+    assert head.shape == (8 * width, 1)
+
+
+def test_rows_that_fill_up_do_not_change_batch_statistics() -> None:
+    model = ResNet(width=4)
+    images = jax.random.uniform(jax.random.key(1), (6, 32, 32, 1))
+    variables = jax.jit(model.init)(jax.random.key(0), images)
+    mask = jnp.array([True, True, True, True, False, False])
+
+    @jax.jit
+    def run(images: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, object]:
+        return model.apply(variables, images, train=True, mask=mask, mutable=["batch_stats"])
+
+    logits, changed = run(images, mask)
+    alone, changed_alone = run(images[:4], None)
+    np.testing.assert_allclose(logits[:4], alone, atol=1e-5)
+    for x, y in zip(jax.tree.leaves(changed), jax.tree.leaves(changed_alone), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", [BaselineCNN(dtype=jnp.bfloat16), ResNet(4, dtype=jnp.bfloat16)])
+def test_bfloat16_keeps_parameters_and_logits_in_float32(model: nn.Module) -> None:
+    images = jax.random.uniform(jax.random.key(1), (2, 32, 32, 1))
+    variables = jax.jit(model.init)(jax.random.key(0), images)
+    assert {v.dtype for v in jax.tree.leaves(variables)} == {jnp.dtype(jnp.float32)}
+    low = jax.jit(model.apply)(variables, images)
+    full = jax.jit(model.clone(dtype=jnp.float32).apply)(variables, images)
+    assert low.dtype == jnp.float32
+    np.testing.assert_allclose(low, full, atol=0.05)
+
+
+def test_conv_pool_drops_an_odd_row() -> None:
+    x = jnp.zeros((1, 31, 31, 1))
+    variables = ConvPool(2).init(jax.random.key(0), x)
+    assert ConvPool(2).apply(variables, x).shape == (1, 14, 14, 2)

@@ -1,0 +1,71 @@
+"""A split never divides a patient, and keeps the classes in proportion."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cnnjax.data.index import Example
+from cnnjax.data.patients import group_of, grouped_folds, in_several_splits, write_split
+from cnnjax.errors import InputError
+
+
+def examples(patients: int = 60) -> list[Example]:
+    """Three quarters positive; one to four images a patient; bacteria and virus share numbers."""
+    out = []
+    for number in range(patients):
+        label = int(number % 4 > 0)
+        names = [f"person{number}_bacteria", f"person{number}_virus"] if label else [f"IM-{number}"]
+        for patient in names:
+            for i in range(1 + number % 3):
+                out.append(Example(f"train/{patient}_{i}.jpeg", "train", label, patient))
+    return out
+
+
+def test_no_patient_is_divided_and_classes_keep_their_share() -> None:
+    given = examples()
+    fold = grouped_folds(given, 5, seed=0)
+    side: dict[str, int] = {}
+    for example, k in zip(given, fold, strict=True):
+        assert side.setdefault(group_of(example.patient), k) == k
+    labels = np.array([e.label for e in given])
+    assert set(fold) == set(range(5))
+    for k in range(5):
+        assert abs(labels[fold == k].mean() - labels.mean()) < 0.06
+
+
+def test_folds_are_a_function_of_the_seed() -> None:
+    given = examples()
+    np.testing.assert_array_equal(grouped_folds(given, 5, 7), grouped_folds(given, 5, 7))
+    assert (grouped_folds(given, 5, 7) != grouped_folds(given, 5, 8)).any()
+
+
+def test_one_number_is_one_group_whatever_the_germ() -> None:
+    assert group_of("person12_bacteria") == group_of("person12_virus") == "person12"
+    assert group_of("NORMAL2-IM-0395") == "NORMAL2-IM-0395"
+
+
+def test_too_few_patients() -> None:
+    with pytest.raises(InputError, match="1 patients of class 0 are too few for 5 folds"):
+        grouped_folds(examples(4), 5, 0)
+
+
+def test_shared_patients_are_found_but_not_strangers_of_one_number() -> None:
+    given = [
+        Example("train/a", "train", 1, "person1_bacteria"),
+        Example("test/b", "test", 1, "person1_virus"),
+        Example("train/c", "train", 0, "IM-0001"),
+        Example("test/d", "test", 0, "IM-0001"),
+    ]
+    assert in_several_splits(given) == {("test", "train"): ["IM-0001"]}
+
+
+def test_split_csv(tmp_path: Path) -> None:
+    write_split(tmp_path / "split.csv", examples(2)[:2], np.array([False, True]))
+    assert (tmp_path / "split.csv").read_text() == (
+        "image,patient,label,role\n"
+        "train/IM-0_0.jpeg,IM-0,0,train\n"
+        "train/person1_bacteria_0.jpeg,person1_bacteria,1,validation\n"
+    )

@@ -1,0 +1,216 @@
+"""The steps are pure, compile once, and do not see how a batch is filled up or divided."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cnnjax import devices
+from cnnjax.augment import make_augment
+from cnnjax.config import AugmentConfig, DeviceConfig, TrainConfig
+from cnnjax.models import BaselineCNN, ResNet
+from cnnjax.steps import (
+    Batch,
+    TrainState,
+    cross_entropy,
+    make_eval_step,
+    make_optimizer,
+    make_train_step,
+    state_of,
+)
+
+SIZE = 16
+KEY = jax.random.key(0)
+
+
+def still(key: jax.Array, images: jax.Array) -> jax.Array:
+    return images
+
+
+def batch_of(n: int, filled: int = 0, seed: int = 0) -> Batch:
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 255, (n, SIZE, SIZE), dtype=np.uint8)
+    labels = rng.integers(0, 2, n).astype(np.int32)
+    more = rng.integers(0, 255, (filled, SIZE, SIZE), dtype=np.uint8)
+    return Batch(
+        jnp.asarray(np.concatenate([images, more])),
+        jnp.asarray(np.concatenate([labels, np.ones(filled, np.int32)])),
+        jnp.arange(n + filled) < n,
+    )
+
+
+@functools.cache
+def variables_of(model: nn.Module) -> Any:
+    """The model's initial variables, in host memory: compiling an initialiser takes seconds."""
+    return jax.device_get(jax.jit(model.init)(KEY, jnp.zeros((1, SIZE, SIZE, 1))))
+
+
+def started(model: nn.Module, config: TrainConfig | None = None, **options: Any) -> Any:
+    config = config or TrainConfig()
+    optimizer, _ = make_optimizer(config, 10)
+    step = make_train_step(model, optimizer, options.pop("augment", still), **options)
+    variables = jax.tree.map(jnp.array, variables_of(model))
+    return step, state_of(variables, optimizer, ema="ema_decay" in options)
+
+
+def close(a: Any, b: Any, rtol: float = 1e-4) -> None:
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        scale = float(jnp.abs(y).max()) or 1.0
+        np.testing.assert_allclose(x, y, atol=rtol * scale, rtol=0)
+
+
+@pytest.mark.parametrize("model", [BaselineCNN(), ResNet(4)], ids=["baseline", "resnet"])
+def test_loss_falls_and_nothing_is_traced_twice(model: nn.Module) -> None:
+    traced: list[int] = []
+
+    def augment(key: jax.Array, images: jax.Array) -> jax.Array:
+        traced.append(1)
+        return images
+
+    step, state = started(model, augment=augment)
+    losses = []
+    for i in range(30):
+        # Full and partly filled batches alternate, as at the end of an epoch.
+        state, sums = step(state, batch_of(8) if i % 2 else batch_of(6, 2), KEY)
+        losses.append(float(sums.loss) / int(sums.images))
+    assert losses[-1] < 0.8 * losses[1]
+    assert len(traced) == 1
+    assert int(state.step) == 30
+
+    judge = make_eval_step(model)
+    for seed in range(3):
+        assert judge(state, batch_of(8, seed=seed)).shape == (8,)
+    assert judge._cache_size() == 1
+
+
+def test_state_is_donated_and_the_outcome_a_function_of_the_arguments() -> None:
+    step, state = started(BaselineCNN(), augment=make_augment(AugmentConfig()))
+    _, again = started(BaselineCNN())
+    first, _ = step(state, batch_of(8), KEY)
+    assert all(x.is_deleted() for x in jax.tree.leaves(state.params))
+    second, _ = step(again, batch_of(8), KEY)
+    for x, y in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("model", [BaselineCNN(), ResNet(4)], ids=["baseline", "resnet"])
+def test_rows_that_fill_up_change_nothing(model: nn.Module) -> None:
+    augment = make_augment(AugmentConfig())
+    step, state = started(model, augment=augment)
+    _, other = started(model)
+    noise = batch_of(6, 2)
+    black = noise._replace(images=noise.images.at[6:].set(0), labels=noise.labels.at[6:].set(0))
+    after_noise, sums = step(state, noise, KEY)
+    after_black, sums_black = step(other, black, KEY)
+    close(after_noise, after_black)
+    close(sums, sums_black)
+
+
+@pytest.mark.parametrize("model", [BaselineCNN(), ResNet(4)], ids=["baseline", "resnet"])
+def test_the_number_of_devices_changes_nothing(model: nn.Module) -> None:
+    outcomes: list[TrainState] = []
+    for count in (1, 4):
+        mesh = devices.make_mesh(DeviceConfig(count=count))
+        step, state = started(
+            model, TrainConfig(optimizer="sgd"), augment=make_augment(AugmentConfig())
+        )
+        state = jax.device_put(state, devices.replicated(mesh))
+        for i in range(2):
+            batch = jax.device_put(batch_of(8, seed=i), devices.divided(mesh))
+            state, _ = step(state, batch, jax.device_put(KEY, devices.replicated(mesh)))
+        outcomes.append(jax.device_get(state))
+    close(outcomes[0].params, outcomes[1].params, 1e-3)
+    close(outcomes[0].batch_stats, outcomes[1].batch_stats)
+
+
+def test_sums_and_gradient_are_those_of_the_mean_over_valid_rows() -> None:
+    model = BaselineCNN()
+    weights, smoothing = (2.0, 0.6), 0.1
+    step, state = started(
+        model,
+        TrainConfig(optimizer="sgd", learning_rate=0.1),
+        class_weights=weights,
+        label_smoothing=smoothing,
+    )
+    batch = batch_of(6, 2)
+    images = jnp.asarray(batch.images[:6, ..., None], jnp.float32) / 255
+
+    def loss(params: Any) -> tuple[jax.Array, jax.Array]:
+        logits = model.apply({"params": params}, images)
+        target = batch.labels[:6].astype(jnp.float32) * (1 - smoothing) + smoothing / 2
+        p = jax.nn.sigmoid(logits)
+        losses = -target * jnp.log(p) - (1 - target) * jnp.log(1 - p)
+        return (losses * jnp.where(batch.labels[:6] == 1, weights[1], weights[0])).mean(), logits
+
+    (value, logits), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
+    # Nesterov's first step is (1 + momentum) times the gradient.
+    expected = jax.tree.map(lambda p, g: p - 0.1 * 1.9 * g, state.params, gradient)
+    after, sums = step(state, batch, KEY)
+    close(after.params, expected)
+    assert float(sums.loss) == pytest.approx(6 * float(value), rel=1e-5)
+    assert int(sums.images) == 6
+    assert int(sums.correct) == int(((logits > 0) == (batch.labels[:6] == 1)).sum())
+
+
+def test_cross_entropy_is_stable() -> None:
+    logits = jnp.array([-1e4, 1e4, 1e4, 0.0])
+    found = cross_entropy(logits, jnp.array([0, 1, 0, 1]))
+    np.testing.assert_allclose(found, [0, 0, 1e4, np.log(2)])
+
+
+def test_moving_average_is_what_eval_uses() -> None:
+    model = BaselineCNN()
+    step, state = started(model, ema_decay=0.9)
+    mean = jax.tree.map(np.asarray, state.params)
+    for i in range(4):
+        state, _ = step(state, batch_of(8, seed=i), KEY)
+        decay = min(0.9, (1 + i) / (10 + i))
+        mean = jax.tree.map(lambda m, p, d=decay: d * m + (1 - d) * p, mean, state.params)
+    close(state.ema, mean)
+    judged = make_eval_step(model)(state, batch_of(8))
+    images = jnp.asarray(batch_of(8).images[..., None], jnp.float32) / 255
+    np.testing.assert_allclose(judged, model.apply({"params": mean}, images), atol=1e-4)
+
+
+def test_clipping_bounds_the_step() -> None:
+    config = TrainConfig(optimizer="sgd", learning_rate=1.0, clip_norm=0.01)
+    step, state = started(BaselineCNN(), config)
+    before = jax.tree.map(np.asarray, state.params)
+    after, _ = step(state, batch_of(8), KEY)
+    moved = optax.tree.norm(jax.tree.map(lambda a, b: a - b, after.params, before))
+    assert float(moved) == pytest.approx(0.01 * 1.9, rel=1e-3)
+
+
+def test_weight_decay_shrinks_kernels_only() -> None:
+    config = TrainConfig(optimizer="adamw", weight_decay=0.5, learning_rate=1e-9)
+    optimizer, _ = make_optimizer(config, 10)
+    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2), "scale": jnp.ones(2)}
+    zero = jax.tree.map(jnp.zeros_like, params)
+    with jax.numpy_dtype_promotion("standard"):
+        updates, _ = optimizer.update(zero, optimizer.init(params), params)
+    assert float(jnp.abs(updates["kernel"]).min()) > 0
+    assert float(jnp.abs(updates["bias"]).max()) == float(jnp.abs(updates["scale"]).max()) == 0
+
+
+@pytest.mark.parametrize(
+    ("config", "at", "expected"),
+    [
+        (TrainConfig(), 40, 1e-3),
+        (TrainConfig(schedule="cosine", epochs=4), 0, 0.0),
+        (TrainConfig(schedule="cosine", epochs=4), 10, 1e-3),
+        (TrainConfig(schedule="cosine", epochs=4), 25, 5e-4),
+        (TrainConfig(schedule="cosine", epochs=4), 40, 0.0),
+        (TrainConfig(schedule="cosine", epochs=4, warmup=0), 0, 1e-3),
+    ],
+)
+def test_learning_rate(config: TrainConfig, at: int, expected: float) -> None:
+    rate: Callable[[int], jax.Array] = make_optimizer(config, 10)[1]
+    assert float(rate(at)) == pytest.approx(expected, abs=1e-9)

@@ -28,10 +28,10 @@ train: install
 	$(BIN)/python experiments/pneumonia.py --data.root "$(DATA)" --workdir "$(RUN)" $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 
 test-slow: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: install
 	$(BIN)/ruff check .

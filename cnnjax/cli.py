@@ -205,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         | Annotated[Phantom, tyro.conf.subcommand("phantom")]
         | Annotated[Devices, tyro.conf.subcommand("devices")]
     )
-    sys.exit(_guarded(lambda: tyro.cli(commands, prog="cnnjax", args=arguments)()))
+    sys.exit(guarded(lambda: tyro.cli(commands, prog="cnnjax", args=arguments)()))
 
 
 def train(default: Config, description: str, arguments: Sequence[str] | None = None) -> None:
@@ -238,10 +238,10 @@ def train(default: Config, description: str, arguments: Sequence[str] | None = N
         )
         return 0
 
-    sys.exit(_guarded(run))
+    sys.exit(guarded(run))
 
 
-def _guarded(command: Callable[[], int]) -> int:
+def guarded(command: Callable[[], int]) -> int:
     """Runs a command; bad input becomes one sentence and status 2."""
     try:
         return command()

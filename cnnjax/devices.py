@@ -27,7 +27,7 @@ def make_mesh(config: DeviceConfig) -> Mesh:
         InputError: the platform asked for is not there, or has too few devices.
     """
     keep_compiled_programs()
-    if jax.config.jax_num_cpu_devices < 1:  # the user, or a test, has not chosen a number
+    if jax.config.values["jax_num_cpu_devices"] < 1:  # the user, or a test, has not chosen a number
         # JAX refuses once it is in use, as in a notebook: then take the devices there are.
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", max(cpu_cores(), config.count))
@@ -57,7 +57,7 @@ def keep_compiled_programs() -> None:
     A folder chosen through JAX's own settings is left as it is. Compiled programs are code, so the
     folder is for this user alone.
     """
-    if jax.config.jax_compilation_cache_dir is not None:
+    if jax.config.values["jax_compilation_cache_dir"] is not None:
         return
     folder = cache_folder() / "compiled"
     try:

@@ -94,7 +94,7 @@ def _train(config: Config, data: TrainingData, mesh: Mesh, workdir: Workdir) -> 
         model,
         optimizer,
         make_augment(config.augment),
-        class_weights=_class_weights(labels[rows], config.train),
+        class_weights=class_weights_of(labels[rows]) if config.train.class_weights else (1.0, 1.0),
         label_smoothing=config.train.label_smoothing,
         ema_decay=config.train.ema,
     )
@@ -231,10 +231,8 @@ def _out_of_patience(history: list[dict[str, Any]], config: TrainConfig) -> bool
     return bool(config.patience and history and history[-1]["epoch"] - best >= config.patience)
 
 
-def _class_weights(labels: np.ndarray, config: TrainConfig) -> tuple[float, float]:
+def class_weights_of(labels: np.ndarray) -> tuple[float, float]:
     """Returns n / (2 n_c) for each label c, so that both classes weigh the same in sum."""
-    if not config.class_weights:
-        return 1.0, 1.0
     n = len(labels)
     positive = int(labels.sum())
     return n / (2 * (n - positive)), n / (2 * positive)

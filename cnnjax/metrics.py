@@ -121,7 +121,7 @@ def evaluate(
         labels: int [n], 0 or 1.
         patients: n patients.
         threshold: an image is positive from this probability on.
-        replicates: draws of the bootstrap.
+        replicates: draws of the bootstrap; 0 leaves its intervals out.
         seed: of the bootstrap.
 
     Raises:
@@ -156,7 +156,7 @@ def evaluate(
         drawn["f1"].append(_divide(2 * hits, weights @ decided + weights @ truth))
 
     def bootstrapped(name: str, value: float | None) -> Estimate:
-        draws = np.concatenate(drawn[name])
+        draws = np.concatenate([np.empty(0), *drawn[name]])
         draws = draws[np.isfinite(draws)]
         if value is None or not len(draws):
             return Estimate(value, None)

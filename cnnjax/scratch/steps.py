@@ -1,0 +1,183 @@
+"""The pure functions that training is made of, as in `cnnjax.steps` but without a compiler.
+
+Randomness stands outside: a step is a function of (state, batch).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from cnnjax.scratch.losses import cross_entropy_backward, cross_entropy_forward
+from cnnjax.scratch.models import Network
+from cnnjax.scratch.optimizers import Optimizer
+from cnnjax.scratch.shapes import expect
+from cnnjax.scratch.trees import Tree
+
+
+class Batch(NamedTuple):
+    """The images of one step, filled up to a fixed size."""
+
+    images: np.ndarray
+    """uint8 [batch, height, width]."""
+    labels: np.ndarray
+    """int [batch], 1 for the positive class."""
+    mask: np.ndarray
+    """bool [batch], false on rows that only fill up the batch."""
+
+
+class TrainState(NamedTuple):
+    """All that a step changes."""
+
+    step: int
+    """The number of steps taken."""
+    params: Tree
+    batch_stats: Tree
+    opt_state: Any
+
+
+class Metrics(NamedTuple):
+    """Sums over the rows that count, so that batches of any size add up."""
+
+    loss: float
+    """Sum of the loss, class weights included."""
+    correct: int
+    """Images on the right side of probability 0.5."""
+    images: int
+    """Images."""
+
+
+class Gradients(NamedTuple):
+    """What `loss_and_gradients` returns."""
+
+    loss: float
+    """Mean over the rows that count."""
+    logits: np.ndarray
+    """float [batch]."""
+    batch_stats: Tree
+    """After this batch."""
+    params: Tree
+    """The gradient of the loss by each parameter."""
+
+
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+EvalStep = Callable[[TrainState, Batch], np.ndarray]
+
+
+def init_state(
+    model: Network,
+    optimizer: Optimizer,
+    rng: np.random.Generator,
+    size: int,
+    dtype: DTypeLike = np.float32,
+) -> TrainState:
+    """Returns the state before the first step, for images of size x size pixels."""
+    params, batch_stats = model.init(rng, size, dtype)
+    return TrainState(0, params, batch_stats, optimizer.init(params))
+
+
+def loss_and_gradients(
+    model: Network,
+    params: Tree,
+    batch_stats: Tree,
+    images: np.ndarray,
+    labels: np.ndarray,
+    mask: np.ndarray,
+    *,
+    class_weights: tuple[float, float] = (1.0, 1.0),
+    label_smoothing: float = 0.0,
+) -> Gradients:
+    """Walks the network forward to the loss and back to the gradient by every parameter.
+
+    The loss is the mean over the n rows that count, L = sum_i m_i l_i / n with m_i = 1 on those and
+    0 on others, so that the way back starts with dL/dl_i = m_i / n.
+
+    Args:
+        model: the network.
+        params: its parameters.
+        batch_stats: its running statistics, empty where it has no batch norm.
+        images: float [batch, height, width, 1] in [0, 1].
+        labels: int [batch], 0 or 1.
+        mask: bool [batch], false on rows that do not count.
+        class_weights: of labels 0 and 1.
+        label_smoothing: s turns labels into s / 2 and 1 - s / 2.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    expect("labels", labels.shape, images.shape[:1], f"for images {list(images.shape)}")
+    expect("mask", mask.shape, images.shape[:1], f"for images {list(images.shape)}")
+    logits, cache, batch_stats = model.forward(params, batch_stats, images, train=True, mask=mask)
+    losses, loss_cache = cross_entropy_forward(logits, labels, class_weights, label_smoothing)
+    counted = max(int(mask.sum()), 1)
+    dlosses = mask.astype(losses.dtype) / counted
+    gradients = model.backward(cross_entropy_backward(dlosses, loss_cache), cache)
+    # Indexed rather than multiplied: what stands in rows that do not count may be infinite.
+    loss = float(losses[mask].sum()) / counted
+    return Gradients(loss, logits, batch_stats, gradients)
+
+
+def make_train_step(
+    model: Network,
+    optimizer: Optimizer,
+    *,
+    class_weights: tuple[float, float] = (1.0, 1.0),
+    label_smoothing: float = 0.0,
+) -> TrainStep:
+    """Returns the pure step (state, batch) -> (state, metrics).
+
+    It computes what the step of `cnnjax.steps.make_train_step` computes without augmentation and
+    moving average. The dtype is that of the parameters.
+
+    Args:
+        model: a network of `cnnjax.scratch.models`.
+        optimizer: one of `cnnjax.scratch.optimizers`.
+        class_weights: of labels 0 and 1.
+        label_smoothing: s turns labels into s / 2 and 1 - s / 2.
+    """
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        found = loss_and_gradients(
+            model,
+            state.params,
+            state.batch_stats,
+            to_float(batch.images, _dtype(state.params)),
+            batch.labels,
+            batch.mask,
+            class_weights=class_weights,
+            label_smoothing=label_smoothing,
+        )
+        params, opt_state = optimizer.update(found.params, state.opt_state, state.params)
+        images = int(batch.mask.sum())
+        correct = ((found.logits > 0) == (batch.labels == 1)) & batch.mask
+        metrics = Metrics(found.loss * images, int(correct.sum()), images)
+        return TrainState(state.step + 1, params, found.batch_stats, opt_state), metrics
+
+    return train_step
+
+
+def make_eval_step(model: Network) -> EvalStep:
+    """Returns the pure step (state, batch) -> logits float [batch]; fill rows get some too."""
+
+    def eval_step(state: TrainState, batch: Batch) -> np.ndarray:
+        images = to_float(batch.images, _dtype(state.params))
+        logits, _, _ = model.forward(state.params, state.batch_stats, images, train=False)
+        return logits
+
+    return eval_step
+
+
+def to_float(images: np.ndarray, dtype: DTypeLike = np.float32) -> np.ndarray:
+    """Maps uint8 [batch, height, width] to float [batch, height, width, 1] in [0, 1]."""
+    expect("images", images.shape, ("batch", "height", "width"))
+    return images[..., None].astype(dtype) / 255
+
+
+def _dtype(params: Tree) -> np.dtype:
+    leaf: Any = params
+    while isinstance(leaf, dict):
+        leaf = next(iter(leaf.values()))
+    return leaf.dtype

@@ -1,0 +1,31 @@
+"""Our own recipe: a small residual network; what `make train` runs.
+
+python experiments/pneumonia.py --data.root DIR --workdir RUN
+"""
+
+from pathlib import Path
+
+from cnnjax.cli import train
+from cnnjax.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainConfig
+
+CONFIG = Config(
+    workdir=Path("runs/pneumonia"),
+    data=DataConfig(size=64),
+    model=ModelConfig("resnet", width=16, depth=1),
+    augment=AugmentConfig(
+        shear=0, zoom=0.1, rotate=5, shift=0.04, flip=True, contrast=0.2, brightness=0.1
+    ),
+    train=TrainConfig(
+        epochs=20,
+        batch=32,
+        optimizer="adamw",
+        learning_rate=3e-3,
+        weight_decay=0.02,
+        schedule="cosine",
+        ema=0.98,
+        label_smoothing=0.05,
+    ),
+)
+
+if __name__ == "__main__":
+    train(CONFIG, __doc__ or "")

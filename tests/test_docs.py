@@ -1,0 +1,84 @@
+"""What the documents show is run here, and the paths that they name are there."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+
+
+def snippets(document: Path) -> str:
+    """Returns the document's Python, at the lines where it stands, for readable tracebacks."""
+    text = document.read_text("utf-8")
+    out, position = "", 0
+    for block in re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        out += "\n" * text.count("\n", position, block.start(1)) + block[1]
+        position = block.end(1)
+    return out
+
+
+def test_functional_training_runs_from_top_to_bottom() -> None:
+    document = ROOT / "docs" / "functional-training.md"
+    code = compile(snippets(document), str(document), "exec")
+    with jax.numpy_dtype_promotion("standard"):  # as its readers have it
+        exec(code, {})
+
+
+def test_the_readme_trains(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tree, tmp_path / "chest_xray")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(snippets(ROOT / "README.md"), "README.md", "exec"), {})
+    assert (tmp_path / "runs" / "mine" / "summary.json").exists()
+    assert re.search(
+        r"^0\.\d{4}  \[0\.\d{4}, [01]\.\d{4}\]$", capsys.readouterr().out, re.MULTILINE
+    )
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    links = re.findall(r"\]\(([^):]+)\)", document.read_text("utf-8"))
+    assert links
+    for link in links:
+        assert (document.parent / link).exists(), link
+
+
+def test_minimal_is_short_and_learns(tree: Path) -> None:
+    script = ROOT / "experiments" / "minimal.py"
+    assert len(script.read_text("utf-8").splitlines()) <= 125
+    done = subprocess.run(
+        [sys.executable, script, "--data.root", tree, "--data.size", "20", "--epochs", "8"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = re.search(r"^auc +(\d\.\d+)", done.stdout, re.MULTILINE)
+    assert found is not None
+    assert float(found[1]) > 0.8
+
+
+def test_scratch_trains_as_the_compiled_network_does(tree: Path) -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, ROOT / "experiments" / "scratch.py"),
+            *("--data.root", tree, "--data.size", "20", "--epochs", "6"),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    differences = re.findall(r"largest difference at a step (\S+)", done.stdout)
+    assert len(differences) == 6
+    assert max(map(float, differences)) < 1e-3
+    areas = re.findall(r"(?:^auc|AUC) +(\d\.\d+)", done.stdout, re.MULTILINE)
+    assert float(areas[0]) > 0.8
+    assert abs(float(areas[0]) - float(areas[1])) < 0.01

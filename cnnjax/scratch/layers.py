@@ -123,7 +123,7 @@ def conv_input_gradient(dy: np.ndarray, cache: ConvCache) -> np.ndarray:
 
 
 class PoolCache(NamedTuple):
-    """What the backward pass of pooling needs; `y` only where it is the maximum."""
+    """What the backward pass of pooling needs."""
 
     x: np.ndarray
     y: np.ndarray

@@ -24,20 +24,20 @@ residual network of four blocks, 64 px, 12 epochs, two seeds           0.994
 from __future__ import annotations
 
 import math
-import multiprocessing
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
 
 import numpy as np
+from joblib import Parallel, delayed
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
+
+from cnnjax.machine import cpu_cores
 
 VERSION = 1
 """Raised whenever the same seed draws other pixels, so that stored trees are told apart."""
@@ -131,8 +131,7 @@ def write_tree(
         seed: another seed draws other patients.
         progress: show a bar if standard error is a terminal.
         workers: processes that draw; by default one a CPU core, or fewer for few images. With 1,
-            the caller's own process draws. More are spawned, since a fork beside a running JAX may
-            hang, so a script must call this under `if __name__ == "__main__":`.
+            the caller's own process draws.
 
     Raises:
         FileExistsError: the directory is a file or holds something.
@@ -221,13 +220,10 @@ def _each(
     """Does the work for each film, in this process or in others, and yields as it gets done."""
     if workers is None:
         # A process takes as long to start as some tens of images to draw.
-        workers = min(os.cpu_count() or 1, 1 + len(films) // 100)
-    if workers == 1:
-        yield from map(work, films)
-        return
-    # Not threads: the arrays are so small that the GIL changes hands more often than it frees.
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(work, films, chunksize=8)
+        workers = min(cpu_cores(), 1 + len(films) // 100)
+    # Not threads: the arrays are so small that the GIL changes hands more often than it frees. And
+    # not multiprocessing: joblib's processes don't run the caller's script again.
+    yield from Parallel(workers, return_as="generator")(delayed(work)(film) for film in films)
 
 
 def _check_free(directory: Path) -> None:

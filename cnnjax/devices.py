@@ -1,6 +1,7 @@
 """The devices of a run: one mesh axis over which each batch is divided.
 
-The same code serves eight GPUs and two CPU cores, since every core is made an XLA device.
+The same code serves eight GPUs and the cores of a CPU. Where programs can call oneDNN, which uses
+all cores, the CPU is one device; elsewhere every core is made a device of its own.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from cnnjax import onednn
 from cnnjax.config import DeviceConfig
 from cnnjax.errors import InputError
-from cnnjax.machine import cache_folder, cpu_cores
+from cnnjax.machine import cache_folder, cpu_cores, keep_freed_memory
 
 AXIS = "batch"
 
@@ -21,20 +23,22 @@ AXIS = "batch"
 def make_mesh(config: DeviceConfig) -> Mesh:
     """Returns the mesh of the run's devices, with one axis, `batch`.
 
-    To be called before JAX is first used: later, the CPU's cores can no longer become devices.
+    To be called before JAX is first used: later, the CPU can no longer be divided into devices.
 
     Raises:
         InputError: the platform asked for is not there, or has too few devices.
     """
     keep_compiled_programs()
+    keep_freed_memory()
     if jax.config.values["jax_num_cpu_devices"] < 1:  # the user, or a test, has not chosen a number
         # JAX refuses once it is in use, as in a notebook: then take the devices there are.
         with contextlib.suppress(RuntimeError):
-            jax.config.update("jax_num_cpu_devices", max(cpu_cores(), config.count))
+            devices = config.count or (1 if onednn.expected() else cpu_cores())
+            jax.config.update("jax_num_cpu_devices", devices)
     if config.platform == "cpu":
         jax.config.update("jax_platforms", "cpu")
     try:
-        devices = jax.devices(None if config.platform == "auto" else config.platform)
+        found = jax.devices(None if config.platform == "auto" else config.platform)
     except Exception as error:
         if config.platform == "auto":
             raise
@@ -43,12 +47,11 @@ def make_mesh(config: DeviceConfig) -> Mesh:
             f"--device.platform {config.platform}: JAX finds none here; drop the flag,"
             f" or install JAX for it{hint} ({str(error).splitlines()[0]})"
         ) from None
-    if config.count > len(devices):
+    if config.count > len(found):
         raise InputError(
-            f"--device.count {config.count}: there are only {len(devices)}"
-            f" {devices[0].platform} devices"
+            f"--device.count {config.count}: there are only {len(found)} {found[0].platform} devices"
         )
-    return Mesh(np.array(devices[: config.count or None]), (AXIS,))
+    return Mesh(np.array(found[: config.count or None]), (AXIS,))
 
 
 def keep_compiled_programs() -> None:
@@ -79,8 +82,9 @@ def divided(mesh: Mesh) -> NamedSharding:
 
 
 def describe(mesh: Mesh) -> str:
-    """Returns a phrase such as `2 x cpu (one for each core)`."""
+    """Returns a phrase such as `1 x cpu (2 cores, oneDNN)`."""
     first = mesh.devices.flat[0]
     if first.platform == "cpu":
-        return f"{mesh.size} x cpu ({cpu_cores()} cores)"
+        kernels = ", oneDNN" if onednn.available() else ""
+        return f"{mesh.size} x cpu ({cpu_cores()} cores{kernels})"
     return f"{mesh.size} x {first.platform} ({first.device_kind})"

@@ -21,28 +21,38 @@ Dtype = Any
 Initializer = Callable[..., jax.Array]
 
 
-def make_model(config: ModelConfig) -> nn.Module:
-    """Returns the network that the config names; its parameters come from `model.init`."""
+def make_model(config: ModelConfig, dtype: Dtype = jnp.float32) -> nn.Module:
+    """Returns the network that the config names; its parameters come from `model.init`.
+
+    Args:
+        config: which network, and its size.
+        dtype: what it computes in, float32 or bfloat16. Parameters and the statistics of batch norm
+            are float32 in any case, and so are the logits.
+    """
     if config.name == "baseline":
-        return BaselineCNN(channels=config.channels)
-    return ResNet(channels=config.channels, width=config.width, depth=config.depth)
+        return BaselineCNN(channels=config.channels, dtype=dtype)
+    return ResNet(channels=config.channels, width=config.width, depth=config.depth, dtype=dtype)
 
 
 class Conv(nn.Module):
-    """A convolution's kernel, and a bias if wanted, around `layers.conv`."""
+    """A convolution's kernel around `layers.conv`.
+
+    `repeat` says how many equal channels a gray image, one channel, stands for.
+    """
 
     features: int
     size: int = 3
     stride: int = 1
     padding: layers.Padding = "SAME"
+    repeat: int = 1
     kernel_init: Initializer = nn.initializers.he_normal()
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [batch, height, width, in] to [batch, height', width', features]."""
-        shape = (self.size, self.size, x.shape[-1], self.features)
-        kernel = self.param("kernel", self.kernel_init, shape)
+        shape = (self.size, self.size, x.shape[-1] * self.repeat, self.features)
+        kernel = _merge_equal(self.param("kernel", self.kernel_init, shape), self.repeat)
         return layers.conv(
             x.astype(self.dtype),
             kernel.astype(self.dtype),
@@ -55,17 +65,19 @@ class ConvPool(nn.Module):
     """Convolution, bias, relu and 2x2 max-pool, the last three in the order that costs least.
 
     Bias and relu are monotonic, so relu(pool(x) + b) = pool(relu(x + b)), with the same gradient
-    and a quarter of the elementwise work.
+    and a quarter of the elementwise work. `repeat` is that of `Conv`.
     """
 
     features: int
+    repeat: int = 1
     dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [batch, height, width, in] to [batch, (height-2)//2, (width-2)//2, features]."""
         kernel_init = nn.initializers.glorot_uniform()
-        kernel = self.param("kernel", kernel_init, (3, 3, x.shape[-1], self.features))
+        shape = (3, 3, x.shape[-1] * self.repeat, self.features)
+        kernel = _merge_equal(self.param("kernel", kernel_init, shape), self.repeat)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x = layers.conv(x.astype(self.dtype), kernel.astype(self.dtype), padding="VALID")
         return nn.relu(layers.max_pool(x) + bias.astype(self.dtype))
@@ -88,8 +100,7 @@ class BaselineCNN(nn.Module):
     ) -> jax.Array:
         """Returns logits [batch] of images [batch, height, width, 1]; see the module."""
         glorot = nn.initializers.glorot_uniform()
-        x = _with_channels(images, self.channels)
-        x = ConvPool(32, dtype=self.dtype, name="conv1")(x)
+        x = ConvPool(32, repeat=self.channels, dtype=self.dtype, name="conv1")(images)
         x = ConvPool(32, dtype=self.dtype, name="conv2")(x)
         x = x.reshape(x.shape[0], -1)
         x = nn.relu(nn.Dense(128, kernel_init=glorot, dtype=self.dtype, name="dense1")(x))
@@ -139,8 +150,8 @@ class ResNet(nn.Module):
         self, images: jax.Array, *, train: bool = False, mask: jax.Array | None = None
     ) -> jax.Array:
         """Returns logits [batch] of images [batch, height, width, 1]; see the module."""
-        x = _with_channels(images, self.channels)
-        x = Conv(self.width, stride=2, dtype=self.dtype, name="stem")(x)
+        stem = Conv(self.width, stride=2, repeat=self.channels, dtype=self.dtype, name="stem")
+        x = stem(images)
         x = nn.relu(_norm(x, "stem_norm", train, mask, self.dtype))
         for stage in range(4):
             for block in range(self.depth):
@@ -154,8 +165,9 @@ class ResNet(nn.Module):
         return nn.Dense(1, dtype=jnp.float32, name="head")(x)[:, 0]
 
 
-def _with_channels(images: jax.Array, channels: int) -> jax.Array:
-    return jnp.broadcast_to(images, (*images.shape[:-1], channels))
+def _merge_equal(kernel: jax.Array, channels: int) -> jax.Array:
+    """Adds up filters over equal channels: they see what their sum sees in one channel."""
+    return kernel.sum(2, keepdims=True) if channels > 1 else kernel
 
 
 def _norm(

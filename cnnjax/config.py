@@ -14,6 +14,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from cnnjax.errors import InputError
 
+Precision = Literal["auto", "float32", "bfloat16"]
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -126,6 +128,9 @@ class TrainConfig:
     """The validation metric that chooses the best checkpoint."""
     patience: int = 0
     """Stop after this many epochs without a better checkpoint; 0 never stops early."""
+    precision: Precision = "auto"
+    """What the network computes in; weights and batch statistics are float32 in any case. `auto`
+    is bfloat16 on GPU and TPU, float32 on CPU, and what the run began with on a resume."""
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, "--train.epochs", "be at least 1", self.epochs)
@@ -169,6 +174,8 @@ class Config:
     """Folder that the run writes to, and resumes from."""
     seed: int = 0
     """Seed of the split, the initial weights, the order of images and their augmentation."""
+    profile: Path | None = None
+    """Write a trace of the second epoch to this folder, for Perfetto or XProf."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -183,6 +190,7 @@ class Config:
 # data are compared by their content, not by where they lie.)
 _INCIDENTAL = {
     "workdir",
+    "profile",
     "data.root",
     "data.cache",
     "data.strict",

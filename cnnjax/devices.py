@@ -7,6 +7,7 @@ all cores, the CPU is one device; elsewhere every core is made a device of its o
 from __future__ import annotations
 
 import contextlib
+import warnings
 
 import jax
 import numpy as np
@@ -48,8 +49,9 @@ def make_mesh(config: DeviceConfig) -> Mesh:
             f" or install JAX for it{hint} ({str(error).splitlines()[0]})"
         ) from None
     if config.count > len(found):
+        name = found[0].platform
         raise InputError(
-            f"--device.count {config.count}: there are only {len(found)} {found[0].platform} devices"
+            f"--device.count {config.count}: there are only {len(found)} {name} devices"
         )
     return Mesh(np.array(found[: config.count or None]), (AXIS,))
 
@@ -69,6 +71,10 @@ def keep_compiled_programs() -> None:
         return  # a home that cannot be written to costs compile time, nothing else
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    # JAX tries to keep programs that call oneDNN too, and would say each time that it cannot.
+    warnings.filterwarnings(
+        "ignore", "Error writing persistent compilation cache entry.*bad_alloc", UserWarning
+    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -81,10 +87,16 @@ def divided(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(AXIS))
 
 
+def platform(mesh: Mesh) -> str:
+    """Returns `cpu`, `gpu` or `tpu`."""
+    name: str = mesh.devices.flat[0].platform
+    return name
+
+
 def describe(mesh: Mesh) -> str:
     """Returns a phrase such as `1 x cpu (2 cores, oneDNN)`."""
     first = mesh.devices.flat[0]
-    if first.platform == "cpu":
+    if platform(mesh) == "cpu":
         kernels = ", oneDNN" if onednn.available() else ""
         return f"{mesh.size} x cpu ({cpu_cores()} cores{kernels})"
     return f"{mesh.size} x {first.platform} ({first.device_kind})"

@@ -33,14 +33,11 @@ def conv(
         [batch, height', width', out].
     """
     if onednn.available():
-        rows, columns = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], (stride,) * 2, padding)
-        return conv_onednn(x, kernel, (rows, columns), stride)
+        return conv_onednn(x, kernel, stride, padding)
     return conv_plain(x, kernel, stride, padding)
 
 
-def conv_plain(
-    x: jax.Array, kernel: jax.Array, stride: int, padding: Padding | onednn.Pads
-) -> jax.Array:
+def conv_plain(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
     """XLA's own convolution: `conv` where nothing is faster, and what the tests hold it against."""
     return lax.conv_general_dilated(
         x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
@@ -48,28 +45,29 @@ def conv_plain(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def conv_onednn(x: jax.Array, kernel: jax.Array, pads: onednn.Pads, stride: int) -> jax.Array:
+def conv_onednn(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
     """`conv` by oneDNN, and its gradients by the fastest of what there is on an x86 CPU.
 
     XLA knows only oneDNN's forward convolution. The gradient of the input is one too, of the
     output's gradient with the filters turned around; with a stride it would meet mostly zeros, and
     XLA's own is faster. The gradient of the filters is made a matrix product.
     """
-    return onednn.convolution(x, kernel, pads, stride)
+    return onednn.convolution(x, kernel, _pads(x, kernel, stride, padding), stride)
 
 
 def _conv_onednn_forward(
-    x: jax.Array, kernel: jax.Array, pads: onednn.Pads, stride: int
+    x: jax.Array, kernel: jax.Array, stride: int, padding: Padding
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return onednn.convolution(x, kernel, pads, stride), (x, kernel)
+    return conv_onednn(x, kernel, stride, padding), (x, kernel)
 
 
 def _conv_onednn_backward(
-    pads: onednn.Pads, stride: int, saved: tuple[jax.Array, jax.Array], g: jax.Array
+    stride: int, padding: Padding, saved: tuple[jax.Array, jax.Array], g: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
+    pads = _pads(x, kernel, stride, padding)
     if stride > 1:
-        (gx,) = jax.vjp(lambda x: conv_plain(x, kernel, stride, pads), x)[1](g)
+        (gx,) = jax.vjp(lambda x: conv_plain(x, kernel, stride, padding), x)[1](g)
         return gx, _filter_gradient_by_patches(x, g, kernel.shape, pads, stride)
     around = kernel[::-1, ::-1].swapaxes(2, 3)
     rest = [
@@ -83,6 +81,12 @@ def _conv_onednn_backward(
 
 
 conv_onednn.defvjp(_conv_onednn_forward, _conv_onednn_backward)
+
+
+def _pads(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> onednn.Pads:
+    rows, columns = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], (stride, stride), padding)
+    return rows, columns
+
 
 _FEW = 8  # channels below which all patches of an image are small
 

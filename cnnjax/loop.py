@@ -7,14 +7,19 @@ is stopped and started again goes on as if it had never stopped.
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import itertools
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from importlib.metadata import version
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
@@ -22,7 +27,7 @@ from tqdm import tqdm
 from cnnjax import devices, metrics
 from cnnjax.augment import make_augment
 from cnnjax.checkpoint import Checkpoints, template_of
-from cnnjax.config import Config, TrainConfig
+from cnnjax.config import Config, Precision, TrainConfig
 from cnnjax.data.batches import Feeder, Resident, epoch_rows, load
 from cnnjax.data.cache import write_quarantine
 from cnnjax.data.files import write_atomically
@@ -48,6 +53,10 @@ _INIT, _ORDER, _STEP = range(3)
 
 _LOOK = 16  # steps between looks at the loss, each of which waits for the device
 
+# Steps in one call of the device. A step of a small network takes an accelerator less time than
+# calling it takes Python; a CPU's takes more, and XLA's convolutions are slow in its loops there.
+_TOGETHER = {"cpu": 1, "gpu": _LOOK, "tpu": _LOOK}
+
 
 @dataclass(frozen=True)
 class Result:
@@ -71,6 +80,7 @@ def fit(config: Config) -> Result:
         InputError: the data, the devices or the workdir cannot serve, or the loss is not finite.
     """
     mesh = devices.make_mesh(config.device)
+    config = _with_precision(config, mesh)
     with claim(config) as workdir:
         print(f"cnnjax    {version('cnnjax')} on jax {jax.__version__}, flax {version('flax')}")
         print(f"devices   {devices.describe(mesh)}")
@@ -81,6 +91,17 @@ def fit(config: Config) -> Result:
         return _train(config, data, mesh, workdir)
 
 
+def _with_precision(config: Config, mesh: Mesh) -> Config:
+    """Settles `--train.precision auto`: a run keeps what it began with, on whatever device."""
+    if config.train.precision != "auto":
+        return config
+    begun = Workdir(config.workdir)
+    precision: Precision = "float32" if devices.platform(mesh) == "cpu" else "bfloat16"
+    if begun.config.exists():
+        precision = begun.read_config().train.precision
+    return replace(config, train=replace(config.train, precision=precision))
+
+
 def _train(config: Config, data: TrainingData, mesh: Mesh, workdir: Workdir) -> Result:
     key = jax.random.key(config.seed)
     init_key, order_key, step_key = (jax.random.fold_in(key, k) for k in (_INIT, _ORDER, _STEP))
@@ -88,7 +109,7 @@ def _train(config: Config, data: TrainingData, mesh: Mesh, workdir: Workdir) -> 
     rows = data.train
     steps_per_epoch = math.ceil(len(rows) / config.train.batch)
 
-    model = make_model(config.model)
+    model = make_model(config.model, jnp.dtype(config.train.precision))
     optimizer, learning_rate = make_optimizer(config.train, steps_per_epoch)
     train_step = make_train_step(
         model,
@@ -104,7 +125,7 @@ def _train(config: Config, data: TrainingData, mesh: Mesh, workdir: Workdir) -> 
         out_shardings=everywhere,
     )(init_key)
     step_key = jax.device_put(step_key, everywhere)
-    step = _compile_on(mesh, train_step)
+    steps = _compile_on(mesh, train_step)
     logits = make_logits(make_eval_step(model), mesh)
     feeder = Feeder(data.decoded.images, labels, mesh, config.data.resident_mib)
     _describe(config, data, state, feeder)
@@ -132,7 +153,8 @@ def _train(config: Config, data: TrainingData, mesh: Mesh, workdir: Workdir) -> 
             start = time.perf_counter()
             order = epoch_rows(order_key, epoch, rows, config.train.batch)
             bar.set_description(f"epoch {epoch}/{config.train.epochs}")
-            state, trained = _epoch(state, step, feeder, order, step_key, bar)
+            with _profiled(config.profile if epoch == min(done + 2, config.train.epochs) else None):
+                state, trained = _epoch(state, steps, feeder, order, step_key, bar)
             if not math.isfinite(trained["loss"]):
                 raise InputError(
                     f"the loss is {trained['loss']} in epoch {epoch}; lower --train.learning-rate"
@@ -172,38 +194,79 @@ def _train(config: Config, data: TrainingData, mesh: Mesh, workdir: Workdir) -> 
     return result
 
 
-def _compile_on(mesh: Mesh, train_step: TrainStep) -> Any:
-    """Returns (state, data, feed, key) -> (state, metrics): fetches the batch, then steps."""
-    everywhere = devices.replicated(mesh)
+class _Steps(NamedTuple):
+    """The compiled train step, (state, data, feed, key) -> (state, metrics)."""
 
-    def step(
+    one: Any
+    many: Any
+    """The same for a feed of `together` steps at once."""
+    together: int
+
+
+def _compile_on(mesh: Mesh, train_step: TrainStep) -> _Steps:
+    def one(
         state: TrainState, data: Resident | None, feed: Batch | jax.Array, key: jax.Array
     ) -> tuple[TrainState, Metrics]:
         return train_step(state, load(data, feed), key)
 
-    return jax.jit(step, donate_argnames="state", out_shardings=everywhere)
+    def many(
+        state: TrainState, data: Resident, feeds: jax.Array, key: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        return jax.lax.scan(lambda state, feed: one(state, data, feed, key), state, feeds)
+
+    options: Any = {"donate_argnames": "state", "out_shardings": devices.replicated(mesh)}
+    together = _TOGETHER[devices.platform(mesh)]
+    return _Steps(jax.jit(one, **options), jax.jit(many, **options), together)
 
 
 def _epoch(
-    state: TrainState, step: Any, feeder: Feeder, order: np.ndarray, key: jax.Array, bar: tqdm[Any]
+    state: TrainState,
+    steps: _Steps,
+    feeder: Feeder,
+    order: np.ndarray,
+    key: jax.Array,
+    bar: tqdm[Any],
 ) -> tuple[TrainState, dict[str, float]]:
     """Takes the steps of one epoch; returns the state and the mean loss and accuracy over it."""
+    resident = feeder.data is not None and steps.together > 1
+    fused = len(order) // steps.together * steps.together if resident else 0
+    calls = itertools.chain(
+        ((steps.many, feed) for feed in feeder.feed_together(order[:fused], steps.together)),
+        ((steps.one, feed) for feed in feeder.feed(order[fused:])),
+    )
     sums: list[Metrics] = []
-    seen = 0
-    for i, feed in enumerate(feeder.feed(order), start=1):
+    taken = looked = 0
+    for step, feed in calls:
         state, step_sums = step(state, feeder.data, feed, key)
         sums.append(step_sums)
-        if i % _LOOK == 0 or i == len(order):
-            loss = float(step_sums.loss) / float(step_sums.images)
+        taken += step_sums.loss.size
+        if taken - looked >= _LOOK or taken == len(order):
+            last = jax.device_get(step_sums)
+            loss = np.sum(last.loss) / np.sum(last.images)
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-            now = int((order[:i] >= 0).sum())
-            bar.update(now - seen)
-            seen = now
-    totals = Metrics(*np.asarray(jax.device_get(sums), np.float64).sum(0))
+            bar.update(int((order[looked:taken] >= 0).sum()))
+            looked = taken
+    sums = jax.device_get(sums)
+    totals = Metrics(
+        *(np.sum([np.sum(x, dtype=np.float64) for x in part]) for part in zip(*sums, strict=True))
+    )
     return state, {
         "loss": float(totals.loss / totals.images),
         "accuracy": float(totals.correct / totals.images),
     }
+
+
+@contextlib.contextmanager
+def _profiled(folder: Path | None) -> Iterator[None]:
+    """Writes a trace of what the block does, if there is a folder for it."""
+    if folder is None:
+        yield
+        return
+    try:
+        with jax.profiler.trace(str(folder)):
+            yield
+    except OSError as error:
+        raise InputError(f"--profile {folder}: {error.strerror or error}") from None
 
 
 def _validate(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:

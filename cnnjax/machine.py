@@ -1,4 +1,4 @@
-"""What the program takes from the machine that it runs on: cores, memory, a place to keep things."""
+"""What the program takes from its machine: cores, memory, a place to keep things."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -59,7 +60,7 @@ class Predictor:
     def __init__(self, run: Path, mesh: Mesh, kind: Kind = "best") -> None:
         workdir = Workdir(run)
         self.config: Config = workdir.read_config()
-        model = make_model(self.config.model)
+        model = make_model(self.config.model, jnp.dtype(self.config.train.precision))
         optimizer, _ = make_optimizer(self.config.train, 1)
         shapes = jax.eval_shape(
             lambda key: init_state(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnnjax import layers
+from cnnjax import layers, onednn
 
 
 def plain_pool(x: jax.Array) -> jax.Array:
@@ -46,3 +49,79 @@ def test_conv_is_a_cross_correlation(padding: layers.Padding, stride: int) -> No
     windows = np.lib.stride_tricks.sliding_window_view(x, (3, 3), axis=(1, 2))
     expected = np.einsum("nhwcij,ijco->nhwo", windows[:, ::stride, ::stride], kernel)
     np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+needs_onednn = pytest.mark.skipif(
+    not onednn.expected(), reason="jaxlib carries oneDNN on Linux and x86 only"
+)
+
+
+@needs_onednn
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("window", [(1, 1), (3, 3), (5, 3)])
+@pytest.mark.parametrize("channels", [1, 16])
+def test_onednn_is_the_plain_convolution(
+    padding: layers.Padding, stride: int, window: tuple[int, int], channels: int
+) -> None:
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(3, 9, 12, channels)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(*window, channels, 5)), jnp.float32)
+    found = jax.jit(lambda x, k: layers.conv_onednn(x, k, stride, padding))
+    plain = jax.jit(lambda x, k: layers.conv_plain(x, k, stride, padding))
+    y, pull = jax.vjp(found, x, kernel)
+    y_plain, pull_plain = jax.vjp(plain, x, kernel)
+    np.testing.assert_allclose(y, y_plain, atol=1e-4)
+    g = jnp.asarray(rng.normal(size=y.shape), jnp.float32)
+    for gradient, expected in zip(pull(g), pull_plain(g), strict=True):
+        np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-3)
+
+
+_TWO_STEPS = """
+import sys
+import jax
+import jax.numpy as jnp
+import numpy as np
+from cnnjax import devices, layers, onednn, steps
+from cnnjax.augment import make_augment
+from cnnjax.config import AugmentConfig, DeviceConfig, ModelConfig, TrainConfig
+from cnnjax.models import make_model
+
+devices.make_mesh(DeviceConfig("cpu"))
+if sys.argv[1] == "plain":
+    layers.conv = lambda x, k, *, stride=1, padding="SAME": layers.conv_plain(x, k, stride, padding)
+else:
+    assert onednn.available()
+model = make_model(ModelConfig(sys.argv[2], width=8))
+optimizer, _ = steps.make_optimizer(TrainConfig(), 1)
+state = steps.init_state(model, optimizer, jax.random.key(0), 32)
+rng = np.random.default_rng(0)
+batch = steps.Batch(
+    jnp.asarray(rng.integers(0, 256, (6, 32, 32)), jnp.uint8),
+    jnp.asarray(rng.integers(0, 2, 6), jnp.int32),
+    jnp.ones(6, bool),
+)
+step = steps.make_train_step(model, optimizer, make_augment(AugmentConfig()))
+losses = []
+for _ in range(2):
+    state, sums = step(state, batch, jax.random.key(1))
+    losses.append(float(sums.loss))
+print(*losses, *np.asarray(steps.make_eval_step(model)(state, batch)))
+"""
+
+
+@needs_onednn
+@pytest.mark.parametrize("network", ["baseline", "resnet"])
+def test_a_process_of_its_own_trains_the_same_with_onednn(network: str) -> None:
+    def numbers(form: str) -> list[float]:
+        done = subprocess.run(
+            [sys.executable, "-c", _TWO_STEPS, form, network],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert not done.stderr, "no warning that the program cannot be kept"
+        return [float(x) for x in done.stdout.split()]
+
+    np.testing.assert_allclose(numbers("onednn"), numbers("plain"), rtol=2e-3, atol=2e-3)

@@ -43,8 +43,12 @@ def outcome(run: Path) -> dict[str, bytes]:
     return {name: (run / name).read_bytes() for name in names if name != "config.json"}
 
 
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
 def test_a_run_learns_and_leaves_its_files(finished: Path) -> None:
-    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(finished)
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
     assert [line["step"] for line in lines] == [6, 12, 18, 24]  # 84 or so images, 16 a step
     assert lines[-1]["train"]["loss"] < lines[0]["train"]["loss"]
@@ -107,6 +111,39 @@ def test_streaming_and_other_incidental_flags_change_nothing(
     config = config_for(moved, tmp_path / "run")
     fit(replace(config, data=replace(config.data, resident_mib=0, cache=tmp_path / "cache")))
     assert outcome(tmp_path / "run") == outcome(finished)
+
+
+def test_steps_taken_together_are_the_same_steps(
+    tree: Path, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: 4 of the 6 steps of an epoch in one call, and 2 by themselves."""
+    monkeypatch.setitem(loop._TOGETHER, "cpu", 4)
+    fit(config_for(tree, tmp_path / "run"))
+    ours, theirs = (read_metrics(run) for run in (tmp_path / "run", finished))
+    for ours_epoch, theirs_epoch in zip(ours, theirs, strict=True):
+        assert ours_epoch["step"] == theirs_epoch["step"]
+        assert ours_epoch["train"]["loss"] == pytest.approx(theirs_epoch["train"]["loss"], rel=1e-3)
+
+
+def test_bfloat16_learns_the_same_and_is_kept_on_a_resume(
+    tree: Path, tmp_path: Path, finished: Path
+) -> None:
+    config = config_for(tree, tmp_path / "run", precision="bfloat16")
+    result = fit(config)
+    ours, theirs = (read_metrics(run) for run in (config.workdir, finished))
+    assert ours[0] != theirs[0]
+    assert ours[-1]["train"]["loss"] == pytest.approx(theirs[-1]["train"]["loss"], abs=0.1)
+    assert (result.last.auc.value or 0) > 0.8
+    # `auto` would be float32 here.
+    fit(config_for(tree, config.workdir, precision="auto"))
+    with pytest.raises(InputError, match=r"--train\.precision float32 \(was bfloat16\)"):
+        fit(config_for(tree, config.workdir, precision="float32"))
+
+
+def test_profile_writes_a_trace(tree: Path, tmp_path: Path) -> None:
+    config = replace(config_for(tree, tmp_path / "run", epochs=1), profile=tmp_path / "trace")
+    fit(config)
+    assert list((tmp_path / "trace").rglob("*.trace.json.gz"))
 
 
 def test_a_finished_run_is_not_trained_again(

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cnnjax.devices import divided, replicated
+from cnnjax.devices import AXIS, divided, replicated
 from cnnjax.steps import Batch
 
 _AHEAD = 2  # batches prepared while one is computed
@@ -105,9 +105,7 @@ class Feeder:
         Args:
             rows: int32 [steps, batch]: which image stands where; -1 fills up.
         """
-        devices = self.mesh.size
-        if short := -rows.shape[1] % devices:
-            rows = np.pad(rows, ((0, 0), (0, short)), constant_values=-1)
+        rows = self._even(rows)
         if self.data is not None:
             yield from jax.device_put(list(rows), self._by_row)
             return
@@ -119,6 +117,25 @@ class Feeder:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
+
+    def feed_together(self, rows: np.ndarray, together: int) -> Iterator[jax.Array]:
+        """Yields the feeds of many steps as one array, where the data set is on the devices.
+
+        Args:
+            rows: int32 [steps, batch], as for `feed`; steps is a multiple of together.
+            together: feeds in an array.
+
+        Yields:
+            int32 [together, batch].
+        """
+        rows = self._even(rows)
+        groups = rows.reshape(-1, together, rows.shape[1])
+        yield from jax.device_put(list(groups), NamedSharding(self.mesh, PartitionSpec(None, AXIS)))
+
+    def _even(self, rows: np.ndarray) -> np.ndarray:
+        """Fills rows up with -1 until the devices have equally many."""
+        short = -rows.shape[1] % self.mesh.size
+        return np.pad(rows, ((0, 0), (0, short)), constant_values=-1)
 
     def _read(self, rows: np.ndarray) -> Batch:
         at = np.maximum(rows, 0)

@@ -1,223 +1,346 @@
-"""How long a train step and an eval step take, compiled and in plain NumPy, in turn in one run.
+"""How long a train step and an eval step take, for each network, batch, precision and device count.
 
-    python benchmarks/step_time.py --json step_time.json
+    python benchmarks/step_time.py
+    python benchmarks/step_time.py --networks resnet --batches 32 128 512 --precisions float32 \\
+        bfloat16 --json step_time.json --plot step_time.svg
 
-Each round times every row once, so that a busy machine slows all of them alike; compare the ratios.
-A row is the median of the rounds with its quartiles, each round the mean over a few steps that end
-with the device idle. Compiling is timed apart. The data are synthetic, the augmentation the post's
-for the compiled step and none for NumPy, which has none.
+The step is the one that `cnnjax.loop` takes: it fetches the batch from the data set on the device,
+augments it, and updates the weights; on an accelerator sixteen such steps are one call. Tracing,
+lowering and compiling are timed apart. Then each round times every row once, so that a busy machine
+slows all of them alike; a round is the mean over a few steps that end with the device idle. The
+images are random bytes. `--numpy` times the plain NumPy networks in the same rounds.
+
+FLOP are counted by hand (products and convolutions) and by XLA; MFU is the former over the device's
+peak, the bound is the larger of operations over the peak and bytes over the bandwidth.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
+from jax.sharding import Mesh
+from measure import circumstances, headline, in_turn, print_table, spread, write_json
+from peaks import Peak, count_flops, peak_of
 
-from cnnjax import devices, steps
+from cnnjax import devices, loop, steps
 from cnnjax.augment import make_augment
 from cnnjax.cli import guarded
 from cnnjax.config import AugmentConfig, DeviceConfig, ModelConfig, TrainConfig
+from cnnjax.data.batches import Feeder, load
 from cnnjax.errors import InputError
 from cnnjax.models import make_model
 from cnnjax.scratch import models as scratch_models
 from cnnjax.scratch import steps as scratch_steps
 from cnnjax.scratch.optimizers import adam
 
-Step = Callable[[], None]
 Network = Literal["baseline", "resnet"]
+Precision = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is timed."""
+    """What is timed: every combination."""
 
-    networks: tuple[Network, ...] = ("baseline",)
+    networks: tuple[Network, ...] = ("baseline", "resnet")
     """Which networks."""
+    batches: tuple[int, ...] = (32,)
+    """Images per step, over all devices."""
+    precisions: tuple[Precision, ...] = ("float32",)
+    """What the networks compute in."""
+    sizes: tuple[int, ...] = (64,)
+    """Side of the images, in pixels."""
+    counts: tuple[int, ...] = (0,)
+    """Numbers of devices; 0 for all. On a CPU more than one are virtual: they share the cores."""
     width: int = 16
     """Channels of the ResNet's first stage."""
-    batch: int = 32
-    """Images per step."""
-    size: int = 64
-    """Side of the images, in pixels."""
+    channels: int = 1
+    """Input channels of the networks."""
     rounds: int = 9
     """Rounds after the first, which is not counted."""
     steps: int = 4
-    """Steps in a round."""
-    numpy: bool = True
-    """Time the networks in NumPy too."""
+    """Calls in a round."""
+    numpy: bool = False
+    """Time the networks in NumPy too (first batch, first size)."""
     json: Path | None = None
     """Write the rows and the circumstances to this file."""
-    device: DeviceConfig = field(default_factory=DeviceConfig)
+    plot: Path | None = None
+    """Draw throughput against batch size into this file (.svg, .png or .pdf)."""
+    device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
+    """What to compute on; fails where it is not there."""
 
     def __post_init__(self) -> None:
-        for name in ("width", "batch", "rounds", "steps"):
+        for name in ("width", "rounds", "steps"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        if self.size < 16:
-            raise InputError(f"--size must be at least 16 pixels, got {self.size}")
+        for name, least in (("batches", 1), ("sizes", 16), ("counts", 0)):
+            if min(getattr(self, name), default=least - 1) < least:
+                raise InputError(f"--{name} must be numbers of at least {least}")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Row:
     """One kind of step."""
 
     network: str
     by: str
     step: str
-    compile_seconds: float | None
-    median_ms: float
-    quartiles_ms: tuple[float, float]
-    images_per_second: float
+    batch: int
+    size: int
+    precision: str
+    devices: int
+    trace_seconds: float | None = None
+    lower_seconds: float | None = None
+    compile_seconds: float | None = None
+    median_ms: float = 0.0
+    quartile1_ms: float = 0.0
+    quartile3_ms: float = 0.0
+    p95_ms: float = 0.0
+    images_per_second: float = 0.0
+    images_per_second_per_device: float = 0.0
+    flops: int = 0
+    xla_flops: float | None = None
+    xla_bytes: float | None = None
+    mfu: float | None = None
+    bound_ms: float | None = None
+    of_bound: float | None = None
+    memory_mib: float | None = None
 
 
-def compiled_steps(options: Options, config: ModelConfig) -> dict[str, tuple[Step, float]]:
-    """Returns the compiled train and eval step, each with the seconds that compiling took."""
-    mesh = devices.make_mesh(options.device)
-    everywhere, by_row = devices.replicated(mesh), devices.divided(mesh)
-    if options.batch % mesh.size:
-        raise InputError(f"--batch {options.batch} must be a multiple of {mesh.size} devices")
-    model = make_model(config)
+@dataclass
+class Timed:
+    """A row to be filled, and what to call for it."""
+
+    row: Row
+    run: Callable[[], None]
+    steps: int
+    peak: Peak | None = None
+    cost: dict[str, float] = field(default_factory=dict)
+
+
+def compiled(
+    options: Options, network: Network, batch: int, size: int, precision: Precision, mesh: Mesh
+) -> list[Timed]:
+    """Compiles the train step and the eval step of one combination."""
+    if batch % mesh.size:
+        raise InputError(f"--batches {batch} must be a multiple of {mesh.size} devices")
+    model = make_model(
+        ModelConfig(network, channels=options.channels, width=options.width), jnp.dtype(precision)
+    )
     optimizer, _ = steps.make_optimizer(TrainConfig(), 1)
+    everywhere = devices.replicated(mesh)
     start: Any = jax.jit(
-        lambda key: steps.init_state(model, optimizer, key, options.size), out_shardings=everywhere
+        lambda key: steps.init_state(model, optimizer, key, size), out_shardings=everywhere
     )(jax.random.key(0))
-    batch = steps.Batch(*jax.device_put(_batch(options), by_row))
+    rng = np.random.default_rng(0)
+    many = 16 * batch
+    images = rng.integers(0, 256, (many, size, size), dtype=np.uint8)
+    feeder = Feeder(images, rng.integers(0, 2, many).astype(np.int32), mesh, resident_mib=2**14)
+    rows = rng.integers(0, many, (16, batch)).astype(np.int32)
     key = jax.device_put(jax.random.key(1), everywhere)
-    state = start
-
-    began = time.perf_counter()
     train_step = steps.make_train_step(model, optimizer, make_augment(AugmentConfig()))
-    jitted = jax.jit(train_step, donate_argnames="state", out_shardings=everywhere)
-    train = jitted.lower(state, batch, key).compile()
-    middle = time.perf_counter()
-    judge = steps.make_eval_step(model).lower(state, batch).compile()  # type: ignore[attr-defined]
-    ended = time.perf_counter()
+    taken = loop.compile_steps(mesh, train_step)
+    fused = taken.together > 1
+    feeds = list(feeder.feed_together(rows, 16) if fused else feeder.feed(rows))
+    eval_step = steps.make_eval_step(model)
+    judge = jax.jit(
+        lambda state, data, feed: eval_step(state, load(data, feed)),
+        out_shardings=devices.divided(mesh),
+    )
+    alone = next(iter(feeder.feed(rows[:1])))
+    peak = peak_of(mesh.devices.flat[0], precision)
+    forward, train = count_flops(model, batch, size)
 
-    def run_train() -> None:
-        nonlocal state
-        for _ in range(options.steps):
-            state, _ = train(state, batch, key)
-        jax.block_until_ready(state)
+    def prepare(name: str, jitted: Any, arguments: tuple[Any, ...], flops: int) -> Timed:
+        seconds = [time.perf_counter()]
+        traced = jitted.trace(*arguments)
+        seconds.append(time.perf_counter())
+        lowered = traced.lower()
+        seconds.append(time.perf_counter())
+        program = lowered.compile()
+        seconds.append(time.perf_counter())
+        trace, lower, compile_ = np.diff(seconds).tolist()
+        memory = program.memory_analysis()
+        row = Row(
+            network,
+            "jax",
+            name,
+            batch,
+            size,
+            precision,
+            mesh.size,
+            trace_seconds=trace,
+            lower_seconds=lower,
+            compile_seconds=compile_,
+            flops=flops,
+            memory_mib=memory
+            and (
+                memory.temp_size_in_bytes
+                + memory.argument_size_in_bytes
+                + memory.output_size_in_bytes
+                - memory.alias_size_in_bytes
+            )
+            / 2**20,
+        )
+        state = jax.tree.map(jnp.copy, start)
+        together = taken.together if name == "train" else 1
 
-    def run_eval() -> None:
-        for _ in range(options.steps):
-            logits = judge(state, batch)
-        jax.block_until_ready(logits)
+        def run() -> None:
+            nonlocal state
+            for i in range(options.steps):
+                if name == "train":
+                    state, out = program(state, feeder.data, feeds[i % len(feeds)], key)
+                else:
+                    out = program(state, feeder.data, alone)
+            jax.block_until_ready((state, out))
 
-    return {"train": (run_train, middle - began), "eval": (run_eval, ended - middle)}
+        cost = program.cost_analysis() or {}
+        return Timed(row, run, options.steps * together, peak, cost if together == 1 else {})
+
+    step = taken.many if fused else taken.one
+    return [
+        prepare("train", step, (start, feeder.data, feeds[0], key), train),
+        prepare("eval", judge, (start, feeder.data, alone), forward),
+    ]
 
 
-def numpy_steps(options: Options, config: ModelConfig) -> dict[str, Step]:
-    """Returns the train and eval step in NumPy."""
-    model: scratch_models.Network = scratch_models.BaselineCNN()
-    if config.name == "resnet":
-        model = scratch_models.ResNet(width=config.width)
+def in_numpy(options: Options, network: Network) -> list[Timed]:
+    """Returns the train and eval step in NumPy, without augmentation."""
+    batch, size = options.batches[0], options.sizes[0]
+    model: scratch_models.Network = scratch_models.BaselineCNN(channels=options.channels)
+    if network == "resnet":
+        model = scratch_models.ResNet(channels=options.channels, width=options.width)
     optimizer = adam(1e-3)
-    state = scratch_steps.init_state(model, optimizer, np.random.default_rng(0), options.size)
-    batch = scratch_steps.Batch(*_batch(options))
+    rng = np.random.default_rng(0)
+    state = scratch_steps.init_state(model, optimizer, rng, size)
+    data = scratch_steps.Batch(
+        rng.integers(0, 256, (batch, size, size), dtype=np.uint8),
+        rng.integers(0, 2, batch).astype(np.int32),
+        np.ones(batch, bool),
+    )
     train_step = scratch_steps.make_train_step(model, optimizer)
     eval_step = scratch_steps.make_eval_step(model)
 
     def run_train() -> None:
         nonlocal state
         for _ in range(options.steps):
-            state, _ = train_step(state, batch)
+            state, _ = train_step(state, data)
 
     def run_eval() -> None:
         for _ in range(options.steps):
-            eval_step(state, batch)
+            eval_step(state, data)
 
-    return {"train": run_train, "eval": run_eval}
+    return [
+        Timed(Row(network, "numpy", name, batch, size, "float32", 1), run, options.steps)
+        for name, run in (("train", run_train), ("eval", run_eval))
+    ]
 
 
 def measure(options: Options) -> list[Row]:
     """Times every row in every round."""
-    timed: dict[tuple[str, str, str], tuple[Step, float | None]] = {}
-    for network in options.networks:
-        config = ModelConfig(network, width=options.width)
-        for step, compiled in compiled_steps(options, config).items():
-            timed[network, "jax", step] = compiled
-        if options.numpy:
-            for step, run in numpy_steps(options, config).items():
-                timed[network, "numpy", step] = run, None
-    took: dict[tuple[str, str, str], list[float]] = {name: [] for name in timed}
-    for _ in range(options.rounds + 1):
-        for name, (run, _) in timed.items():
-            start = time.perf_counter()
-            run()
-            took[name].append((time.perf_counter() - start) / options.steps)
-    rows = []
-    for name, (_, seconds) in timed.items():
-        low, median, high = np.percentile(took[name][1:], (25, 50, 75)) * 1e3
-        rate = options.batch / median * 1e3
-        rows.append(Row(*name, seconds, float(median), (float(low), float(high)), float(rate)))
-    return rows
+    whole = devices.make_mesh(DeviceConfig(options.device, max(options.counts)))
+    timed: list[Timed] = []
+    for count in options.counts:
+        mesh = Mesh(whole.devices[: count or None], whole.axis_names)
+        for network in options.networks:
+            for size in options.sizes:
+                for batch in options.batches:
+                    for precision in options.precisions:
+                        timed += compiled(options, network, batch, size, precision, mesh)
+    if options.numpy:
+        for network in options.networks:
+            timed += in_numpy(options, network)
+    took = in_turn({str(i): one.run for i, one in enumerate(timed)}, options.rounds)
+    for i, one in enumerate(timed):
+        finish(one, [seconds / one.steps for seconds in took[str(i)]])
+    return [one.row for one in timed]
 
 
-def circumstances(options: Options) -> dict[str, Any]:
-    """Returns what else one must know to compare with another run."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
-    return {
-        "device": devices.describe(devices.make_mesh(options.device)),
-        "processor": platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("jax", "jaxlib", "flax", "optax", "numpy")},
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
-        "commit": commit or None,
-        "options": json.loads(json.dumps(asdict(options), default=str)),
-    }
+def finish(one: Timed, seconds: list[float]) -> None:
+    """Fills in what follows from the times of a row."""
+    row = one.row
+    for name, value in spread(seconds).items():
+        setattr(row, name, value)
+    median = row.median_ms / 1e3
+    row.images_per_second = row.batch / median
+    row.images_per_second_per_device = row.images_per_second / row.devices
+    row.xla_flops = one.cost.get("flops")
+    row.xla_bytes = one.cost.get("bytes accessed")
+    if one.peak is not None:
+        row.mfu = row.flops / row.devices / median / one.peak.flops
+        if row.xla_bytes is not None:
+            bound = one.peak.bound(row.flops / row.devices, row.xla_bytes)
+            row.bound_ms, row.of_bound = bound * 1e3, bound / median
 
 
-def _batch(options: Options) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(0)
-    shape = (options.batch, options.size, options.size)
-    images = rng.integers(0, 256, shape, dtype=np.uint8)
-    labels = rng.integers(0, 2, options.batch).astype(np.int32)
-    return images, labels, np.ones(options.batch, bool)
+def draw(rows: list[Row], path: Path, title: str) -> None:
+    """Draws throughput against batch size, a line for each network, step and precision."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    lines: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        name = (row.network, row.by, row.step, row.size, row.precision, row.devices)
+        lines.setdefault(name, []).append(row)
+    for (network, by, step, size, precision, count), line in lines.items():
+        line.sort(key=lambda row: row.batch)
+        label = f"{network} {step} {size} px {precision}, {by} x{count}"
+        x, y = [row.batch for row in line], [row.images_per_second for row in line]
+        axes.plot(x, y, marker="o" if step == "train" else "s", label=label)
+    axes.set(xscale="log", yscale="log", xlabel="batch", ylabel="images/s", title=title)
+    axes.set_xticks(sorted({row.batch for row in rows}), minor=False)
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--plot {path}: {error}") from None
 
 
 def main() -> int:
     """Measures, prints and writes; returns the exit status."""
     options = tyro.cli(Options, description=__doc__)
-    before = circumstances(options)
+    found = circumstances(DeviceConfig(options.device, max(options.counts)))
     rows = measure(options)
-    print(f"{before['device']}, jax {before['versions']['jax']}, batch {options.batch},", end=" ")
-    print(f"{options.size} x {options.size} pixels, load {before['load_average']}")
-    print("network   by     step   compile s  median ms  (quartiles)        images/s")
-    for row in rows:
-        seconds = "" if row.compile_seconds is None else f"{row.compile_seconds:.1f}"
-        low, high = row.quartiles_ms
-        print(
-            f"{row.network:<9} {row.by:<6} {row.step:<6} {seconds:>9}  {row.median_ms:>9.1f}"
-            f"  ({low:.1f} to {high:.1f})".ljust(62)
-            + f"{row.images_per_second:>9,.0f}"
-        )
+    print(headline(found))
+    columns = [*("network", "by", "step", "batch", "px", "precision", "devices")]
+    columns += ["trace s", "lower s", "compile s", "median ms", "q1", "q3", "p95"]
+    columns += ["images/s", "MFU %", "of bound %", "MiB"]
+    print_table(
+        columns,
+        [
+            [
+                *(row.network, row.by, row.step, row.batch, row.size, row.precision, row.devices),
+                *(row.trace_seconds, row.lower_seconds, row.compile_seconds),
+                *(row.median_ms, row.quartile1_ms, row.quartile3_ms, row.p95_ms),
+                row.images_per_second,
+                None if row.mfu is None else 100 * row.mfu,
+                None if row.of_bound is None else 100 * row.of_bound,
+                row.memory_mib,
+            ]
+            for row in rows
+        ],
+    )
+    if options.plot is not None:
+        draw(rows, options.plot, found["device"])
     if options.json is not None:
-        document = before | {"rows": [asdict(row) for row in rows]}
-        try:
-            options.json.write_text(json.dumps(document, indent=2) + "\n", "utf-8")
-        except OSError as error:
-            raise InputError(f"--json {options.json}: {error.strerror or error}") from None
+        asked = json.loads(json.dumps(asdict(options), default=str))
+        write_json(
+            options.json,
+            {"circumstances": found, "options": asked, "rows": [asdict(row) for row in rows]},
+        )
     return 0
 
 

@@ -96,6 +96,8 @@ def _filter_gradient_by_patches(
 ) -> jax.Array:
     """g.T @ patches, with the patches of all places side by side in memory (im2col)."""
     height, width, channels, filters = shape
+    if channels == 1:
+        x = _materialized(x)
     x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
     rows, columns = ((size - 1) * stride + 1 for size in g.shape[1:3])
     patches = jnp.concatenate(
@@ -110,6 +112,15 @@ def _filter_gradient_by_patches(
         g.reshape(-1, filters), patches.reshape(-1, height * width * channels)
     )
     return product.reshape(filters, height, width, channels).transpose(1, 2, 3, 0)
+
+
+def _materialized(x: jax.Array) -> jax.Array:
+    """Returns x of one channel out of a call that XLA cannot look into.
+
+    Else it would compute what x comes from, the augmentation of the images, anew for each of the
+    patches' copies of it.
+    """
+    return onednn.convolution(x, jnp.ones((1, 1, 1, 1), x.dtype), ((0, 0), (0, 0)), 1)
 
 
 def _filter_gradient_by_shifts(

@@ -55,7 +55,7 @@ _LOOK = 16  # steps between looks at the loss, each of which waits for the devic
 
 # Steps in one call of the device. A step of a small network takes an accelerator less time than
 # calling it takes Python; a CPU's takes more, and XLA's convolutions are slow in its loops there.
-_TOGETHER = {"cpu": 1, "gpu": _LOOK, "tpu": _LOOK}
+TOGETHER = {"cpu": 1, "gpu": _LOOK, "tpu": _LOOK}
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def _train(config: Config, data: TrainingData, mesh: Mesh, workdir: Workdir) -> 
         out_shardings=everywhere,
     )(init_key)
     step_key = jax.device_put(step_key, everywhere)
-    steps = _compile_on(mesh, train_step)
+    steps = compile_steps(mesh, train_step)
     logits = make_logits(make_eval_step(model), mesh)
     feeder = Feeder(data.decoded.images, labels, mesh, config.data.resident_mib)
     _describe(config, data, state, feeder)
@@ -194,7 +194,7 @@ def _train(config: Config, data: TrainingData, mesh: Mesh, workdir: Workdir) -> 
     return result
 
 
-class _Steps(NamedTuple):
+class Steps(NamedTuple):
     """The compiled train step, (state, data, feed, key) -> (state, metrics)."""
 
     one: Any
@@ -203,7 +203,9 @@ class _Steps(NamedTuple):
     together: int
 
 
-def _compile_on(mesh: Mesh, train_step: TrainStep) -> _Steps:
+def compile_steps(mesh: Mesh, train_step: TrainStep) -> Steps:
+    """Returns what the loop calls: the step on a mesh, with the batch fetched inside it."""
+
     def one(
         state: TrainState, data: Resident | None, feed: Batch | jax.Array, key: jax.Array
     ) -> tuple[TrainState, Metrics]:
@@ -215,13 +217,13 @@ def _compile_on(mesh: Mesh, train_step: TrainStep) -> _Steps:
         return jax.lax.scan(lambda state, feed: one(state, data, feed, key), state, feeds)
 
     options: Any = {"donate_argnames": "state", "out_shardings": devices.replicated(mesh)}
-    together = _TOGETHER[devices.platform(mesh)]
-    return _Steps(jax.jit(one, **options), jax.jit(many, **options), together)
+    together = TOGETHER[devices.platform(mesh)]
+    return Steps(jax.jit(one, **options), jax.jit(many, **options), together)
 
 
 def _epoch(
     state: TrainState,
-    steps: _Steps,
+    steps: Steps,
     feeder: Feeder,
     order: np.ndarray,
     key: jax.Array,

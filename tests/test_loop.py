@@ -117,7 +117,7 @@ def test_steps_taken_together_are_the_same_steps(
     tree: Path, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU: 4 of the 6 steps of an epoch in one call, and 2 by themselves."""
-    monkeypatch.setitem(loop._TOGETHER, "cpu", 4)
+    monkeypatch.setitem(loop.TOGETHER, "cpu", 4)
     fit(config_for(tree, tmp_path / "run"))
     ours, theirs = (read_metrics(run) for run in (tmp_path / "run", finished))
     for ours_epoch, theirs_epoch in zip(ours, theirs, strict=True):

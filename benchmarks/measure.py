@@ -1,0 +1,138 @@
+"""What the benchmarks share: timing in turn, the circumstances, JSON files and tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cnnjax import devices
+from cnnjax.config import DeviceConfig
+from cnnjax.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+Run = Callable[[], None]
+
+
+def in_turn(runs: Mapping[str, Run], rounds: int) -> dict[str, list[float]]:
+    """Times each run once a round: A B C, A B C. A busy machine slows all of them alike.
+
+    Returns:
+        Seconds of each run in each round; a first round warms up and is not counted.
+    """
+    took: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds + 1):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            took[name].append(time.perf_counter() - start)
+    return {name: times[1:] for name, times in took.items()}
+
+
+def spread(seconds: Sequence[float]) -> dict[str, float]:
+    """Returns median, quartiles and 95th percentile, in milliseconds."""
+    low, median, high, tail = np.percentile(seconds, (25, 50, 75, 95)) * 1e3
+    return {
+        "median_ms": float(median),
+        "quartile1_ms": float(low),
+        "quartile3_ms": float(high),
+        "p95_ms": float(tail),
+    }
+
+
+def circumstances(device: DeviceConfig) -> dict[str, Any]:
+    """Returns what else one must know to compare with another run: machine, versions, load."""
+    mesh = devices.make_mesh(device)
+    names = ("jax", "jaxlib", "flax", "optax", "numpy", "pillow")
+    return {
+        "device": devices.describe(mesh),
+        "device_kind": mesh.devices.flat[0].device_kind,
+        "platform": devices.platform(mesh),
+        "processor": _processor(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in names},
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
+        "commit": commit(),
+    }
+
+
+def commit() -> str | None:
+    """Returns the checkout's commit, with a plus if files differ from it; None outside of git."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        return done.stdout.strip()
+
+    name = git("rev-parse", "--short", "HEAD")
+    return (name + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")) or None
+
+
+def headline(found: Mapping[str, Any]) -> str:
+    """Returns the line about the circumstances that stands above a table."""
+    load = found["load_average"]
+    return (
+        f"{found['device']}, {found['processor']}; jax {found['versions']['jax']},"
+        f" commit {found['commit']}, load {load[0]:.1f}"
+        if load
+        else f"{found['device']}; jax {found['versions']['jax']}, commit {found['commit']}"
+    )
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Prints rows under their columns; numbers to the right."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    right = [
+        all(isinstance(row[i], int | float | None) for row in rows) for i in range(len(columns))
+    ]
+
+    def line(values: Sequence[str]) -> str:
+        aligned = (
+            v.rjust(w) if r else v.ljust(w) for v, w, r in zip(values, widths, right, strict=True)
+        )
+        return "  ".join(aligned).rstrip()
+
+    print(line(columns))
+    for row in cells:
+        print(line(row))
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Writes a result.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    try:
+        path.write_text(json.dumps(document, indent=1, default=str) + "\n", "utf-8")
+    except OSError as error:
+        raise InputError(f"--json {path}: {error.strerror or error}") from None
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text("utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

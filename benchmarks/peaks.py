@@ -1,0 +1,100 @@
+"""What a device can do at most, and what a network asks of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# By jax.Device.device_kind: operations a second in bfloat16 and in float32 as XLA multiplies it by
+# default (TF32 on NVIDIA's tensor cores), without sparsity, and bytes a second of memory. From the
+# makers' data sheets: NVIDIA H100 SXM5, H200, A100 SXM 80 and 40 GB; Google Cloud TPU system
+# architecture (whose float32 products are done in bfloat16).
+_SHEETS: dict[str, tuple[float, float, float]] = {
+    "NVIDIA H100 80GB HBM3": (989e12, 494e12, 3.35e12),
+    "NVIDIA H200": (989e12, 494e12, 4.8e12),
+    "NVIDIA A100-SXM4-80GB": (312e12, 156e12, 2.04e12),
+    "NVIDIA A100-SXM4-40GB": (312e12, 156e12, 1.555e12),
+    "TPU v4": (275e12, 275e12, 1.2e12),
+    "TPU v5 lite": (197e12, 197e12, 0.819e12),
+    "TPU v5": (459e12, 459e12, 2.765e12),
+    "TPU v6 lite": (918e12, 918e12, 1.64e12),
+}
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most that one device does."""
+
+    flops: float
+    """Floating-point operations a second."""
+    bandwidth: float
+    """Bytes a second of memory."""
+    source: str
+    """`data sheet`, or `measured` by a large matrix product and a large copy."""
+
+    def bound(self, flops: float, bytes_moved: float) -> float:
+        """Returns the seconds that the work takes at least: the roofline of Williams et al., 2009."""
+        return max(flops / self.flops, bytes_moved / self.bandwidth)
+
+
+def peak_of(device: Any, precision: str) -> Peak:
+    """Returns the peak of a device: from its data sheet, or measured where there is none here."""
+    if sheet := _SHEETS.get(device.device_kind):
+        bfloat16, float32, bandwidth = sheet
+        return Peak(bfloat16 if precision == "bfloat16" else float32, bandwidth, "data sheet")
+    with jax.default_device(device):
+        n = 2048 if device.platform == "cpu" else 8192
+        a = jnp.ones((n, n), precision)
+        multiply = _best(jax.jit(lambda a: a @ a), a)
+        words = 2**25 if device.platform == "cpu" else 2**29
+        copy = _best(jax.jit(lambda x: x + 1), jnp.zeros(words, jnp.float32))
+    return Peak(2 * n**3 / multiply, 2 * 4 * words / copy, "measured")
+
+
+def _best(compute: Callable[[jax.Array], jax.Array], x: jax.Array) -> float:
+    jax.block_until_ready(compute(x))
+    times = []
+    for _ in range(7):
+        start = time.perf_counter()
+        jax.block_until_ready(compute(x))
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def count_flops(model: Any, batch: int, size: int) -> tuple[int, int]:
+    """Counts the operations of a network's products and convolutions: (forward, train).
+
+    A multiplication and an addition count as two, what is elementwise as nothing. Training adds the
+    gradient of each layer's filters, and that of its input except at the first.
+    """
+    images = jax.ShapeDtypeStruct((batch, size, size, 1), jnp.float32)
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    traced = jax.make_jaxpr(lambda v, x: model.apply(v, x, train=False))(variables, images)
+    layers = _products(traced.jaxpr)
+    return sum(layers), 3 * sum(layers) - layers[0]
+
+
+def _products(jaxpr: Any) -> list[int]:
+    found: list[int] = []
+    for equation in jaxpr.eqns:
+        output = equation.outvars[0].aval
+        name = equation.primitive.name
+        if name in ("conv_general_dilated", "ffi_call"):  # the latter is oneDNN's
+            kernel = equation.invars[1].aval.shape
+            found.append(2 * output.size * int(np.prod(kernel[:3])))
+        elif name == "dot_general":
+            contracted = equation.params["dimension_numbers"][0][0]
+            depth = int(np.prod([equation.invars[0].aval.shape[d] for d in contracted]))
+            found.append(2 * output.size * depth)
+        else:
+            for parameter in equation.params.values():
+                inner = getattr(parameter, "jaxpr", parameter)
+                if hasattr(inner, "eqns"):
+                    found += _products(inner)
+    return found

@@ -39,7 +39,7 @@ class Peak:
     """`data sheet`, or `measured` by a large matrix product and a large copy."""
 
     def bound(self, flops: float, bytes_moved: float) -> float:
-        """Returns the seconds that the work takes at least: the roofline of Williams et al., 2009."""
+        """Returns the seconds that the work takes at least (roofline: Williams et al., 2009)."""
         return max(flops / self.flops, bytes_moved / self.bandwidth)
 
 

@@ -132,18 +132,20 @@ def _filter_gradient_by_shifts(
     of k x k instead of k * k.
     """
     height, width, channels, filters = shape
-    (top, _), sides = pads
-    across = g.shape[2]
-    x = jnp.pad(x, ((0, 0), (0, 0), sides, (0, 0)))
-    wide = jnp.concatenate([x[:, :, j : j + across] for j in range(width)], axis=3)
-    zero = jnp.zeros((), g.dtype)
-    below = [(i - top, x.shape[1] - g.shape[1] - (i - top), 0) for i in range(height)]
-    none = (0, 0, 0)
-    tall = jnp.concatenate([lax.pad(g, zero, (none, down, none, none)) for down in below], axis=3)
+    (top, _), (left, _) = pads
+    wide = jnp.concatenate([_shifted(x, 2, left - j, g.shape[2]) for j in range(width)], axis=3)
+    tall = jnp.concatenate([_shifted(g, 1, i - top, x.shape[1]) for i in range(height)], axis=3)
     product = onednn.transposed_product(
         tall.reshape(-1, height * filters), wide.reshape(-1, width * channels)
     )
     return product.reshape(height, filters, width, channels).transpose(0, 2, 3, 1)
+
+
+def _shifted(x: jax.Array, axis: int, by: int, size: int) -> jax.Array:
+    """Moves x along an axis into an array of the given size there; zeros where nothing came."""
+    edges = [(0, 0, 0)] * x.ndim
+    edges[axis] = (by, size - x.shape[axis] - by, 0)
+    return lax.pad(x, jnp.zeros((), x.dtype), edges)
 
 
 @jax.custom_vjp

@@ -1,0 +1,107 @@
+"""Our side of `peers.py`: the step as `cnnjax.loop` takes it, with the data set on the device."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from peer_worker import Problem, serve
+
+from cnnjax import devices, loop, steps
+from cnnjax.config import DeviceConfig, ModelConfig
+from cnnjax.data.batches import Feeder
+from cnnjax.models import make_model
+
+
+class Ours:
+    """See `peer_worker.Network`."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._mesh = devices.make_mesh(DeviceConfig(problem.device))  # type: ignore[arg-type]
+        self.version = f"jax {version('jax')} on {devices.describe(self._mesh)}"
+        config = ModelConfig(
+            problem.network,  # type: ignore[arg-type]
+            channels=problem.channels,
+            width=problem.width,
+        )
+        model = make_model(config, jnp.dtype(problem.precision))
+        size = problem.images.shape[2]
+        variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 1)))
+        self._params = _unflatten(problem.params)
+        self._stats = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: (jnp.ones if path[-1].key == "var" else jnp.zeros)(leaf.shape),
+            variables.get("batch_stats", {}),
+        )
+        self._optimizer = (
+            optax.adamw(
+                problem.rate,
+                eps=problem.epsilon,
+                weight_decay=problem.decay,
+                mask=lambda tree: jax.tree.map(lambda leaf: leaf.ndim > 1, tree),
+            )
+            if problem.decay
+            else optax.adam(problem.rate, eps=problem.epsilon)
+        )
+        self._step = loop.compile_steps(
+            self._mesh, steps.make_train_step(model, self._optimizer, lambda key, images: images)
+        )
+        self._eval = steps.make_eval_step(model)
+        self._key = jax.device_put(jax.random.key(0), devices.replicated(self._mesh))
+        batches, batch = problem.labels.shape
+        self._feeder = Feeder(
+            problem.images.reshape(-1, size, size), problem.labels.reshape(-1), self._mesh, 2**14
+        )
+        self._rows = np.arange(batches * batch, dtype=np.int32).reshape(batches, batch)
+        self._first = steps.Batch(
+            jnp.asarray(problem.images[0]), jnp.asarray(problem.labels[0]), jnp.ones(batch, bool)
+        )
+        self._state = self._start()
+
+    def logits(self) -> np.ndarray:
+        """See `peer_worker.Network`."""
+        return np.asarray(self._eval(self._start(), self._first))
+
+    def losses(self, steps: int) -> list[float]:
+        """See `peer_worker.Network`."""
+        state, found = self._start(), []
+        for feed in self._feeder.feed(self._rows[:steps]):
+            state, sums = self._step.one(state, self._feeder.data, feed, self._key)
+            found.append(float(sums.loss / sums.images))
+        return found
+
+    def train(self, steps: int) -> None:
+        """See `peer_worker.Network`."""
+        together = self._step.together
+        rows = np.resize(self._rows, (-(-steps // together) * together, self._rows.shape[1]))
+        if together > 1:
+            for feeds in self._feeder.feed_together(rows, together):
+                self._state, _ = self._step.many(self._state, self._feeder.data, feeds, self._key)
+        else:
+            for feed in self._feeder.feed(rows):
+                self._state, _ = self._step.one(self._state, self._feeder.data, feed, self._key)
+        jax.block_until_ready(self._state)
+
+    def _start(self) -> steps.TrainState:
+        variables = {"params": self._params, "batch_stats": self._stats}
+        copied = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), variables)
+        state = steps.state_of(copied, self._optimizer)
+        return jax.device_put(state, devices.replicated(self._mesh))
+
+
+def _unflatten(params: dict[str, np.ndarray]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, value in params.items():
+        *folders, leaf = path.split("/")
+        inner: dict[str, Any] = tree
+        for folder in folders:
+            inner = inner.setdefault(folder, {})
+        inner[leaf] = value
+    return tree
+
+
+if __name__ == "__main__":
+    serve(Ours)

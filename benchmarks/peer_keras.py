@@ -1,0 +1,129 @@
+"""Keras's side of `peers.py`, on TensorFlow, in its own environment; imports nothing of cnnjax.
+
+Forms: `graph` (what `compile` does without XLA) and `default` (Keras chooses whether to use XLA).
+bfloat16 is Keras's `mixed_bfloat16`.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ["KERAS_BACKEND"] = "tensorflow"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import layers
+from peer_worker import Problem, serve
+
+
+def baseline(size: int, channels: int) -> Any:
+    """The post's network."""
+    return keras.Sequential(
+        [
+            layers.Input((size, size, channels)),
+            layers.Conv2D(32, 3, activation="relu", name="conv1"),
+            layers.MaxPooling2D(2),
+            layers.Conv2D(32, 3, activation="relu", name="conv2"),
+            layers.MaxPooling2D(2),
+            layers.Flatten(),
+            layers.Dense(128, activation="relu", name="dense1"),
+            layers.Dense(1, name="dense2", dtype="float32"),
+        ]
+    )
+
+
+def resnet(size: int, channels: int, width: int) -> Any:
+    """The residual network with one block a stage."""
+
+    def norm(x: Any, name: str) -> Any:
+        return layers.BatchNormalization(momentum=0.9, epsilon=1e-5, name=name)(x)
+
+    def conv(x: Any, filters: int, window: int, stride: int, name: str) -> Any:
+        return layers.Conv2D(filters, window, stride, padding="same", use_bias=False, name=name)(x)
+
+    images = layers.Input((size, size, channels))
+    x = layers.ReLU()(norm(conv(images, width, 3, 2, "stem"), "stem_norm"))
+    for stage in range(4):
+        filters, stride = width * 2**stage, 1 if stage == 0 else 2
+        at = f"stage{stage + 1}_block1-"
+        y = layers.ReLU()(norm(conv(x, filters, 3, stride, at + "conv1"), at + "norm1"))
+        y = norm(conv(y, filters, 3, 1, at + "conv2"), at + "norm2")
+        if stride > 1:
+            x = norm(conv(x, filters, 1, stride, at + "conv3"), at + "norm3")
+        x = layers.ReLU()(layers.Add()([x, y]))
+    x = layers.GlobalAveragePooling2D(dtype="float32")(x)
+    return keras.Model(images, layers.Dense(1, name="head", dtype="float32")(x))
+
+
+class Keras:
+    """See `peer_worker.Network`."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        self.version = f"keras {keras.__version__}, tensorflow {tf.__version__}, {problem.device}"
+        if problem.precision == "bfloat16":
+            keras.mixed_precision.set_global_policy("mixed_bfloat16")
+        self._images = problem.floats()
+        self._labels = problem.labels.astype(np.float32)
+        self._reset()
+
+    def logits(self) -> np.ndarray:
+        """See `peer_worker.Network`."""
+        return self._model(self._images[0], training=False).numpy()[:, 0]
+
+    def losses(self, steps: int) -> list[float]:
+        """See `peer_worker.Network`."""
+        self._reset()
+        found = []
+        for images, labels in zip(self._images[:steps], self._labels[:steps], strict=True):
+            # The log is a mean over the steps so far.
+            self._model.reset_metrics()
+            found.append(float(self._model.train_on_batch(images, labels)))
+        self._reset()
+        return found
+
+    def train(self, steps: int) -> None:
+        """See `peer_worker.Network`."""
+        for _ in range(steps):
+            logs = self._function(self._iterator)
+        logs["loss"].numpy() if isinstance(logs, dict) else np.asarray(logs)
+
+    def _reset(self) -> None:
+        problem = self._problem
+        size = problem.images.shape[2]
+        if problem.network == "baseline":
+            self._model = baseline(size, problem.channels)
+        else:
+            self._model = resnet(size, problem.channels, problem.width)
+        names = {"scale": "gamma", "bias": "beta"}
+        for path, value in problem.params.items():
+            *inside, leaf = path.split("/")
+            layer = self._model.get_layer("-".join(inside))
+            if isinstance(layer, layers.BatchNormalization):
+                leaf = names[leaf]
+            getattr(layer, leaf).assign(value)
+        settings: dict[str, Any] = {"learning_rate": problem.rate, "epsilon": problem.epsilon}
+        if problem.decay:
+            optimizer = keras.optimizers.AdamW(weight_decay=problem.decay, **settings)
+            optimizer.exclude_from_weight_decay(
+                var_list=[v for v in self._model.trainable_variables if len(v.shape) < 2]
+            )
+        else:
+            optimizer = keras.optimizers.Adam(**settings)
+        self._model.compile(
+            optimizer,
+            keras.losses.BinaryCrossentropy(from_logits=True),
+            jit_compile="auto" if problem.form == "default" else False,
+        )
+        self._model.make_train_function()
+        self._function = self._model.train_function
+        data = tf.data.Dataset.from_tensor_slices((self._images, self._labels))
+        self._iterator = iter(data.repeat().prefetch(2))
+
+
+if __name__ == "__main__":
+    serve(Keras)

@@ -1,0 +1,195 @@
+"""PyTorch's side of `peers.py`, run in PyTorch's own environment; imports nothing of cnnjax.
+
+Forms: `eager`, `eager channels_last`, `compiled` (channels_last, torch.compile). bfloat16 is
+autocast with float32 weights. On a GPU float32 products may use TF32, as JAX's do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from peer_worker import Problem, serve
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class Baseline(nn.Module):
+    """The post's network."""
+
+    def __init__(self, channels: int, size: int) -> None:
+        super().__init__()
+        side = ((size - 2) // 2 - 2) // 2
+        self.conv1 = nn.Conv2d(channels, 32, 3)
+        self.conv2 = nn.Conv2d(32, 32, 3)
+        self.dense1 = nn.Linear(32 * side * side, 128)
+        self.dense2 = nn.Linear(128, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns logits [batch]."""
+        x = functional.max_pool2d(functional.relu(self.conv1(x)), 2)
+        x = functional.max_pool2d(functional.relu(self.conv2(x)), 2)
+        x = functional.relu(self.dense1(x.flatten(1)))
+        return self.dense2(x)[:, 0]
+
+
+class Same(nn.Conv2d):
+    """A convolution without bias, padded to ceil(size / stride).
+
+    With a stride, PyTorch pads both sides where TensorFlow and Flax pad the end. `exact` pads as
+    they do, which costs PyTorch a copy; timed is what its users write, `padding=1`.
+    """
+
+    exact = False
+
+    def __init__(self, into: int, out: int, size: int, stride: int) -> None:
+        super().__init__(into, out, size, stride, padding=size // 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns [batch, out, height', width']."""
+        if Same.exact and self.stride[0] == 2 and self.kernel_size[0] == 3:
+            x = functional.pad(x, (0, 1, 0, 1))
+            return functional.conv2d(x, self.weight, stride=self.stride)
+        return super().forward(x)
+
+
+class Block(nn.Module):
+    """A residual block."""
+
+    def __init__(self, into: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = Same(into, out, 3, stride), nn.BatchNorm2d(out)
+        self.conv2, self.norm2 = Same(out, out, 3, 1), nn.BatchNorm2d(out)
+        self.shortcut = stride > 1 or into != out
+        if self.shortcut:
+            self.conv3, self.norm3 = Same(into, out, 1, stride), nn.BatchNorm2d(out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns [batch, out, height', width']."""
+        y = self.norm2(self.conv2(functional.relu(self.norm1(self.conv1(x)))))
+        return functional.relu((self.norm3(self.conv3(x)) if self.shortcut else x) + y)
+
+
+class ResNet(nn.Module):
+    """The residual network with one block a stage."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.stem, self.stem_norm = Same(channels, width, 3, 2), nn.BatchNorm2d(width)
+        self.stage1_block1 = Block(width, width, 1)
+        self.stage2_block1 = Block(width, 2 * width, 2)
+        self.stage3_block1 = Block(2 * width, 4 * width, 2)
+        self.stage4_block1 = Block(4 * width, 8 * width, 2)
+        self.head = nn.Linear(8 * width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns logits [batch]."""
+        x = functional.relu(self.stem_norm(self.stem(x)))
+        x = self.stage2_block1(self.stage1_block1(x))
+        x = self.stage4_block1(self.stage3_block1(x))
+        return self.head(x.mean((2, 3)))[:, 0]
+
+
+class Torch:
+    """See `peer_worker.Network`."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        self._device = torch.device("cuda" if problem.device == "gpu" else "cpu")
+        name = torch.cuda.get_device_name() if problem.device == "gpu" else "cpu"
+        self.version = f"torch {torch.__version__} on {name}"
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+        last = problem.form != "eager"
+        self._format = torch.channels_last if last else torch.contiguous_format
+        images = torch.from_numpy(problem.floats()).to(self._device).permute(0, 1, 4, 2, 3)
+        self._images = [x.contiguous(memory_format=self._format) for x in images]
+        self._labels = list(torch.from_numpy(problem.labels).to(self._device).float())
+        self._reset()
+        compiled = problem.form == "compiled"
+        self._step: Callable[[Tensor, Tensor], Tensor] = self._backward
+        if compiled:
+            mode = "max-autotune" if problem.device == "gpu" else "default"
+            self._step = torch.compile(self._backward, mode=mode)
+        self._taken = 0
+
+    def logits(self) -> np.ndarray:
+        """See `peer_worker.Network`."""
+        Same.exact = True
+        self._reset()
+        self._model.eval()
+        with torch.no_grad():
+            found = self._model(self._images[0]).float().cpu().numpy()
+        Same.exact = False
+        self._reset()
+        return found
+
+    def losses(self, steps: int) -> list[float]:
+        """See `peer_worker.Network`."""
+        Same.exact = True
+        self._reset()
+        found = []
+        for image, label in zip(self._images[:steps], self._labels[:steps], strict=True):
+            found.append(float(self._backward(image, label)))
+            self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
+        Same.exact = False
+        self._reset()
+        return found
+
+    def train(self, steps: int) -> None:
+        """See `peer_worker.Network`."""
+        for _ in range(steps):
+            i = self._taken % len(self._images)
+            self._step(self._images[i], self._labels[i])
+            self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
+            self._taken += 1
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def _backward(self, images: Tensor, labels: Tensor) -> Tensor:
+        low = self._problem.precision == "bfloat16"
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=low):
+            logits = self._model(images)
+        loss = functional.binary_cross_entropy_with_logits(logits.float(), labels)
+        loss.backward()
+        return loss.detach()
+
+    def _reset(self) -> None:
+        problem = self._problem
+        channels, width, size = problem.channels, problem.width, problem.images.shape[2]
+        model = Baseline(channels, size) if problem.network == "baseline" else None
+        self._model: nn.Module = model or ResNet(channels, width)
+        names = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+        state = self._model.state_dict()
+        for path, value in problem.params.items():
+            *layers, leaf = path.split("/")
+            if leaf == "kernel" and value.ndim == 4:
+                value = value.transpose(3, 2, 0, 1)
+            elif leaf == "kernel":
+                if layers[-1] == "dense1":  # its rows are pixels, then channels; ours the reverse
+                    side = int((value.shape[0] // 32) ** 0.5)
+                    value = value.reshape(side, side, 32, -1).transpose(2, 0, 1, 3)
+                    value = value.reshape(-1, value.shape[-1])
+                value = value.T
+            state[".".join([*layers, names[leaf]])] = torch.from_numpy(value.copy())
+        self._model.load_state_dict(state)
+        self._model.to(self._device, memory_format=self._format).train()
+        kernels = [p for p in self._model.parameters() if p.ndim > 1]
+        others = [p for p in self._model.parameters() if p.ndim <= 1]
+        settings = {"lr": problem.rate, "eps": problem.epsilon, "fused": True}
+        groups = [
+            {"params": kernels, "weight_decay": problem.decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        self._optimizer: torch.optim.Optimizer = (
+            torch.optim.AdamW(groups, **settings)
+            if problem.decay
+            else torch.optim.Adam(self._model.parameters(), **settings)
+        )
+
+
+if __name__ == "__main__":
+    serve(Torch)

@@ -1,0 +1,287 @@
+"""A train step of the same network in cnnjax, PyTorch and Keras, in turn in one run.
+
+    python benchmarks/peers.py --setup          # makes an environment for each peer, once
+    python benchmarks/peers.py --json peers.json
+
+Every library starts from the same weights and takes the same batches, resident on the device and
+without augmentation. First each must give the same logits (within 1e-4) and the same losses over
+ten steps (within 1e-3) as ours, in float32; then all take steps in turn, in rounds A B C A B C. The
+ratio is our throughput over theirs, in each round: its median, least and largest are printed. The
+baseline takes Adam, the ResNet AdamW with the weight decay of `experiments/pneumonia.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import tyro
+from measure import circumstances, headline, print_table, write_json
+
+from cnnjax.cli import guarded
+from cnnjax.config import DeviceConfig, ModelConfig
+from cnnjax.errors import InputError
+from cnnjax.machine import cache_folder
+from cnnjax.models import make_model
+
+HERE = Path(__file__).resolve().parent
+
+# What each peer's environment holds: on a machine without and with an accelerator.
+PACKAGES: dict[str, dict[str, list[str]]] = {
+    "torch": {"cpu": ["torch==2.13.0", "numpy", "pillow"]},
+    "keras": {
+        "cpu": ["tensorflow-cpu==2.21.0", "keras==3.15.1", "scipy", "pillow"],
+        "gpu": ["tensorflow[and-cuda]==2.21.0", "keras==3.15.1", "scipy", "pillow"],
+    },
+}
+FORMS = {
+    "torch": ("eager", "eager channels_last", "compiled"),
+    "keras": ("default", "graph"),
+}
+# Keras adds Adam's epsilon before the correction of the second moment, the others after it: with a
+# negligible one they take the same steps.
+NETWORKS: dict[str, dict[str, Any]] = {
+    "baseline": {"channels": 3, "width": 16, "rate": 1e-3, "decay": 0.0, "epsilon": 1e-10},
+    "resnet": {"channels": 1, "width": 16, "rate": 1e-3, "decay": 0.02, "epsilon": 1e-10},
+}
+_PROOF = 10  # steps over which the losses must agree
+_REST = 0.3  # seconds between turns, in which the last one's threads stop spinning
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is compared."""
+
+    setup: bool = False
+    """Make the peers' environments, and do nothing else."""
+    environments: Path = field(default_factory=lambda: cache_folder() / "peers")
+    """Folder of the peers' environments, `torch` and `keras`; one that is missing is left out."""
+    networks: tuple[Literal["baseline", "resnet"], ...] = ("baseline", "resnet")
+    """Which networks."""
+    precisions: tuple[Literal["float32", "bfloat16"], ...] = ("float32",)
+    """What the networks compute in."""
+    batches: tuple[int, ...] = (32,)
+    """Images per step."""
+    size: int = 64
+    """Side of the images, in pixels."""
+    width: int | None = None
+    """Channels of the ResNet's first stage; the recipe's by default."""
+    rounds: int = 9
+    """Rounds after the first, which is not counted."""
+    steps: int = 16
+    """Steps in a turn."""
+    peers: tuple[Literal["torch", "keras"], ...] = ("torch", "keras")
+    """Which peers."""
+    device: Literal["cpu", "gpu"] = "cpu"
+    """What all compute on."""
+    json: Path | None = None
+    """Write the rows and the circumstances to this file."""
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "steps"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} must be at least 1, got {getattr(self, name)}")
+        if min(self.batches, default=0) < 1:
+            raise InputError("--batches must be numbers of at least 1")
+
+
+class Worker:
+    """A process with a network in it; see `peer_worker.py`."""
+
+    def __init__(self, name: str, command: list[str]) -> None:
+        self.name = name
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed by close()
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            cwd=HERE,
+            env=os.environ | {"PYTHONPATH": str(HERE)},
+        )
+        self.version: str = self._read()["version"]
+
+    def ask(self, **request: Any) -> Any:
+        """Sends a request and returns the answer."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # _read says why
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        return self._read()
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+
+    def _read(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._errors.seek(0)
+            said = self._errors.read().strip().splitlines() or ["without a word"]
+            raise InputError(f"{self.name} stopped: {said[-1]}")
+        return json.loads(line)
+
+
+def set_up(options: Options) -> None:
+    """Makes the peers' environments with venv and pip."""
+    for peer in options.peers:
+        folder = options.environments / peer
+        packages = PACKAGES[peer].get(options.device, PACKAGES[peer]["cpu"])
+        print(f"{folder}: {' '.join(packages)}")
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        python = str(folder / "bin" / "python")
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
+
+
+def write_problem(path: Path, options: Options, network: str, batch: int) -> None:
+    """Writes the weights that all start from and the batches that all take."""
+    settings = NETWORKS[network] | {"network": network, "device": options.device}
+    if options.width is not None:
+        settings["width"] = options.width
+    config = ModelConfig(
+        network,  # type: ignore[arg-type]
+        channels=int(settings["channels"]),
+        width=int(settings["width"]),
+    )
+    images = np.zeros((1, options.size, options.size, 1), np.float32)
+    variables = jax.jit(make_model(config).init)(jax.random.key(0), images)
+    leaves = jax.tree_util.tree_leaves_with_path(variables["params"])
+    rng = np.random.default_rng(0)
+    # Random labels, but learnable: the sum of a patch decides.
+    pixels = rng.integers(0, 256, (_PROOF, batch, options.size, options.size), dtype=np.uint8)
+    labels = (pixels[..., :8, :8].mean((2, 3)) > 127.5).astype(np.int32)
+    arrays: dict[str, Any] = {
+        "/".join(key.key for key in where): np.asarray(leaf) for where, leaf in leaves
+    }
+    np.savez(path, settings=json.dumps(settings), images=pixels, labels=labels, **arrays)
+
+
+@contextlib.contextmanager
+def workers(options: Options, problem: Path, precision: str) -> Iterator[list[Worker]]:
+    """Starts ours and every form of every peer."""
+    started: list[Worker] = []
+    try:
+        asked: dict[str, tuple[str, ...]] = {"cnnjax": ("",)}
+        asked |= {peer: FORMS[peer] for peer in options.peers}
+        for peer, forms in asked.items():
+            python = sys.executable
+            if peer != "cnnjax":
+                python = str(options.environments / peer / "bin" / "python")
+                if not Path(python).exists():
+                    print(f"{peer} is left out: no {python}; make it with --setup")
+                    continue
+            script = str(HERE / f"peer_{peer}.py")
+            for form in forms:
+                name = f"{peer} {form}".strip()
+                started.append(Worker(name, [python, script, str(problem), form, precision]))
+        yield started
+    finally:
+        for worker in started:
+            worker.close()
+
+
+def prove(options: Options, ours: Worker, peers: list[Worker]) -> list[dict[str, Any]]:
+    """Returns how far each peer's logits and losses are from ours.
+
+    Raises:
+        InputError: further than rounding explains: it is another network.
+    """
+    found = []
+    logits = np.array(ours.ask(do="logits"))
+    losses = np.array(ours.ask(do="losses", steps=_PROOF))
+    for peer in peers:
+        apart = float(np.abs(np.array(peer.ask(do="logits")) - logits).max())
+        lost = float(np.abs(np.array(peer.ask(do="losses", steps=_PROOF)) - losses).max())
+        if apart > 1e-4 or lost > 1e-3:
+            raise InputError(
+                f"{peer.name} is another network than ours: logits differ by {apart:.2g},"
+                f" losses by {lost:.2g}"
+            )
+        found.append({"peer": peer.name, "logits": apart, "losses": lost})
+    return found
+
+
+def measure(options: Options) -> dict[str, Any]:
+    """Proves and times every combination; returns the document."""
+    rows: list[dict[str, Any]] = []
+    proofs: list[dict[str, Any]] = []
+    versions: set[str] = set()
+    with tempfile.TemporaryDirectory() as folder:
+        for network in options.networks:
+            for batch in options.batches:
+                problem = Path(folder) / f"{network}-{batch}.npz"
+                write_problem(problem, options, network, batch)
+                for precision in options.precisions:
+                    with workers(options, problem, precision) as (ours, *peers):
+                        versions |= {ours.version, *(peer.version for peer in peers)}
+                        if precision == "float32":
+                            proofs += [
+                                {"network": network, "batch": batch} | proof
+                                for proof in prove(options, ours, peers)
+                            ]
+                        took = _in_turn([ours, *peers], options)
+                    named = {"network": network, "precision": precision, "batch": batch}
+                    rows += [
+                        named | {"peer": peer.name} | _compare(took[ours.name], took[peer.name])
+                        for peer in peers
+                    ]
+    return {"rows": rows, "proofs": proofs, "versions": sorted(versions)}
+
+
+def _in_turn(all_workers: list[Worker], options: Options) -> dict[str, np.ndarray]:
+    took: dict[str, list[float]] = {worker.name: [] for worker in all_workers}
+    for _ in range(options.rounds + 1):
+        for worker in all_workers:
+            time.sleep(_REST)
+            took[worker.name].append(worker.ask(do="time", steps=options.steps) / options.steps)
+    return {name: np.array(times[1:]) for name, times in took.items()}
+
+
+def _compare(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
+    ratios = theirs / ours
+    return {
+        "ours_ms": float(np.median(ours) * 1e3),
+        "theirs_ms": float(np.median(theirs) * 1e3),
+        "ratio": float(np.median(ratios)),
+        "ratio_min": float(ratios.min()),
+        "ratio_max": float(ratios.max()),
+    }
+
+
+def main() -> int:
+    """Measures, prints and writes; returns the exit status."""
+    options = tyro.cli(Options, description=__doc__)
+    if options.setup:
+        set_up(options)
+        return 0
+    found = circumstances(DeviceConfig(options.device))
+    measured = measure(options)
+    print(headline(found))
+    print(*measured["versions"], sep="\n")
+    keys = ["network", "peer", "precision", "batch", "ours_ms", "theirs_ms"]
+    keys += ["ratio", "ratio_min", "ratio_max"]
+    print_table(keys, [[row[key] for key in keys] for row in measured["rows"]])
+    if options.json is not None:
+        asked = json.loads(json.dumps(asdict(options), default=str))
+        del asked["environments"], asked["json"]
+        write_json(options.json, {"circumstances": found, "options": asked, **measured})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

@@ -1,0 +1,165 @@
+"""How a train step scales with devices, and time and memory with the images and their size.
+
+    python benchmarks/scaling.py --json scaling.json
+
+Each point is a process of its own that runs `step_time.py`. Weak scaling gives each device the same
+batch, strong scaling divides one batch among them. On a CPU the devices are virtual: they share the
+cores, and from two on they compute with XLA's own convolutions, since one alone has oneDNN on all
+cores. Such a curve shows what dividing costs, not what more hardware brings.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+import tyro
+from measure import circumstances, headline, print_table, write_json
+
+from cnnjax import devices, loop, steps
+from cnnjax.augment import make_augment
+from cnnjax.cli import guarded
+from cnnjax.config import AugmentConfig, DeviceConfig, ModelConfig, TrainConfig
+from cnnjax.data.batches import Feeder, epoch_rows
+from cnnjax.errors import InputError
+from cnnjax.models import make_model
+
+HERE = Path(__file__).resolve().parent
+_EPOCH = "epoch"  # first argument of a process that measures its memory
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which points."""
+
+    network: Literal["baseline", "resnet"] = "baseline"
+    """Which network."""
+    counts: tuple[int, ...] = (1, 2, 4, 8)
+    """Numbers of devices; on an accelerator those that there are."""
+    batch: int = 32
+    """Images per step and device (weak), and in all times the largest count (strong)."""
+    images: tuple[int, ...] = (1024, 4096, 16384, 65536)
+    """Sizes of the data set."""
+    sizes: tuple[int, ...] = (32, 64, 96, 128, 224)
+    """Sides of the images, in pixels."""
+    rounds: int = 5
+    """Rounds of each measurement."""
+    device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
+    """What to compute on."""
+    json: Path | None = None
+    """Write the points and the circumstances to this file."""
+
+
+def epoch(network: Any, platform: Any, images: int, size: int, batch: int) -> dict[str, float]:
+    """Takes a few steps on so many images; returns times, and the peak memory of this process."""
+    mesh = devices.make_mesh(DeviceConfig(platform))
+    model = make_model(ModelConfig(network, width=16))
+    optimizer, _ = steps.make_optimizer(TrainConfig(), 1)
+    everywhere = devices.replicated(mesh)
+    key = jax.device_put(jax.random.key(0), everywhere)
+    state: Any = jax.jit(
+        lambda key: steps.init_state(model, optimizer, key, size), out_shardings=everywhere
+    )(key)
+    step = loop.compile_steps(
+        mesh, steps.make_train_step(model, optimizer, make_augment(AugmentConfig()))
+    )
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (images, size, size), dtype=np.uint8)
+    start = time.perf_counter()
+    feeder = Feeder(pixels, rng.integers(0, 2, images).astype(np.int32), mesh, 2**15)
+    jax.block_until_ready(feeder.data)
+    placed = time.perf_counter()
+    order = epoch_rows(key, 1, np.arange(images), batch)
+    shuffled = time.perf_counter()
+    began, taken = shuffled, -1
+    for feed in feeder.feed(order[:17]):
+        state, _ = step.one(state, feeder.data, feed, key)
+        taken += 1
+        if not taken:  # the first step compiles
+            jax.block_until_ready(state)
+            began = time.perf_counter()
+    jax.block_until_ready(state)
+    seconds = (time.perf_counter() - began) / taken
+    return {
+        "place_s": placed - start,
+        "shuffle_s": shuffled - placed,
+        "step_ms": seconds * 1e3,
+        "epoch_s": seconds * len(order),
+        "data_mib": pixels.nbytes / 2**20,
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
+    }
+
+
+def step_rows(options: Options, *flags: str) -> list[dict[str, Any]]:
+    """Runs `step_time.py` in a process of its own; returns its train rows."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "rows.json"
+        command = [sys.executable, str(HERE / "step_time.py"), "--networks", options.network]
+        command += ["--rounds", str(options.rounds), "--device", options.device]
+        _run([*command, *flags, "--json", str(out)])
+        rows = json.loads(out.read_text("utf-8"))["rows"]
+    return [row for row in rows if row["step"] == "train"]
+
+
+def measure(options: Options) -> dict[str, list[dict[str, Any]]]:
+    """Returns the points of each curve."""
+    mesh = devices.make_mesh(DeviceConfig(options.device))
+    platform = devices.platform(mesh)
+    counts = [n for n in options.counts if platform == "cpu" or n <= mesh.size]
+    curves: dict[str, list[dict[str, Any]]] = {"weak": [], "strong": [], "size": [], "images": []}
+    total = options.batch * max(counts)
+    for n in counts:
+        for curve, batch in (("weak", options.batch * n), ("strong", total)):
+            (row,) = step_rows(options, "--counts", str(n), "--batches", str(batch))
+            curves[curve].append({"devices": n, "batch": batch} | _of(row))
+    for size in options.sizes:
+        (row,) = step_rows(options, "--sizes", str(size), "--batches", str(options.batch))
+        curves["size"].append({"size": size, "batch": options.batch} | _of(row))
+    for images in options.images:
+        point = json.dumps([options.network, options.device, images, 64, options.batch])
+        found = json.loads(_run([sys.executable, __file__, _EPOCH, point]).splitlines()[-1])
+        curves["images"].append({"images": images} | found)
+    return curves
+
+
+def _of(row: dict[str, Any]) -> dict[str, Any]:
+    names = ("median_ms", "quartile1_ms", "quartile3_ms", "images_per_second", "memory_mib")
+    return {name: row[name] for name in names}
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or ["it said nothing"]
+        raise InputError(f"a measurement failed: {said[-1]}")
+    return done.stdout
+
+
+def main() -> int:
+    """Measures, prints and writes; returns the exit status."""
+    options = tyro.cli(Options, description=__doc__)
+    found = circumstances(DeviceConfig(options.device))
+    curves = measure(options)
+    print(headline(found))
+    for name, points in curves.items():
+        print(f"\n{name}")
+        print_table(list(points[0]), [list(point.values()) for point in points])
+    if options.json is not None:
+        write_json(options.json, {"circumstances": found, "network": options.network} | curves)
+    return 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == [_EPOCH]:
+        print(json.dumps(epoch(*json.loads(sys.argv[2]))))
+        sys.exit()
+    sys.exit(guarded(main))

@@ -1,0 +1,254 @@
+"""From the start of a process to a trained and judged network, beside the post's own Keras program.
+
+    python benchmarks/end_to_end.py --data chest_xray --full-resolution DIR --json end_to_end.json
+
+Two jobs, each a process of its own, ours and Keras's in turn, on the same training and held-out
+files: the post's 15 epochs on a tree of small images, and 5 epochs on files as published, the
+tree's repeated under new names up to `--files`. Cold means that our process finds neither decoded
+images nor compiled programs, warm that it finds both. Then the time to quality: how long after its
+start a recipe's held-out AUC first passes some values.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from measure import ROOT, circumstances, headline, print_table, write_json
+
+from cnnjax.cli import guarded
+from cnnjax.config import DeviceConfig
+from cnnjax.data.index import Example, read_index
+from cnnjax.errors import InputError
+from cnnjax.machine import cache_folder
+
+HERE = Path(__file__).resolve().parent
+
+# Run by a process of its own: a recipe, with the time of each of its phases on the last line.
+_PHASED = """
+import json, runpy, sys, time
+start = time.perf_counter()
+recipe, sys.argv[1:] = sys.argv[1], sys.argv[2:]
+import jax
+compiling = []
+jax.monitoring.register_event_duration_secs_listener(
+    lambda name, seconds, **_: compiling.append(seconds) if "/compile/" in name else None)
+from cnnjax import loop
+phases = {"import": time.perf_counter() - start}
+def timed(name, function):
+    def inner(*arguments, **named):
+        began = time.perf_counter()
+        try:
+            return function(*arguments, **named)
+        finally:
+            phases[name] = phases.get(name, 0.0) + time.perf_counter() - began
+    return inner
+loop.training_data = timed("index and decode", loop.training_data)
+loop._epoch = timed("train", loop._epoch)
+loop._conclude = timed("evaluate", loop._conclude)
+try:
+    runpy.run_path(recipe, run_name="__main__")
+except SystemExit as done:
+    if done.code:
+        raise
+phases["all"] = time.perf_counter() - start
+phases["compiling, in these"] = sum(compiling)
+print(json.dumps(phases))
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which jobs."""
+
+    data: Path
+    """A tree of small images: train/NORMAL and so on."""
+    full_resolution: Path | None = None
+    """A tree of images as published."""
+    files: int = 5216
+    """Files of the job on images as published."""
+    epochs: int = 15
+    """Epochs of the job on small images."""
+    full_epochs: int = 5
+    """Epochs of the job on images as published."""
+    rounds: int = 1
+    """How often each job is done by each side."""
+    quality: tuple[float, ...] = (0.98, 0.99)
+    """Held-out AUC to be reached."""
+    environments: Path = field(default_factory=lambda: cache_folder() / "peers")
+    """Folder of the peers' environments (`peers.py --setup`)."""
+    json: Path | None = None
+    """Write the rows and the circumstances to this file."""
+
+    def __post_init__(self) -> None:
+        if not self.keras.exists():
+            raise InputError(f"no {self.keras}; make it with: python benchmarks/peers.py --setup")
+
+    @property
+    def keras(self) -> Path:
+        """Keras's Python."""
+        return self.environments / "keras" / "bin" / "python"
+
+
+def repeated(source: Path, files: int, target: Path) -> None:
+    """Repeats the training images of a tree as copies of new patients, up to so many files."""
+    examples = read_index(source).split("train")
+    numbers = count(1)
+    for i in range(files):
+        example = examples[i % len(examples)]
+        number = next(numbers)
+        name = f"person{number}_virus_1.jpeg" if example.label else f"IM-{number}-0001.jpeg"
+        to = target / "train" / ("PNEUMONIA" if example.label else "NORMAL") / name
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(_path(source, example), to)
+
+
+def _path(root: Path, example: Example) -> Path:
+    return root / example.name
+
+
+def ours(
+    root: Path, epochs: int, scratch: Path, recipe: str = "baseline", run: str = "run"
+) -> tuple[float, dict[str, float]]:
+    """Trains in a process of its own; returns its seconds in all, and of its phases."""
+    shutil.rmtree(scratch / run, ignore_errors=True)
+    command = [sys.executable, "-c", _PHASED, str(ROOT / "experiments" / f"{recipe}.py")]
+    command += ["--data.root", str(root), "--workdir", str(scratch / run)]
+    command += ["--train.epochs", str(epochs)]
+    seconds, printed = _timed(command, {"XDG_CACHE_HOME": str(scratch / "cache")})
+    phases: dict[str, float] = json.loads(printed.splitlines()[-1])
+    del phases["all"]
+    return seconds, phases
+
+
+def theirs(options: Options, folder: Path, epochs: int) -> float:
+    """Trains with Keras in a process of its own; returns its seconds."""
+    command = [str(options.keras), str(HERE / "peer_keras_job.py"), str(folder), str(epochs)]
+    return _timed(command, {})[0]
+
+
+def split_folder(root: Path, run: Path, target: Path) -> None:
+    """Links a run's training and held-out images as Keras wants them: train/CLASS, val/CLASS."""
+    with (run / "split.csv").open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            path = root / row["image"]
+            side = "train" if row["role"] == "train" else "val"
+            to = target / side / path.parent.name / path.name
+            to.parent.mkdir(parents=True, exist_ok=True)
+            to.symlink_to(path.resolve())
+
+
+def measure(options: Options, scratch: Path) -> dict[str, Any]:
+    """Does every job by both sides; returns the document."""
+    rows: list[dict[str, Any]] = []
+    ratios: dict[str, float] = {}
+    jobs = [("small", options.data, options.epochs)]
+    if options.full_resolution is not None:
+        repeated(options.full_resolution, options.files, scratch / "full")
+        jobs.append(("full resolution", scratch / "full", options.full_epochs))
+    for job, root, epochs in jobs:
+        # Unmeasured: writes the split, and brings the files into the system's cache.
+        ours(root, 1, scratch)
+        folder = scratch / f"keras-{job.split()[0]}"
+        split_folder(root, scratch / "run", folder)
+        files = sum(path.is_symlink() for path in folder.rglob("*"))
+        took: dict[str, list[float]] = {"cold": [], "warm": [], "keras": []}
+        phases: dict[str, dict[str, float]] = {}
+        for _ in range(options.rounds):
+            shutil.rmtree(scratch / "cache", ignore_errors=True)
+            for start in ("cold", "warm"):
+                seconds, phases[start] = ours(root, epochs, scratch)
+                took[start].append(seconds)
+            took["keras"].append(theirs(options, folder, epochs))
+        for name, seconds_all in took.items():
+            mine = name != "keras"
+            rows.append(
+                {
+                    "job": job,
+                    "by": "ours" if mine else "keras",
+                    "start": name if mine else "cold",
+                    "files": files,
+                    "epochs": epochs,
+                    "seconds": float(np.median(seconds_all)),
+                    "phases": phases[name] if mine else None,
+                }
+            )
+        for start in ("cold", "warm"):
+            each = np.array(took["keras"]) / np.array(took[start])
+            ratios[f"{job}, {start}"] = float(np.median(each))
+    return {"rows": rows, "ratio": ratios, "time_to_quality": to_quality(options, scratch)}
+
+
+def to_quality(options: Options, scratch: Path) -> list[dict[str, Any]]:
+    """Returns when each recipe's held-out AUC first passed each value, from a warm start."""
+    found = []
+    for recipe in ("baseline", "pneumonia"):
+        seconds, phases = ours(options.data, 20, scratch, recipe, recipe)
+        run = scratch / recipe
+        areas = [line["validation"]["auc"] for line in _lines(run / "metrics.jsonl")]
+        spent = [
+            line["train_seconds"] + line["validation_seconds"]
+            for line in _lines(run / "throughput.jsonl")
+        ]
+        # What comes before the first epoch: all but the epochs and what follows them.
+        before = seconds - sum(spent) - phases["evaluate"]
+        for wanted in options.quality:
+            epoch = next((i for i, area in enumerate(areas) if area > wanted), None)
+            passed = None if epoch is None else before + sum(spent[: epoch + 1])
+            named = {"recipe": recipe, "auc": wanted, "seconds": passed}
+            found.append(named | {"compile_seconds": phases["compiling, in these"]})
+    return found
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def _timed(command: list[str], environment: dict[str, str]) -> tuple[float, str]:
+    start = time.perf_counter()
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | environment
+    )
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or ["it said nothing"]
+        raise InputError(f"a job failed: {said[-1]}")
+    return seconds, done.stdout
+
+
+def main() -> int:
+    """Measures, prints and writes; returns the exit status."""
+    options = tyro.cli(Options, description=__doc__)
+    found = circumstances(DeviceConfig())
+    with tempfile.TemporaryDirectory() as folder:
+        measured = measure(options, Path(folder))
+    print(headline(found))
+    keys = ["job", "by", "start", "files", "epochs", "seconds"]
+    print_table(keys, [[row[key] for key in keys] for row in measured["rows"]])
+    for row in measured["rows"]:
+        if row["phases"]:
+            spent = ", ".join(f"{name} {seconds:.1f}" for name, seconds in row["phases"].items())
+            print(f"{row['job']}, {row['start']}: {spent}")
+    for name, ratio in measured["ratio"].items():
+        print(f"{name}: {ratio:.2f} times as fast as Keras")
+    keys = ["recipe", "auc", "seconds", "compile_seconds"]
+    print_table(keys, [[row[key] for key in keys] for row in measured["time_to_quality"]])
+    if options.json is not None:
+        write_json(options.json, {"circumstances": found} | measured)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

@@ -1,0 +1,201 @@
+"""How fast images are read: decoded into the cache, found there again, and by the peers.
+
+    python benchmarks/input.py --data chest_xray --full-resolution DIR --json input.json
+
+Read are the training images of each tree. Ours decodes into a fresh cache (cold) and maps one that
+is there (warm); beside it Pillow decodes in full in a plain loop, Keras reads with
+`flow_from_directory` and PyTorch with a `DataLoader` over Pillow, each one pass, in turn. Then a
+short training tells which share of its steps waits for data. The files are in the operating
+system's cache from the first round, which is not counted.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import numpy as np
+import tyro
+from jax.sharding import Mesh
+from measure import Run, circumstances, headline, in_turn, print_table, spread, write_json
+from PIL import Image
+
+from cnnjax import loop
+from cnnjax.cli import guarded
+from cnnjax.config import Config, DataConfig, DeviceConfig, ModelConfig, TrainConfig
+from cnnjax.data import cache
+from cnnjax.data.batches import Feeder
+from cnnjax.data.index import read_index
+from cnnjax.errors import InputError
+from cnnjax.machine import cache_folder, cpu_cores
+from cnnjax.steps import TrainStep
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is read."""
+
+    data: Path
+    """A tree of small images: train/NORMAL and so on."""
+    full_resolution: Path | None = None
+    """A tree of images as published, likewise."""
+    size: int = 64
+    """Side of the squares, in pixels."""
+    rounds: int = 3
+    """Rounds after the first, which is not counted."""
+    environments: Path = field(default_factory=lambda: cache_folder() / "peers")
+    """Folder of the peers' environments (`peers.py --setup`); one that is missing is left out."""
+    waiting: bool = True
+    """Train too, and measure the wait for data."""
+    json: Path | None = None
+    """Write the rows and the circumstances to this file."""
+
+
+def readers(options: Options, root: Path, scratch: Path) -> tuple[int, dict[str, Run]]:
+    """Returns the number of images under root, and what reads all of them once."""
+    index = read_index(root)
+    examples = index.split("train")
+    kept = scratch / f"kept-{root.name}"
+
+    def cold() -> None:
+        with tempfile.TemporaryDirectory(dir=scratch) as folder:
+            cache.load(examples, index.source, options.size, folder=Path(folder), progress=False)
+
+    def warm() -> None:
+        decoded = cache.load(examples, index.source, options.size, folder=kept, progress=False)
+        np.asarray(decoded.images).sum()
+
+    files = [
+        path for path in sorted((root / "train").rglob("*")) if path.suffix.lower() in _SUFFIXES
+    ]
+
+    def pillow() -> None:
+        for path in files:
+            with Image.open(path) as image:
+                image.convert("L").resize((options.size, options.size), Image.Resampling.BOX)
+
+    runs: dict[str, Run] = {"ours, cold": cold, "ours, warm": warm, "Pillow loop": pillow}
+    for peer in ("keras", "torch"):
+        python = options.environments / peer / "bin" / "python"
+        if python.exists():
+            runs[peer] = partial(_peer, peer, python, root / "train", options.size)
+        else:
+            print(f"{peer} is left out: no {python}; make it with benchmarks/peers.py --setup")
+    return len(files), runs
+
+
+_SUFFIXES = {".jpeg", ".jpg", ".png"}
+_inside: dict[str, float] = {}  # seconds that a peer measured in its own process
+
+
+def _peer(peer: str, python: Path, root: Path, size: int) -> None:
+    command = [str(python), str(HERE / "peer_input.py"), peer, str(root), str(size)]
+    done = subprocess.run([*command, str(cpu_cores())], capture_output=True, text=True, check=False)
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or ["it said nothing"]
+        raise InputError(f"{peer} cannot read {root}: {said[-1]}")
+    _inside[peer] = float(done.stdout)
+
+
+def measure(options: Options, scratch: Path) -> list[dict[str, Any]]:
+    """Times every reader on every folder."""
+    rows = []
+    for what, root in (("small", options.data), ("full resolution", options.full_resolution)):
+        if root is None:
+            continue
+        images, runs = readers(options, root, scratch)
+        inner: dict[str, list[float]] = {}
+
+        def noting(name: str, run: Run, inner: dict[str, list[float]] = inner) -> Run:
+            def noted() -> None:
+                start = time.perf_counter()
+                run()
+                took = time.perf_counter() - start
+                inner.setdefault(name, []).append(_inside.pop(name, took))
+
+            return noted
+
+        in_turn({name: noting(name, run) for name, run in runs.items()}, options.rounds)
+        for name, seconds in inner.items():
+            found = spread(seconds[1:])
+            rate = images / found["median_ms"] * 1e3
+            named = {"what": what, "by": name, "images": images, "images_per_second": rate}
+            rows.append(named | found)
+    return rows
+
+
+def waiting_share(options: Options, scratch: Path, resident: bool) -> float:
+    """Returns which share of training, from the second epoch on, passes with no batch to compute.
+
+    Each step is waited for here, so that what the loop waits for next is data alone; else it would
+    ask for a batch long before the device has done with the last.
+    """
+    waits: list[tuple[float, float]] = []  # of each feed of many steps: seconds waited, and in all
+
+    class Watched(Feeder):
+        def feed(self, rows: np.ndarray) -> Iterator[Any]:
+            feeds, waited, began = super().feed(rows), 0.0, time.perf_counter()
+            while True:
+                start = time.perf_counter()
+                batch = next(feeds, None)
+                waited += time.perf_counter() - start
+                if batch is None:
+                    break
+                yield batch
+            waits.append((waited, time.perf_counter() - began))
+
+    def stepwise(mesh: Mesh, train_step: TrainStep) -> loop.Steps:
+        steps = compile_steps(mesh, train_step)
+        return steps._replace(one=lambda *x: jax.block_until_ready(steps.one(*x)), together=1)
+
+    config = Config(
+        workdir=scratch / f"run-{resident}",
+        data=DataConfig(root=str(options.data), size=options.size, cache=scratch),
+        model=ModelConfig("baseline"),
+        train=TrainConfig(epochs=3),
+    )
+    if not resident:
+        config = replace(config, data=replace(config.data, resident_mib=0))
+    compile_steps = loop.compile_steps
+    with mock.patch.multiple(loop, Feeder=Watched, compile_steps=stepwise):
+        loop.fit(config)
+    # The validation in between is far shorter than the epochs.
+    longest = max(seconds for _, seconds in waits)
+    epochs = [wait for wait in waits if wait[1] > longest / 3][1:]
+    return sum(waited for waited, _ in epochs) / sum(seconds for _, seconds in epochs)
+
+
+def main() -> int:
+    """Measures, prints and writes; returns the exit status."""
+    options = tyro.cli(Options, description=__doc__)
+    found = circumstances(DeviceConfig("cpu"))
+    with tempfile.TemporaryDirectory() as folder:
+        rows = measure(options, Path(folder))
+        waiting = []
+        if options.waiting:
+            for feed in ("resident", "streamed"):
+                share = waiting_share(options, Path(folder), feed == "resident")
+                waiting.append({"feed": feed, "share": share})
+    print(headline(found))
+    keys = ["what", "by", "images", "images_per_second", "median_ms"]
+    print_table(keys, [[row[key] for key in keys] for row in rows])
+    for row in waiting:
+        print(f"waiting for {row['feed']} data: {100 * float(row['share']):.2g} % of the steps")
+    if options.json is not None:
+        write_json(options.json, {"circumstances": found, "rows": rows, "waiting": waiting})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

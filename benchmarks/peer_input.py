@@ -1,0 +1,63 @@
+"""How fast a peer reads a folder of images; run in its own environment, imports nothing of cnnjax.
+
+    python peer_input.py keras|torch FOLDER SIZE WORKERS
+
+Prints the seconds of one pass, importing and listing the files not included. The folder holds one
+folder for each class.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+
+def keras_pass(folder: str, size: int) -> float:
+    """One pass of `ImageDataGenerator.flow_from_directory`, as the post's program reads."""
+    os.environ["KERAS_BACKEND"] = "tensorflow"
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    from keras.src.legacy.preprocessing.image import ImageDataGenerator
+
+    flow = ImageDataGenerator(rescale=1 / 255).flow_from_directory(
+        folder, target_size=(size, size), batch_size=32, class_mode="binary", shuffle=False
+    )
+    start = time.perf_counter()
+    for i in range(len(flow)):
+        flow[i]
+    return time.perf_counter() - start
+
+
+def torch_pass(folder: str, size: int, workers: int) -> float:
+    """One pass of a `DataLoader` over a data set that opens each file with Pillow."""
+    import numpy as np
+    import torch
+    from PIL import Image
+    from torch.utils.data import DataLoader, Dataset
+
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+
+    class Folder(Dataset):
+        def __len__(self) -> int:
+            return len(files)
+
+        def __getitem__(self, i: int) -> torch.Tensor:
+            with Image.open(files[i]) as image:
+                pixels = np.asarray(image.convert("RGB").resize((size, size)))
+            return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
+
+    start = time.perf_counter()
+    for _ in DataLoader(Folder(), batch_size=32, num_workers=workers):
+        pass
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    peer, root, side, cores = sys.argv[1:]
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    took = (
+        keras_pass(root, int(side)) if peer == "keras" else torch_pass(root, int(side), int(cores))
+    )
+    print(took, file=answers)

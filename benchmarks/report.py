@@ -1,0 +1,318 @@
+"""Runs the benchmarks, keeps what they find in `results/`, and makes `README.md` of it.
+
+    python benchmarks/report.py                                # the page, from the results kept
+    python benchmarks/report.py --run peers step_time          # measure these anew, then the page
+    python benchmarks/report.py --keep gpu.json=step_time      # take a result from elsewhere
+
+There is one file of results for each device, named after it, with a section for each benchmark.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+from matplotlib.figure import Figure
+from measure import write_json
+
+from cnnjax.cli import guarded
+from cnnjax.errors import InputError
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+
+Section = Literal["step_time", "peers", "input", "end_to_end", "scaling"]
+Cell = str | float | int | None
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to do before the page is made."""
+
+    run: tuple[Section, ...] = ()
+    """Benchmarks to run now."""
+    flags: str = ""
+    """Flags for them, such as "--data DIR"; those that a benchmark does not have stop it."""
+    keep: tuple[str, ...] = ()
+    """FILE=SECTION: results that a benchmark wrote with --json."""
+
+
+def keep(section: str, path: Path) -> None:
+    """Puts what a benchmark wrote into the results of its device."""
+    try:
+        document = json.loads(path.read_text("utf-8"))
+        kind = document["circumstances"]["device_kind"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is no result of a benchmark ({error})") from None
+    if document["circumstances"]["platform"] == "cpu":
+        kind = document["circumstances"]["processor"]
+    name = "".join(c if c.isalnum() else "-" for c in kind.lower().replace("(r)", "")).strip("-")
+    RESULTS.mkdir(exist_ok=True)
+    kept = RESULTS / f"{name}.json"
+    sections = json.loads(kept.read_text("utf-8")) if kept.exists() else {}
+    write_json(kept, sections | {section: document})
+
+
+def page() -> str:
+    """Returns the text of README.md, and writes the plots that it shows."""
+    parts = [_HEAD]
+    for path in sorted(RESULTS.glob("*.json")):
+        sections = json.loads(path.read_text("utf-8"))
+        parts.append(f"# {_title(next(iter(sections.values()))['circumstances'])}\n")
+        for name, make in _SECTIONS.items():
+            if name in sections:
+                found = sections[name]["circumstances"]
+                parts.append(make(sections[name], path.stem))
+                load = found["load_average"]
+                versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items())
+                parts.append(
+                    f"*Commit {found['commit']}; Python {found['python']}, {versions};"
+                    f" {found['device']}; load before {load[0]:.1f}.*\n"
+                )
+            else:
+                parts.append(f"## {_NAMES[name]}\n\nNot yet measured on this device.\n")
+    if not any("gpu" in section for section in _platforms()):
+        parts.append("# GPU\n\nNot yet measured; every script takes `--device gpu`.\n")
+    return "\n".join(parts)
+
+
+def _platforms() -> set[str]:
+    found = set()
+    for path in RESULTS.glob("*.json"):
+        for document in json.loads(path.read_text("utf-8")).values():
+            found.add(document["circumstances"]["platform"])
+    return found
+
+
+def _title(found: dict[str, Any]) -> str:
+    return (
+        found["device"]
+        if found["platform"] != "cpu"
+        else f"{found['processor']}: {found['device']}"
+    )
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    lines += ["| " + " | ".join(_cell(value) for value in row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: Cell) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else value
+
+
+def _step_time(document: dict[str, Any], device: str) -> str:
+    rows = [
+        [
+            *(row["network"], row["step"], row["by"], row["batch"], row["size"]),
+            *(row["precision"], row["devices"], row["compile_seconds"]),
+            f"{row['median_ms']:.3g} ({row['quartile1_ms']:.3g} to {row['quartile3_ms']:.3g})",
+            row["images_per_second"],
+            None if row["mfu"] is None else 100 * row["mfu"],
+            None if row["of_bound"] is None else 100 * row["of_bound"],
+            row["memory_mib"],
+        ]
+        for row in document["rows"]
+    ]
+    columns = ["network", "step", "by", "batch", "pixels", "precision", "devices", "compile, s"]
+    columns += ["step, ms (quartiles)", "images/s", "MFU, %", "of the roofline, %", "MiB"]
+    plot = _throughput(document["rows"], device)
+    return f"## {_NAMES['step_time']}\n\n{_table(columns, rows)}\n{plot}"
+
+
+def _throughput(rows: list[dict[str, Any]], device: str) -> str:
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["by"] == "jax":
+            name = f"{row['network']} {row['step']} {row['precision']}"
+            lines.setdefault(name, []).append(row)
+    if max(map(len, lines.values()), default=0) < 2:
+        return ""
+
+    def draw(axes: Any) -> None:
+        for (name, line), marker in zip(lines.items(), "osD^vP*X" * 4, strict=False):
+            line.sort(key=lambda row: row["batch"])
+            x, y = ([row[key] for row in line] for key in ("batch", "images_per_second"))
+            axes.plot(x, y, marker=marker, label=name)
+        axes.set(xscale="log", yscale="log", xlabel="batch", ylabel="images/s")
+        ticks = sorted({row["batch"] for row in rows})
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.minorticks_off()
+
+    return _plot(f"{device}-step-time.svg", "Throughput against batch size", draw)
+
+
+def _peers(document: dict[str, Any], device: str) -> str:
+    rows = [
+        [
+            *(row["network"], row["peer"], row["precision"], row["batch"]),
+            *(row["ours_ms"], row["theirs_ms"]),
+            f"{row['ratio']:.2f} ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})",
+        ]
+        for row in document["rows"]
+    ]
+    columns = ["network", "peer", "precision", "batch", "ours, ms", "theirs, ms"]
+    columns += ["our throughput over theirs (least to most)"]
+    proofs = document["proofs"]
+    logits = max((proof["logits"] for proof in proofs), default=0.0)
+    losses = max((proof["losses"] for proof in proofs), default=0.0)
+
+    def draw(axes: Any) -> None:
+        shown = document["rows"]
+        places = range(len(shown))
+        ratios = [row["ratio"] for row in shown]
+        spread = [
+            [row["ratio"] - row["ratio_min"] for row in shown],
+            [row["ratio_max"] - row["ratio"] for row in shown],
+        ]
+        axes.barh(places, ratios, xerr=spread, color="#4477aa", ecolor="0.3")
+        names = [f"{row['network']}, {row['peer']}, {row['precision']}" for row in shown]
+        axes.set_yticks(places, names)
+        axes.invert_yaxis()
+        axes.axvline(1, color="0.2", linestyle="--")
+        axes.set(xlabel="our throughput over theirs")
+
+    return (
+        f"## {_NAMES['peers']}\n\n{'; '.join(document['versions'])}. Logits of the same weights"
+        f" agree within {logits:.1g}, losses over ten steps within {losses:.1g}.\n\n"
+        f"{_table(columns, rows)}\n"
+        + _plot(f"{device}-peers.svg", "Our throughput over the peers'", draw)
+    )
+
+
+def _input(document: dict[str, Any], device: str) -> str:
+    rows = [
+        [row["what"], row["by"], row["images"], row["images_per_second"]]
+        for row in document["rows"]
+    ]
+    waiting = "; ".join(
+        f"{row['feed']} data {100 * row['share']:.2g} %" for row in document["waiting"]
+    )
+    return (
+        f"## {_NAMES['input']}\n\n{_table(['files', 'by', 'images', 'images/s'], rows)}\n"
+        f"Share of training, after the first epoch, spent waiting for data: {waiting}.\n"
+    )
+
+
+def _end_to_end(document: dict[str, Any], device: str) -> str:
+    rows = [
+        [
+            *(row[key] for key in ("job", "by", "start", "files", "epochs", "seconds")),
+            _phases(row.get("phases")),
+        ]
+        for row in document["rows"]
+    ]
+    columns = ["job", "by", "start", "files", "epochs", "seconds", "of these"]
+    text = f"## {_NAMES['end_to_end']}\n\n{_table(columns, rows)}"
+    reached = document.get("time_to_quality") or []
+    if reached:
+        quality = [
+            [row["recipe"], row["auc"], row["seconds"] or "not reached", row["compile_seconds"]]
+            for row in reached
+        ]
+        columns = ["recipe", "held-out AUC", "seconds from the start", "of these compiling"]
+        text += "\n" + _table(columns, quality)
+    return text
+
+
+def _phases(phases: dict[str, float] | None) -> str:
+    return ", ".join(f"{name} {seconds:.1f}" for name, seconds in (phases or {}).items())
+
+
+def _scaling(document: dict[str, Any], device: str) -> str:
+    text = f"## {_NAMES['scaling']}\n\n"
+    for curve, title in (
+        ("weak", "Weak scaling: the same batch for each device"),
+        ("strong", "Strong scaling: one batch divided"),
+        ("size", "Image size"),
+        ("images", "Number of images"),
+    ):
+        points = document[curve]
+        columns = [name.replace("_", " ") for name in points[0]]
+        text += f"{title}\n\n{_table(columns, [list(point.values()) for point in points])}\n"
+
+    def draw(axes: Any) -> None:
+        for curve, marker in (("weak", "o"), ("strong", "s")):
+            points = document[curve]
+            base = points[0]["images_per_second"]
+            x = [point["devices"] for point in points]
+            axes.plot(
+                x,
+                [point["images_per_second"] / base for point in points],
+                marker=marker,
+                label=curve,
+            )
+        axes.set(xlabel="devices", ylabel="throughput over one device's")
+
+    return text + _plot(f"{device}-scaling.svg", "Throughput against devices", draw)
+
+
+def _plot(name: str, alt: str, draw: Callable[[Any], None]) -> str:
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    draw(axes)
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize="small")
+    figure.savefig(RESULTS / name, metadata={"Date": None})
+    return f"![{alt}](results/{name})\n"
+
+
+_NAMES = {
+    "peers": "Beside PyTorch and Keras: `peers.py`",
+    "step_time": "One step: `step_time.py`",
+    "input": "Reading images: `input.py`",
+    "end_to_end": "From start to a trained network: `end_to_end.py`",
+    "scaling": "Scaling: `scaling.py`",
+}
+_SECTIONS: dict[str, Callable[[dict[str, Any], str], str]] = {
+    "peers": _peers,
+    "step_time": _step_time,
+    "input": _input,
+    "end_to_end": _end_to_end,
+    "scaling": _scaling,
+}
+_HEAD = """\
+<!-- Made by benchmarks/report.py from benchmarks/results/*.json; edit those. -->
+
+What the scripts here measured. Every comparison is made in turn within one run, A B C A B C, since
+the machines are shared: trust the ratios, and their spread, before the milliseconds. Each script's
+first lines say how to run it and what it counts; `python benchmarks/report.py --run NAME` runs one
+and makes this page anew.
+"""
+
+
+def main() -> int:
+    """Runs, keeps and writes; returns the exit status."""
+    options = tyro.cli(Options, description=__doc__)
+    for section in options.run:
+        print(f"--- {section}.py", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "found.json"
+            command = [sys.executable, str(HERE / f"{section}.py"), "--json", str(out)]
+            if subprocess.run([*command, *options.flags.split()], check=False).returncode:
+                raise InputError(f"--run {section} failed; see above")
+            keep(section, out)
+    for named in options.keep:
+        path, _, name = named.partition("=")
+        if name not in _SECTIONS:
+            raise InputError(f"--keep {named}: write FILE=SECTION, with one of {', '.join(_NAMES)}")
+        keep(name, Path(path))
+    (HERE / "README.md").write_text(page(), "utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

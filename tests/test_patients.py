@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sklearn.model_selection import StratifiedGroupKFold
 
 from cnnjax.data.index import Example
 from cnnjax.data.patients import group_of, grouped_folds, in_several_splits, write_split
@@ -40,6 +41,23 @@ def test_folds_are_a_function_of_the_seed() -> None:
     given = examples()
     np.testing.assert_array_equal(grouped_folds(given, 5, 7), grouped_folds(given, 5, 7))
     assert (grouped_folds(given, 5, 7) != grouped_folds(given, 5, 8)).any()
+
+
+@pytest.mark.parametrize("folds", [2, 5])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_folds_are_those_of_scikit_learn(folds: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    images = [
+        Example(f"train/{i}.png", "train", int(rng.random() < 0.7), f"p{rng.integers(120)}")
+        for i in range(400)
+    ]
+    labels = [e.label for e in images]
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    expected = np.empty(len(images), int)
+    groups = [e.patient for e in images]
+    for k, (_, held_out) in enumerate(splitter.split(labels, labels, groups)):
+        expected[held_out] = k
+    np.testing.assert_array_equal(grouped_folds(images, folds, seed), expected)
 
 
 def test_one_number_is_one_group_whatever_the_germ() -> None:

@@ -56,7 +56,7 @@ def grouped_folds(examples: Sequence[Example], folds: int, seed: int) -> np.ndar
     Args:
         examples: n images.
         folds: how many folds.
-        seed: seed of scikit-learn's `StratifiedGroupKFold`, which does the work.
+        seed: of the order in which patients of the same mixture of classes are dealt out.
 
     Returns:
         int64 [n], the fold, from 0 to folds - 1, in which each image is held out.
@@ -64,9 +64,6 @@ def grouped_folds(examples: Sequence[Example], folds: int, seed: int) -> np.ndar
     Raises:
         InputError: there are too few patients of a class for so many folds.
     """
-    # Here, since importing scikit-learn takes as long as importing JAX and only training needs it.
-    from sklearn.model_selection import StratifiedGroupKFold
-
     labels = np.array([e.label for e in examples])
     groups = np.array([group_of(e.patient) for e in examples])
     for label in (0, 1):
@@ -76,10 +73,46 @@ def grouped_folds(examples: Sequence[Example], folds: int, seed: int) -> np.ndar
                 f"{patients} patients of class {label} are too few for {folds} folds;"
                 " lower --data.folds or add images"
             )
-    fold = np.empty(len(examples), np.int64)
-    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    for k, (_, held_out) in enumerate(splitter.split(labels, labels, groups)):
-        fold[held_out] = k
+    names, group = np.unique(groups, return_inverse=True)
+    counts = np.zeros((len(names), 2))
+    np.add.at(counts, (group, labels), 1)
+    return _deal(counts, folds, seed)[group]
+
+
+def _deal(counts: np.ndarray, folds: int, seed: int) -> np.ndarray:
+    """Deals groups out so that each fold gets its share of each class.
+
+    The groups that lean most to one class come first; each goes to the fold that it leaves the
+    shares most equal in, among equals to the smallest. The folds are those of scikit-learn's
+    `StratifiedGroupKFold(folds, shuffle=True, random_state=seed)`, whose import alone takes longer
+    than JAX's.
+
+    Args:
+        counts: [groups, classes], images of each class in each group.
+        folds: how many.
+        seed: of the order among equals.
+
+    Returns:
+        int64 [groups], the fold of each.
+    """
+    order = np.arange(len(counts))
+    np.random.RandomState(seed).shuffle(order)  # noqa: NPY002, as scikit-learn draws
+    order = order[np.argsort(-counts[order].std(axis=1), kind="stable")]
+    total = counts.sum(0)
+    dealt = np.zeros((folds, counts.shape[1]))
+    fold = np.empty(len(counts), np.int64)
+    for g in order:
+        # shares[k]: the folds' shares of each class if the group went to fold k.
+        shares = (dealt + np.eye(folds)[..., None] * counts[g]) / total
+        uneven = shares.std(axis=1).mean(axis=1)
+        best = 0
+        for k in range(1, folds):
+            level = abs(uneven[k] - uneven[best]) <= 1e-8 + 1e-5 * abs(uneven[best])
+            smaller = dealt[k].sum() < dealt[best].sum()
+            if uneven[k] < uneven[best] or (level and smaller):
+                best = k
+        dealt[best] += counts[g]
+        fold[g] = best
     return fold
 
 

@@ -96,7 +96,7 @@ def _deal(counts: np.ndarray, folds: int, seed: int) -> np.ndarray:
         int64 [groups], the fold of each.
     """
     order = np.arange(len(counts))
-    np.random.RandomState(seed).shuffle(order)  # noqa: NPY002, as scikit-learn draws
+    np.random.RandomState(seed).shuffle(order)
     order = order[np.argsort(-counts[order].std(axis=1), kind="stable")]
     total = counts.sum(0)
     dealt = np.zeros((folds, counts.shape[1]))

@@ -5,8 +5,9 @@
 Two jobs, each a process of its own, ours and Keras's in turn, on the same training and held-out
 files: the post's 15 epochs on a tree of small images, and 5 epochs on files as published, the
 tree's repeated under new names up to `--files`. Cold means that our process finds neither decoded
-images nor compiled programs, warm that it finds both. Then the time to quality: how long after its
-start a recipe's held-out AUC first passes some values.
+images nor compiled programs, warm that it finds both. A first start of each side is not measured:
+it brings files and programs into the system's cache. Then the time to quality: how long after a
+cold start a recipe's held-out AUC first passes some values.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ jax.monitoring.register_event_duration_secs_listener(
     lambda name, seconds, **_: compiling.append(seconds) if "/compile/" in name else None)
 from cnnjax import loop
 phases = {"import": time.perf_counter() - start}
+lines = []
 def timed(name, function):
     def inner(*arguments, **named):
         began = time.perf_counter()
@@ -56,6 +58,22 @@ def timed(name, function):
             phases[name] = phases.get(name, 0.0) + time.perf_counter() - began
     return inner
 loop.training_data = timed("index and decode", loop.training_data)
+def first_timed(step):
+    calls = []
+    def inner(*arguments):
+        if calls:
+            return step(*arguments)
+        calls.append(step)
+        return timed("compile and first steps", lambda: jax.block_until_ready(step(*arguments)))()
+    return inner
+def compile_steps(*arguments, compile_steps=loop.compile_steps):
+    one, many, together = compile_steps(*arguments)
+    return loop.Steps(first_timed(one), first_timed(many), together)
+def append_line(path, values, append_line=loop.append_line):
+    append_line(path, values)
+    if path.name == "metrics.jsonl":
+        lines.append(time.time())
+loop.compile_steps, loop.append_line = compile_steps, append_line
 loop._epoch = timed("train", loop._epoch)
 loop._conclude = timed("evaluate", loop._conclude)
 try:
@@ -63,9 +81,8 @@ try:
 except SystemExit as done:
     if done.code:
         raise
-phases["all"] = time.perf_counter() - start
-phases["compiling, in these"] = sum(compiling)
-print(json.dumps(phases))
+phases["train"] -= phases.get("compile and first steps", 0.0)
+print(json.dumps({"phases": phases, "compiling": sum(compiling), "lines": lines}))
 """
 
 
@@ -93,6 +110,10 @@ class Options:
     """Write the rows and the circumstances to this file."""
 
     def __post_init__(self) -> None:
+        for name in ("files", "epochs", "full_epochs", "rounds"):
+            if getattr(self, name) < 1:
+                flag = name.replace("_", "-")
+                raise InputError(f"--{flag} must be at least 1, got {getattr(self, name)}")
         if not self.keras.exists():
             raise InputError(f"no {self.keras}; make it with: python benchmarks/peers.py --setup")
 
@@ -119,18 +140,35 @@ def _path(root: Path, example: Example) -> Path:
     return root / example.name
 
 
+@dataclass(frozen=True)
+class Job:
+    """How long one of our jobs took."""
+
+    seconds: float
+    phases: dict[str, float]
+    """Seconds of each phase; they add up to all."""
+    compiling: float
+    """Seconds in which JAX traced and XLA compiled, within the phases."""
+    lines: list[float]
+    """For each epoch, the seconds from the start until its line stood in `metrics.jsonl`."""
+
+
 def ours(
-    root: Path, epochs: int, scratch: Path, recipe: str = "baseline", run: str = "run"
-) -> tuple[float, dict[str, float]]:
-    """Trains in a process of its own; returns its seconds in all, and of its phases."""
-    shutil.rmtree(scratch / run, ignore_errors=True)
+    root: Path, epochs: int | None, scratch: Path, *, cold: bool, recipe: str = "baseline"
+) -> Job:
+    """Trains in a process of its own, for the recipe's own number of epochs if that is None."""
+    shutil.rmtree(scratch / "run", ignore_errors=True)
+    if cold:
+        shutil.rmtree(scratch / "cache", ignore_errors=True)
     command = [sys.executable, "-c", _PHASED, str(ROOT / "experiments" / f"{recipe}.py")]
-    command += ["--data.root", str(root), "--workdir", str(scratch / run)]
-    command += ["--train.epochs", str(epochs)]
+    command += ["--data.root", str(root), "--workdir", str(scratch / "run")]
+    command += [] if epochs is None else ["--train.epochs", str(epochs)]
+    began = time.time()
     seconds, printed = _timed(command, {"XDG_CACHE_HOME": str(scratch / "cache")})
-    phases: dict[str, float] = json.loads(printed.splitlines()[-1])
-    del phases["all"]
-    return seconds, phases
+    told = json.loads(printed.splitlines()[-1])
+    phases: dict[str, float] = told["phases"]
+    phases["else"] = seconds - sum(phases.values())
+    return Job(seconds, phases, told["compiling"], [line - began for line in told["lines"]])
 
 
 def theirs(options: Options, folder: Path, epochs: int) -> float:
@@ -159,18 +197,19 @@ def measure(options: Options, scratch: Path) -> dict[str, Any]:
         repeated(options.full_resolution, options.files, scratch / "full")
         jobs.append(("full resolution", scratch / "full", options.full_epochs))
     for job, root, epochs in jobs:
-        # Unmeasured: writes the split, and brings the files into the system's cache.
-        ours(root, 1, scratch)
+        # Unmeasured: writes the split, and brings files and programs into the system's cache.
+        ours(root, 1, scratch, cold=True)
         folder = scratch / f"keras-{job.split()[0]}"
         split_folder(root, scratch / "run", folder)
         files = sum(path.is_symlink() for path in folder.rglob("*"))
+        theirs(options, folder, 1)
         took: dict[str, list[float]] = {"cold": [], "warm": [], "keras": []}
-        phases: dict[str, dict[str, float]] = {}
+        phases: dict[str, list[dict[str, float]]] = {"cold": [], "warm": []}
         for _ in range(options.rounds):
-            shutil.rmtree(scratch / "cache", ignore_errors=True)
             for start in ("cold", "warm"):
-                seconds, phases[start] = ours(root, epochs, scratch)
-                took[start].append(seconds)
+                done = ours(root, epochs, scratch, cold=start == "cold")
+                took[start].append(done.seconds)
+                phases[start].append(done.phases | {"compiling, in these": done.compiling})
             took["keras"].append(theirs(options, folder, epochs))
         for name, seconds_all in took.items():
             mine = name != "keras"
@@ -182,7 +221,8 @@ def measure(options: Options, scratch: Path) -> dict[str, Any]:
                     "files": files,
                     "epochs": epochs,
                     "seconds": float(np.median(seconds_all)),
-                    "phases": phases[name] if mine else None,
+                    "each": seconds_all,
+                    "phases": _medians(phases[name]) if mine else None,
                 }
             )
         for start in ("cold", "warm"):
@@ -192,24 +232,21 @@ def measure(options: Options, scratch: Path) -> dict[str, Any]:
 
 
 def to_quality(options: Options, scratch: Path) -> list[dict[str, Any]]:
-    """Returns when each recipe's held-out AUC first passed each value, from a warm start."""
+    """Returns when each recipe's held-out AUC first passed each value, from a cold start."""
     found = []
     for recipe in ("baseline", "pneumonia"):
-        seconds, phases = ours(options.data, 20, scratch, recipe, recipe)
-        run = scratch / recipe
-        areas = [line["validation"]["auc"] for line in _lines(run / "metrics.jsonl")]
-        spent = [
-            line["train_seconds"] + line["validation_seconds"]
-            for line in _lines(run / "throughput.jsonl")
-        ]
-        # What comes before the first epoch: all but the epochs and what follows them.
-        before = seconds - sum(spent) - phases["evaluate"]
+        done = ours(options.data, None, scratch, cold=True, recipe=recipe)
+        areas = [line["validation"]["auc"] for line in _lines(scratch / "run" / "metrics.jsonl")]
         for wanted in options.quality:
-            epoch = next((i for i, area in enumerate(areas) if area > wanted), None)
-            passed = None if epoch is None else before + sum(spent[: epoch + 1])
+            passes = zip(done.lines, areas, strict=True)
+            passed = next((seconds for seconds, area in passes if area > wanted), None)
             named = {"recipe": recipe, "auc": wanted, "seconds": passed}
-            found.append(named | {"compile_seconds": phases["compiling, in these"]})
+            found.append(named | {"compile_seconds": done.compiling})
     return found
+
+
+def _medians(phases: list[dict[str, float]]) -> dict[str, float]:
+    return {name: float(np.median([each[name] for each in phases])) for name in phases[0]}
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -61,6 +61,11 @@ class Options:
     json: Path | None = None
     """Write the rows and the circumstances to this file."""
 
+    def __post_init__(self) -> None:
+        for name in ("size", "rounds"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} must be at least 1, got {getattr(self, name)}")
+
 
 def readers(options: Options, root: Path, scratch: Path) -> tuple[int, dict[str, Run]]:
     """Returns the number of images under root, and what reads all of them once."""
@@ -141,19 +146,27 @@ def waiting_share(options: Options, scratch: Path, resident: bool) -> float:
     Each step is waited for here, so that what the loop waits for next is data alone; else it would
     ask for a batch long before the device has done with the last.
     """
-    waits: list[tuple[float, float]] = []  # of each feed of many steps: seconds waited, and in all
+    waited = 0.0
+    epochs: list[tuple[float, float]] = []  # seconds waited, and in all
 
     class Watched(Feeder):
         def feed(self, rows: np.ndarray) -> Iterator[Any]:
-            feeds, waited, began = super().feed(rows), 0.0, time.perf_counter()
+            nonlocal waited
+            feeds = super().feed(rows)
             while True:
                 start = time.perf_counter()
                 batch = next(feeds, None)
                 waited += time.perf_counter() - start
                 if batch is None:
-                    break
+                    return
                 yield batch
-            waits.append((waited, time.perf_counter() - began))
+
+    def epoch(*arguments: Any) -> Any:
+        # The validation in between waits too, and is not to count.
+        before, start = waited, time.perf_counter()
+        found = take_epoch(*arguments)
+        epochs.append((waited - before, time.perf_counter() - start))
+        return found
 
     def stepwise(mesh: Mesh, train_step: TrainStep) -> loop.Steps:
         steps = compile_steps(mesh, train_step)
@@ -167,13 +180,10 @@ def waiting_share(options: Options, scratch: Path, resident: bool) -> float:
     )
     if not resident:
         config = replace(config, data=replace(config.data, resident_mib=0))
-    compile_steps = loop.compile_steps
-    with mock.patch.multiple(loop, Feeder=Watched, compile_steps=stepwise):
+    compile_steps, take_epoch = loop.compile_steps, loop._epoch
+    with mock.patch.multiple(loop, Feeder=Watched, compile_steps=stepwise, _epoch=epoch):
         loop.fit(config)
-    # The validation in between is far shorter than the epochs.
-    longest = max(seconds for _, seconds in waits)
-    epochs = [wait for wait in waits if wait[1] > longest / 3][1:]
-    return sum(waited for waited, _ in epochs) / sum(seconds for _, seconds in epochs)
+    return sum(wait for wait, _ in epochs[1:]) / sum(seconds for _, seconds in epochs[1:])
 
 
 def main() -> int:

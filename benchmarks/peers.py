@@ -55,6 +55,8 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "baseline": {"channels": 3, "width": 16, "rate": 1e-3, "decay": 0.0, "epsilon": 1e-10},
     "resnet": {"channels": 1, "width": 16, "rate": 1e-3, "decay": 0.02, "epsilon": 1e-10},
 }
+# By default both JAX and TensorFlow take nearly all of a GPU's memory when they start.
+_SHARE = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_FORCE_GPU_ALLOW_GROWTH": "true"}
 _PROOF = 10  # steps over which the losses must agree
 _REST = 0.3  # seconds between turns, in which the last one's threads stop spinning
 
@@ -109,7 +111,7 @@ class Worker:
             stderr=self._errors,
             text=True,
             cwd=HERE,
-            env=os.environ | {"PYTHONPATH": str(HERE)},
+            env=os.environ | {"PYTHONPATH": str(HERE)} | _SHARE,
         )
         self.version: str = self._read()["version"]
 
@@ -269,6 +271,7 @@ def main() -> int:
     if options.setup:
         set_up(options)
         return 0
+    os.environ |= _SHARE  # for this process too, before JAX looks for a GPU
     found = circumstances(DeviceConfig(options.device))
     measured = measure(options)
     print(headline(found))

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import matplotlib
 import tyro
 from matplotlib.figure import Figure
 from measure import write_json
@@ -60,8 +61,8 @@ def keep(section: str, path: Path) -> None:
     write_json(kept, sections | {section: document})
 
 
-def page() -> str:
-    """Returns the text of README.md, and writes the plots that it shows."""
+def page(plots: Path = RESULTS) -> str:
+    """Returns the text of README.md, and writes the plots that it shows into a folder."""
     parts = [_HEAD]
     for path in sorted(RESULTS.glob("*.json")):
         sections = json.loads(path.read_text("utf-8"))
@@ -69,7 +70,7 @@ def page() -> str:
         for name, make in _SECTIONS.items():
             if name in sections:
                 found = sections[name]["circumstances"]
-                parts.append(make(sections[name], path.stem))
+                parts.append(make(sections[name], plots / path.stem))
                 load = found["load_average"]
                 versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items())
                 parts.append(
@@ -113,7 +114,7 @@ def _cell(value: Cell) -> str:
     return f"{value:,}" if isinstance(value, int) else value
 
 
-def _step_time(document: dict[str, Any], device: str) -> str:
+def _step_time(document: dict[str, Any], plots: Path) -> str:
     rows = [
         [
             *(row["network"], row["step"], row["by"], row["batch"], row["size"]),
@@ -128,11 +129,11 @@ def _step_time(document: dict[str, Any], device: str) -> str:
     ]
     columns = ["network", "step", "by", "batch", "pixels", "precision", "devices", "compile, s"]
     columns += ["step, ms (quartiles)", "images/s", "MFU, %", "of the roofline, %", "MiB"]
-    plot = _throughput(document["rows"], device)
+    plot = _throughput(document["rows"], plots)
     return f"## {_NAMES['step_time']}\n\n{_table(columns, rows)}\n{plot}"
 
 
-def _throughput(rows: list[dict[str, Any]], device: str) -> str:
+def _throughput(rows: list[dict[str, Any]], plots: Path) -> str:
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if row["by"] == "jax":
@@ -151,10 +152,10 @@ def _throughput(rows: list[dict[str, Any]], device: str) -> str:
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.minorticks_off()
 
-    return _plot(f"{device}-step-time.svg", "Throughput against batch size", draw)
+    return _plot(plots, "step-time", "Throughput against batch size", draw)
 
 
-def _peers(document: dict[str, Any], device: str) -> str:
+def _peers(document: dict[str, Any], plots: Path) -> str:
     rows = [
         [
             *(row["network"], row["peer"], row["precision"], row["batch"]),
@@ -187,12 +188,11 @@ def _peers(document: dict[str, Any], device: str) -> str:
     return (
         f"## {_NAMES['peers']}\n\n{'; '.join(document['versions'])}. Logits of the same weights"
         f" agree within {logits:.1g}, losses over ten steps within {losses:.1g}.\n\n"
-        f"{_table(columns, rows)}\n"
-        + _plot(f"{device}-peers.svg", "Our throughput over the peers'", draw)
+        f"{_table(columns, rows)}\n" + _plot(plots, "peers", "Our throughput over the peers'", draw)
     )
 
 
-def _input(document: dict[str, Any], device: str) -> str:
+def _input(document: dict[str, Any], plots: Path) -> str:
     rows = [
         [row["what"], row["by"], row["images"], row["images_per_second"]]
         for row in document["rows"]
@@ -206,7 +206,7 @@ def _input(document: dict[str, Any], device: str) -> str:
     )
 
 
-def _end_to_end(document: dict[str, Any], device: str) -> str:
+def _end_to_end(document: dict[str, Any], plots: Path) -> str:
     rows = [
         [
             *(row[key] for key in ("job", "by", "start", "files", "epochs", "seconds")),
@@ -231,7 +231,7 @@ def _phases(phases: dict[str, float] | None) -> str:
     return ", ".join(f"{name} {seconds:.1f}" for name, seconds in (phases or {}).items())
 
 
-def _scaling(document: dict[str, Any], device: str) -> str:
+def _scaling(document: dict[str, Any], plots: Path) -> str:
     text = f"## {_NAMES['scaling']}\n\n"
     for curve, title in (
         ("weak", "Weak scaling: the same batch for each device"),
@@ -256,18 +256,21 @@ def _scaling(document: dict[str, Any], device: str) -> str:
             )
         axes.set(xlabel="devices", ylabel="throughput over one device's")
 
-    return text + _plot(f"{device}-scaling.svg", "Throughput against devices", draw)
+    return text + _plot(plots, "scaling", "Throughput against devices", draw)
 
 
-def _plot(name: str, alt: str, draw: Callable[[Any], None]) -> str:
+def _plot(plots: Path, name: str, alt: str, draw: Callable[[Any], None]) -> str:
+    """Draws into the device's file of that name; returns the line that shows it."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     draw(axes)
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize="small")
-    figure.savefig(RESULTS / name, metadata={"Date": None})
-    return f"![{alt}](results/{name})\n"
+    file = f"{plots.name}-{name}.svg"
+    with matplotlib.rc_context({"svg.hashsalt": file}):
+        figure.savefig(plots.with_name(file), metadata={"Date": None})
+    return f"![{alt}](results/{file})\n"
 
 
 _NAMES = {
@@ -277,7 +280,7 @@ _NAMES = {
     "end_to_end": "From start to a trained network: `end_to_end.py`",
     "scaling": "Scaling: `scaling.py`",
 }
-_SECTIONS: dict[str, Callable[[dict[str, Any], str], str]] = {
+_SECTIONS: dict[str, Callable[[dict[str, Any], Path], str]] = {
     "peers": _peers,
     "step_time": _step_time,
     "input": _input,

@@ -21,7 +21,7 @@ from cnnjax.errors import InputError
 from cnnjax.machine import cpu_cores
 
 # Modules that import JAX are imported where they are used: `cnnjax --help` answers at once, and
-# `cnnjax.devices.make_mesh` can still turn each CPU core into a device.
+# `cnnjax.devices.make_mesh` can still divide the CPU into devices.
 
 
 @dataclass(frozen=True)

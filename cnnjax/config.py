@@ -160,7 +160,7 @@ class DeviceConfig:
     platform: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
     """`auto` takes the fastest that is there."""
     count: int = 0
-    """How many devices share each batch; 0 for all. On CPU each core is a device."""
+    """How many devices share each batch; 0 for all. A CPU can be divided into any number."""
 
     def __post_init__(self) -> None:
         _require(self.count >= 0, "--device.count", "be at least 0", self.count)

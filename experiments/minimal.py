@@ -84,7 +84,7 @@ def eval_step(state: State, images: jax.Array) -> jax.Array:
 
 def main(data: DataConfig, epochs: int = 5) -> float:
     """Trains and evaluates; returns the AUC on the held-out patients."""
-    mesh = devices.make_mesh(DeviceConfig())  # each CPU core, or each GPU, is a device
+    mesh = devices.make_mesh(DeviceConfig())  # the CPU, or each GPU, is a device
     everywhere, by_row = devices.replicated(mesh), devices.divided(mesh)
     found = training_data(data, SEED, print)
 

@@ -42,16 +42,18 @@ def test_baseline_has_the_posts_shapes() -> None:
     assert count(variables) == 813_217
 
 
-def test_baseline_is_the_plain_network() -> None:
+@pytest.mark.parametrize("channels", [1, 3])
+def test_baseline_is_the_plain_network(channels: int) -> None:
     """Same parameters, same logits and gradients as the plain layers, ties included."""
     images = jax.random.uniform(jax.random.key(1), (4, 30, 30, 1))
     images = images.at[:, :8].set(0)  # a black border makes ties in every pool
-    ours, plain = BaselineCNN(), PlainPost()
+    ours, plain = BaselineCNN(channels), PlainPost()
     params = ours.init(jax.random.key(0), images)["params"]
     params = jax.tree.map(lambda p: p + 0.05, params)  # biases that are not zero
 
     def loss(params: object, model: nn.Module) -> jax.Array:
-        logits = model.apply({"params": params}, images)
+        seen = images if model is ours else jnp.repeat(images, channels, axis=3)
+        logits = model.apply({"params": params}, seen)
         return (logits * jnp.arange(1.0, 5.0)).sum()
 
     a, ga = jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, ours)
@@ -105,3 +107,24 @@ def test_conv_pool_drops_an_odd_row() -> None:
     x = jnp.zeros((1, 31, 31, 1))
     variables = ConvPool(2).init(jax.random.key(0), x)
     assert ConvPool(2).apply(variables, x).shape == (1, 14, 14, 2)
+
+
+@pytest.mark.parametrize("name", ["baseline", "resnet"])
+def test_bfloat16_computes_nearly_the_same_with_float32_parameters(name: str) -> None:
+    images = jax.random.uniform(jax.random.key(1), (8, 32, 32, 1))
+    config = ModelConfig(name, width=8)  # type: ignore[arg-type]
+    single, half = make_model(config), make_model(config, jnp.bfloat16)
+    variables = half.init(jax.random.key(0), images)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
+
+    def run(model: nn.Module) -> tuple[jax.Array, object]:
+        return jax.jit(lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]))(
+            variables, images
+        )
+
+    (a, stats_a), (b, stats_b) = run(single), run(half)
+    assert b.dtype == jnp.float32
+    assert 0 < np.abs(a - b).max() < 0.1
+    for x, y in zip(jax.tree.leaves(stats_a), jax.tree.leaves(stats_b), strict=True):
+        assert y.dtype == jnp.float32
+        np.testing.assert_allclose(x, y, atol=0.05)

@@ -1,0 +1,81 @@
+"""The benchmarks run, count right, and their page is the one that their results make."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+
+
+def script(name: str, *flags: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(BENCHMARKS / name), *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_flops_are_those_counted_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from peaks import Peak, count_flops
+
+    from cnnjax.config import ModelConfig
+    from cnnjax.models import make_model
+
+    forward, train = count_flops(make_model(ModelConfig("baseline")), batch=2, size=64)
+    first = 2 * 62 * 62 * 32 * 9
+    rest = 2 * 29 * 29 * 32 * 9 * 32 + 2 * 6272 * 128 + 2 * 128
+    assert forward == 2 * (first + rest)
+    assert train == 2 * (2 * first + 3 * rest)
+    peak = Peak(flops=1e12, bandwidth=1e9, source="measured")
+    assert peak.bound(2e12, 1e6) == 2.0  # by operations
+    assert peak.bound(1e9, 3e9) == 3.0  # by memory
+
+
+def test_step_time_writes_its_rows(tmp_path: Path) -> None:
+    flags = ["--networks", "baseline", "--batches", "2", "4", "--sizes", "16", "--rounds", "1"]
+    flags += ["--steps", "1", "--numpy", "--device", "cpu"]
+    out, plot = tmp_path / "rows.json", tmp_path / "plot.svg"
+    done = script("step_time.py", *flags, "--json", out, "--plot", plot)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert {(row["by"], row["step"], row["batch"]) for row in found["rows"]} == {
+        *(("jax", step, batch) for step in ("train", "eval") for batch in (2, 4)),
+        *(("numpy", step, 2) for step in ("train", "eval")),
+    }
+    for row in found["rows"]:
+        assert row["images_per_second"] == pytest.approx(row["batch"] / row["median_ms"] * 1e3)
+        assert (row["compile_seconds"] is None) == (row["by"] == "numpy")
+    assert found["circumstances"]["platform"] == "cpu"
+    assert plot.read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("step_time.py", "--device", "gpu"), "--device.platform gpu: JAX finds none here"),
+        (("step_time.py", "--rounds", "0"), "--rounds must be at least 1, got 0"),
+        (("peers.py", "--batches", "0"), "--batches must be numbers of at least 1"),
+        (("input.py", "--data", "nowhere"), "nowhere does not exist"),
+        (("report.py", "--keep", "x.json"), "--keep x.json: write FILE=SECTION"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_2(flags: tuple[str, ...], message: str) -> None:
+    done = script(*flags)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_page_is_made_of_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import report
+
+    assert report.page(tmp_path) == (BENCHMARKS / "README.md").read_text("utf-8")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        path.name for path in (BENCHMARKS / "results").glob("*.svg")
+    }

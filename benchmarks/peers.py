@@ -170,6 +170,9 @@ def write_problem(path: Path, options: Options, network: str, batch: int) -> Non
     arrays: dict[str, Any] = {
         "/".join(key.key for key in where): np.asarray(leaf) for where, leaf in leaves
     }
+    for name, value in arrays.items():
+        if name.endswith("/scale"):  # some start at zero, and would hide what comes before them
+            arrays[name] = rng.uniform(0.5, 1.5, value.shape).astype(np.float32)
     np.savez(path, settings=json.dumps(settings), images=pixels, labels=labels, **arrays)
 
 

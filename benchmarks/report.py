@@ -66,7 +66,7 @@ def page(plots: Path = RESULTS) -> str:
     parts = [_HEAD]
     for path in sorted(RESULTS.glob("*.json")):
         sections = json.loads(path.read_text("utf-8"))
-        parts.append(f"# {_title(next(iter(sections.values()))['circumstances'])}\n")
+        parts.append(f"## {_title(next(iter(sections.values()))['circumstances'])}\n")
         for name, make in _SECTIONS.items():
             if name in sections:
                 found = sections[name]["circumstances"]
@@ -78,9 +78,9 @@ def page(plots: Path = RESULTS) -> str:
                     f" {found['device']}; load before {load[0]:.1f}.*\n"
                 )
             else:
-                parts.append(f"## {_NAMES[name]}\n\nNot yet measured on this device.\n")
+                parts.append(f"### {_NAMES[name]}\n\nNot yet measured on this device.\n")
     if not any("gpu" in section for section in _platforms()):
-        parts.append("# GPU\n\nNot yet measured; every script takes `--device gpu`.\n")
+        parts.append("## GPU\n\nNot yet measured; every script takes `--device gpu`.\n")
     return "\n".join(parts)
 
 
@@ -130,7 +130,7 @@ def _step_time(document: dict[str, Any], plots: Path) -> str:
     columns = ["network", "step", "by", "batch", "pixels", "precision", "devices", "compile, s"]
     columns += ["step, ms (quartiles)", "images/s", "MFU, %", "of the roofline, %", "MiB"]
     plot = _throughput(document["rows"], plots)
-    return f"## {_NAMES['step_time']}\n\n{_table(columns, rows)}\n{plot}"
+    return f"### {_NAMES['step_time']}\n\n{_table(columns, rows)}\n{plot}"
 
 
 def _throughput(rows: list[dict[str, Any]], plots: Path) -> str:
@@ -186,7 +186,7 @@ def _peers(document: dict[str, Any], plots: Path) -> str:
         axes.set(xlabel="our throughput over theirs")
 
     return (
-        f"## {_NAMES['peers']}\n\n{'; '.join(document['versions'])}. Logits of the same weights"
+        f"### {_NAMES['peers']}\n\n{'; '.join(document['versions'])}. Logits of the same weights"
         f" agree within {logits:.1g}, losses over ten steps within {losses:.1g}.\n\n"
         f"{_table(columns, rows)}\n" + _plot(plots, "peers", "Our throughput over the peers'", draw)
     )
@@ -201,7 +201,7 @@ def _input(document: dict[str, Any], plots: Path) -> str:
         f"{row['feed']} data {100 * row['share']:.2g} %" for row in document["waiting"]
     )
     return (
-        f"## {_NAMES['input']}\n\n{_table(['files', 'by', 'images', 'images/s'], rows)}\n"
+        f"### {_NAMES['input']}\n\n{_table(['files', 'by', 'images', 'images/s'], rows)}\n"
         f"Share of training, after the first epoch, spent waiting for data: {waiting}.\n"
     )
 
@@ -215,7 +215,7 @@ def _end_to_end(document: dict[str, Any], plots: Path) -> str:
         for row in document["rows"]
     ]
     columns = ["job", "by", "start", "files", "epochs", "seconds", "of these"]
-    text = f"## {_NAMES['end_to_end']}\n\n{_table(columns, rows)}"
+    text = f"### {_NAMES['end_to_end']}\n\n{_table(columns, rows)}"
     reached = document.get("time_to_quality") or []
     if reached:
         quality = [
@@ -232,7 +232,7 @@ def _phases(phases: dict[str, float] | None) -> str:
 
 
 def _scaling(document: dict[str, Any], plots: Path) -> str:
-    text = f"## {_NAMES['scaling']}\n\n"
+    text = f"### {_NAMES['scaling']}\n\n"
     for curve, title in (
         ("weak", "Weak scaling: the same batch for each device"),
         ("strong", "Strong scaling: one batch divided"),
@@ -289,6 +289,8 @@ _SECTIONS: dict[str, Callable[[dict[str, Any], Path], str]] = {
 }
 _HEAD = """\
 <!-- Made by benchmarks/report.py from benchmarks/results/*.json; edit those. -->
+
+# Benchmarks
 
 What the scripts here measured. Every comparison is made in turn within one run, A B C A B C, since
 the machines are shared: trust the ratios, and their spread, before the milliseconds. Each script's

@@ -130,7 +130,11 @@ def _step_time(document: dict[str, Any], plots: Path) -> str:
     columns = ["network", "step", "by", "batch", "pixels", "precision", "devices", "compile, s"]
     columns += ["step, ms (quartiles)", "images/s", "MFU, %", "of the roofline, %", "MiB"]
     plot = _throughput(document["rows"], plots)
-    return f"### {_NAMES['step_time']}\n\n{_table(columns, rows)}\n{plot}"
+    note = (
+        "MFU is of the device's peak; the roofline's bytes are XLA's count over the bandwidth of"
+        " memory, and what a cache serves beats it.\n"
+    )
+    return f"### {_NAMES['step_time']}\n\n{_table(columns, rows)}\n{note}\n{plot}"
 
 
 def _throughput(rows: list[dict[str, Any]], plots: Path) -> str:

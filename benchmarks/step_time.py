@@ -11,7 +11,8 @@ slows all of them alike; a round is the mean over a few steps that end with the 
 images are random bytes. `--numpy` times the plain NumPy networks in the same rounds.
 
 FLOP are counted by hand (products and convolutions) and by XLA; MFU is the former over the device's
-peak, the bound is the larger of operations over the peak and bytes over the bandwidth.
+peak, the bound is the larger of operations over the peak and bytes, as XLA counts them, over the
+bandwidth of memory. What a cache serves counts as well, so a CPU can do better than this bound.
 """
 
 from __future__ import annotations
@@ -338,6 +339,7 @@ def main() -> int:
         draw(rows, options.plot, found["device"])
     if options.json is not None:
         asked = json.loads(json.dumps(asdict(options), default=str))
+        del asked["json"], asked["plot"]
         write_json(
             options.json,
             {"circumstances": found, "options": asked, "rows": [asdict(row) for row in rows]},

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import matplotlib
 import tyro
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from measure import write_json
 
 from cnnjax.cli import guarded
@@ -155,6 +156,8 @@ def _throughput(rows: list[dict[str, Any]], plots: Path) -> str:
         ticks = sorted({row["batch"] for row in rows})
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.minorticks_off()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:,.0f}")
 
     return _plot(plots, "step-time", "Throughput against batch size", draw)
 

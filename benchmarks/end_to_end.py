@@ -14,76 +14,35 @@ from __future__ import annotations
 
 import csv
 import json
-import os
+import random
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
-from itertools import count
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tyro
-from measure import ROOT, circumstances, headline, print_table, write_json
+from measure import (
+    ENVIRONMENTS,
+    ROOT,
+    call,
+    circumstances,
+    headline,
+    print_table,
+    python_of,
+    write_json,
+)
 
 from cnnjax.cli import guarded
 from cnnjax.config import DeviceConfig
-from cnnjax.data.index import Example, read_index
+from cnnjax.data.index import read_index
 from cnnjax.errors import InputError
-from cnnjax.machine import cache_folder
 
 HERE = Path(__file__).resolve().parent
-
-# Run by a process of its own: a recipe, with the time of each of its phases on the last line.
-_PHASED = """
-import json, runpy, sys, time
-start = time.perf_counter()
-recipe, sys.argv[1:] = sys.argv[1], sys.argv[2:]
-import jax
-compiling = []
-jax.monitoring.register_event_duration_secs_listener(
-    lambda name, seconds, **_: compiling.append(seconds) if "/compile/" in name else None)
-from cnnjax import loop
-phases = {"import": time.perf_counter() - start}
-lines = []
-def timed(name, function):
-    def inner(*arguments, **named):
-        began = time.perf_counter()
-        try:
-            return function(*arguments, **named)
-        finally:
-            phases[name] = phases.get(name, 0.0) + time.perf_counter() - began
-    return inner
-loop.training_data = timed("index and decode", loop.training_data)
-def first_timed(step):
-    calls = []
-    def inner(*arguments):
-        if calls:
-            return step(*arguments)
-        calls.append(step)
-        return timed("compile and first steps", lambda: jax.block_until_ready(step(*arguments)))()
-    return inner
-def compile_steps(*arguments, compile_steps=loop.compile_steps):
-    one, many, together = compile_steps(*arguments)
-    return loop.Steps(first_timed(one), first_timed(many), together)
-def append_line(path, values, append_line=loop.append_line):
-    append_line(path, values)
-    if path.name == "metrics.jsonl":
-        lines.append(time.time())
-loop.compile_steps, loop.append_line = compile_steps, append_line
-loop._epoch = timed("train", loop._epoch)
-loop._conclude = timed("evaluate", loop._conclude)
-try:
-    runpy.run_path(recipe, run_name="__main__")
-except SystemExit as done:
-    if done.code:
-        raise
-phases["train"] -= phases.get("compile and first steps", 0.0)
-print(json.dumps({"phases": phases, "compiling": sum(compiling), "lines": lines}))
-"""
 
 
 @dataclass(frozen=True)
@@ -104,7 +63,7 @@ class Options:
     """How often each job is done by each side."""
     quality: tuple[float, ...] = (0.98, 0.99)
     """Held-out AUC to be reached."""
-    environments: Path = field(default_factory=lambda: cache_folder() / "peers")
+    environments: Path = ENVIRONMENTS
     """Folder of the peers' environments (`peers.py --setup`)."""
     json: Path | None = None
     """Write the rows and the circumstances to this file."""
@@ -120,24 +79,19 @@ class Options:
     @property
     def keras(self) -> Path:
         """Keras's Python."""
-        return self.environments / "keras" / "bin" / "python"
+        return python_of("keras", self.environments)
 
 
 def repeated(source: Path, files: int, target: Path) -> None:
     """Repeats the training images of a tree as copies of new patients, up to so many files."""
-    examples = read_index(source).split("train")
-    numbers = count(1)
+    examples = list(read_index(source).split("train"))
+    random.Random(0).shuffle(examples)  # both classes, however few the files
     for i in range(files):
         example = examples[i % len(examples)]
-        number = next(numbers)
-        name = f"person{number}_virus_1.jpeg" if example.label else f"IM-{number}-0001.jpeg"
+        name = f"person{i}_virus_1.jpeg" if example.label else f"IM-{i}-0001.jpeg"
         to = target / "train" / ("PNEUMONIA" if example.label else "NORMAL") / name
         to.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(_path(source, example), to)
-
-
-def _path(root: Path, example: Example) -> Path:
-    return root / example.name
+        shutil.copyfile(source / example.name, to)
 
 
 @dataclass(frozen=True)
@@ -160,11 +114,12 @@ def ours(
     shutil.rmtree(scratch / "run", ignore_errors=True)
     if cold:
         shutil.rmtree(scratch / "cache", ignore_errors=True)
-    command = [sys.executable, "-c", _PHASED, str(ROOT / "experiments" / f"{recipe}.py")]
-    command += ["--data.root", str(root), "--workdir", str(scratch / "run")]
+    script = ROOT / "experiments" / f"{recipe}.py"
+    command: list[str | Path] = [sys.executable, HERE / "phases.py", script]
+    command += ["--data.root", root, "--workdir", scratch / "run"]
     command += [] if epochs is None else ["--train.epochs", str(epochs)]
     began = time.time()
-    seconds, printed = _timed(command, {"XDG_CACHE_HOME": str(scratch / "cache")})
+    seconds, printed = _timed(command, XDG_CACHE_HOME=str(scratch / "cache"))
     told = json.loads(printed.splitlines()[-1])
     phases: dict[str, float] = told["phases"]
     phases["else"] = seconds - sum(phases.values())
@@ -173,8 +128,7 @@ def ours(
 
 def theirs(options: Options, folder: Path, epochs: int) -> float:
     """Trains with Keras in a process of its own; returns its seconds."""
-    command = [str(options.keras), str(HERE / "peer_keras_job.py"), str(folder), str(epochs)]
-    return _timed(command, {})[0]
+    return _timed([options.keras, HERE / "peer_keras_job.py", folder, str(epochs)])[0]
 
 
 def split_folder(root: Path, run: Path, target: Path) -> None:
@@ -253,16 +207,10 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
-def _timed(command: list[str], environment: dict[str, str]) -> tuple[float, str]:
+def _timed(command: Sequence[str | Path], **environment: str) -> tuple[float, str]:
     start = time.perf_counter()
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=os.environ | environment
-    )
-    seconds = time.perf_counter() - start
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or ["it said nothing"]
-        raise InputError(f"a job failed: {said[-1]}")
-    return seconds, done.stdout
+    printed = call(f"the job of {command[1]}", command, **environment)
+    return time.perf_counter() - start, printed
 
 
 def main() -> int:

@@ -11,12 +11,11 @@ system's cache from the first round, which is not counted.
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,18 @@ import jax
 import numpy as np
 import tyro
 from jax.sharding import Mesh
-from measure import Run, circumstances, headline, in_turn, print_table, spread, write_json
+from measure import (
+    ENVIRONMENTS,
+    Run,
+    call,
+    circumstances,
+    headline,
+    in_turn,
+    print_table,
+    python_of,
+    spread,
+    write_json,
+)
 from PIL import Image
 
 from cnnjax import loop
@@ -36,7 +46,7 @@ from cnnjax.data import cache
 from cnnjax.data.batches import Feeder
 from cnnjax.data.index import read_index
 from cnnjax.errors import InputError
-from cnnjax.machine import cache_folder, cpu_cores
+from cnnjax.machine import cpu_cores
 from cnnjax.steps import TrainStep
 
 HERE = Path(__file__).resolve().parent
@@ -49,12 +59,12 @@ class Options:
     data: Path
     """A tree of small images: train/NORMAL and so on."""
     full_resolution: Path | None = None
-    """A tree of images as published, likewise."""
+    """A tree of images as published."""
     size: int = 64
     """Side of the squares, in pixels."""
     rounds: int = 3
     """Rounds after the first, which is not counted."""
-    environments: Path = field(default_factory=lambda: cache_folder() / "peers")
+    environments: Path = ENVIRONMENTS
     """Folder of the peers' environments (`peers.py --setup`); one that is missing is left out."""
     waiting: bool = True
     """Train too, and measure the wait for data."""
@@ -92,7 +102,7 @@ def readers(options: Options, root: Path, scratch: Path) -> tuple[int, dict[str,
 
     runs: dict[str, Run] = {"ours, cold": cold, "ours, warm": warm, "Pillow loop": pillow}
     for peer in ("keras", "torch"):
-        python = options.environments / peer / "bin" / "python"
+        python = python_of(peer, options.environments)
         if python.exists():
             runs[peer] = partial(_peer, peer, python, root / "train", options.size)
         else:
@@ -105,12 +115,8 @@ _inside: dict[str, float] = {}  # seconds that a peer measured in its own proces
 
 
 def _peer(peer: str, python: Path, root: Path, size: int) -> None:
-    command = [str(python), str(HERE / "peer_input.py"), peer, str(root), str(size)]
-    done = subprocess.run([*command, str(cpu_cores())], capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or ["it said nothing"]
-        raise InputError(f"{peer} cannot read {root}: {said[-1]}")
-    _inside[peer] = float(done.stdout)
+    command = [python, HERE / "peer_input.py", peer, root, str(size), str(cpu_cores())]
+    _inside[peer] = float(call(f"{peer}, reading {root},", command))
 
 
 def measure(options: Options, scratch: Path) -> list[dict[str, Any]]:

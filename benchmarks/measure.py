@@ -17,8 +17,10 @@ import numpy as np
 from cnnjax import devices
 from cnnjax.config import DeviceConfig
 from cnnjax.errors import InputError
+from cnnjax.machine import cache_folder
 
 ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENTS = cache_folder() / "peers"  # each peer's, made by `peers.py --setup`
 
 Run = Callable[[], None]
 
@@ -36,6 +38,30 @@ def in_turn(runs: Mapping[str, Run], rounds: int) -> dict[str, list[float]]:
             run()
             took[name].append(time.perf_counter() - start)
     return {name: times[1:] for name, times in took.items()}
+
+
+def python_of(peer: str, environments: Path) -> Path:
+    """Returns the Python of a peer's environment, which need not be there."""
+    return environments / peer / "bin" / "python"
+
+
+def call(what: str, command: Sequence[str | Path], **environment: str) -> str:
+    """Runs a process and returns what it printed.
+
+    Raises:
+        InputError: it failed; the message names `what` and holds the last line of its errors.
+    """
+    done = subprocess.run(
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | environment,
+    )
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or ["it said nothing"]
+        raise InputError(f"{what} failed: {said[-1]}")
+    return done.stdout
 
 
 def spread(seconds: Sequence[float]) -> dict[str, float]:
@@ -82,11 +108,10 @@ def commit() -> str | None:
 def headline(found: Mapping[str, Any]) -> str:
     """Returns the line about the circumstances that stands above a table."""
     load = found["load_average"]
+    busy = f", load {load[0]:.1f}" if load else ""
     return (
         f"{found['device']}, {found['processor']}; jax {found['versions']['jax']},"
-        f" commit {found['commit']}, load {load[0]:.1f}"
-        if load
-        else f"{found['device']}; jax {found['versions']['jax']}, commit {found['commit']}"
+        f" commit {found['commit']}{busy}"
     )
 
 

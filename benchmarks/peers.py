@@ -20,19 +20,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
 import tyro
-from measure import circumstances, headline, print_table, write_json
+from measure import ENVIRONMENTS, circumstances, headline, print_table, python_of, write_json
 
 from cnnjax.cli import guarded
 from cnnjax.config import DeviceConfig, ModelConfig
 from cnnjax.errors import InputError
-from cnnjax.machine import cache_folder
 from cnnjax.models import make_model
 
 HERE = Path(__file__).resolve().parent
@@ -67,7 +66,7 @@ class Options:
 
     setup: bool = False
     """Make the peers' environments, and do nothing else."""
-    environments: Path = field(default_factory=lambda: cache_folder() / "peers")
+    environments: Path = ENVIRONMENTS
     """Folder of the peers' environments, `torch` and `keras`; one that is missing is left out."""
     networks: tuple[Literal["baseline", "resnet"], ...] = ("baseline", "resnet")
     """Which networks."""
@@ -146,7 +145,7 @@ def set_up(options: Options) -> None:
         packages = PACKAGES[peer].get(options.device, PACKAGES[peer]["cpu"])
         print(f"{folder}: {' '.join(packages)}")
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        python = str(folder / "bin" / "python")
+        python = python_of(peer, options.environments)
         subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
 
 
@@ -186,7 +185,7 @@ def workers(options: Options, problem: Path, precision: str) -> Iterator[list[Wo
         for peer, forms in asked.items():
             python = sys.executable
             if peer != "cnnjax":
-                python = str(options.environments / peer / "bin" / "python")
+                python = str(python_of(peer, options.environments))
                 if not Path(python).exists():
                     print(f"{peer} is left out: no {python}; make it with --setup")
                     continue

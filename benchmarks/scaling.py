@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,7 +22,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 import tyro
-from measure import circumstances, headline, print_table, write_json
+from measure import call, circumstances, headline, print_table, write_json
 
 from cnnjax import devices, loop, steps
 from cnnjax.augment import make_augment
@@ -57,6 +56,13 @@ class Options:
     """What to compute on."""
     json: Path | None = None
     """Write the points and the circumstances to this file."""
+
+    def __post_init__(self) -> None:
+        for name in ("counts", "sizes"):
+            if min(getattr(self, name), default=0) < 1:
+                raise InputError(f"--{name} must be numbers of at least 1")
+        if min(self.images, default=0) < 2 * self.batch or self.batch < 1:
+            raise InputError("--images must be numbers of at least twice --batch")
 
 
 def epoch(network: Any, platform: Any, images: int, size: int, batch: int) -> dict[str, float]:
@@ -105,7 +111,7 @@ def step_rows(options: Options, *flags: str) -> list[dict[str, Any]]:
         out = Path(folder) / "rows.json"
         command = [sys.executable, str(HERE / "step_time.py"), "--networks", options.network]
         command += ["--rounds", str(options.rounds), "--device", options.device]
-        _run([*command, *flags, "--json", str(out)])
+        call("step_time.py", [*command, *flags, "--json", str(out)])
         rows = json.loads(out.read_text("utf-8"))["rows"]
     return [row for row in rows if row["step"] == "train"]
 
@@ -126,7 +132,8 @@ def measure(options: Options) -> dict[str, list[dict[str, Any]]]:
         curves["size"].append({"size": size, "batch": options.batch} | _of(row))
     for images in options.images:
         point = json.dumps([options.network, options.device, images, 64, options.batch])
-        found = json.loads(_run([sys.executable, __file__, _EPOCH, point]).splitlines()[-1])
+        command = [sys.executable, __file__, _EPOCH, point]
+        found = json.loads(call("an epoch", command).splitlines()[-1])
         curves["images"].append({"images": images} | found)
     return curves
 
@@ -134,14 +141,6 @@ def measure(options: Options) -> dict[str, list[dict[str, Any]]]:
 def _of(row: dict[str, Any]) -> dict[str, Any]:
     names = ("median_ms", "quartile1_ms", "quartile3_ms", "images_per_second", "memory_mib")
     return {name: row[name] for name in names}
-
-
-def _run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or ["it said nothing"]
-        raise InputError(f"a measurement failed: {said[-1]}")
-    return done.stdout
 
 
 def main() -> int:

@@ -1,0 +1,90 @@
+"""Runs a recipe and tells how long each of its phases took; a part of `end_to_end.py`.
+
+    python benchmarks/phases.py experiments/baseline.py --data.root DIR --workdir RUN
+
+The last line printed is JSON: seconds by phase, seconds of compiling within them, and when each
+epoch's line was written, in seconds since 1970.
+"""
+
+import time
+
+_START = time.perf_counter()
+
+import json  # noqa: E402
+import runpy  # noqa: E402
+import sys  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from typing import Any  # noqa: E402
+
+import jax  # noqa: E402
+
+from cnnjax import loop  # noqa: E402
+
+
+class Phases:
+    """Seconds by phase, of functions of `cnnjax.loop` put under a watch."""
+
+    def __init__(self) -> None:
+        self.seconds = {"import": time.perf_counter() - _START}
+        self.compiling = 0.0
+        self.lines: list[float] = []
+
+    def watch(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns the function, with its time counted to a phase."""
+
+        def watched(*arguments: Any, **named: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*arguments, **named)
+            finally:
+                took = time.perf_counter() - start
+                self.seconds[phase] = self.seconds.get(phase, 0.0) + took
+
+        return watched
+
+    def watch_first(self, phase: str, step: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns the step, whose first call is waited for and counted to a phase."""
+        first = self.watch(phase, lambda *x: jax.block_until_ready(step(*x)))
+        calls = iter([first])
+        return lambda *x: next(calls, step)(*x)
+
+    def compiled(self, event: str, seconds: float, **_: Any) -> None:
+        """Listens to JAX."""
+        if "/compile/" in event:
+            self.compiling += seconds
+
+
+def main() -> None:
+    """Runs the recipe named by the first argument with the others."""
+    phases = Phases()
+    jax.monitoring.register_event_duration_secs_listener(phases.compiled)
+    compile_steps, append_line = loop.compile_steps, loop.append_line
+
+    def steps(*arguments: Any) -> loop.Steps:
+        one, many, together = compile_steps(*arguments)
+        first = "compile and first steps"
+        return loop.Steps(phases.watch_first(first, one), phases.watch_first(first, many), together)
+
+    def line(path: Any, values: Any) -> None:
+        append_line(path, values)
+        if path.name == "metrics.jsonl":
+            phases.lines.append(time.time())
+
+    watched: Any = loop
+    watched.compile_steps, watched.append_line = steps, line
+    watched.training_data = phases.watch("index and decode", loop.training_data)
+    watched._epoch = phases.watch("train", loop._epoch)
+    watched._conclude = phases.watch("evaluate", loop._conclude)
+    recipe, sys.argv[1:] = sys.argv[1], sys.argv[2:]
+    try:
+        runpy.run_path(recipe, run_name="__main__")
+    except SystemExit as done:
+        if done.code:
+            raise
+    seconds = phases.seconds
+    seconds["train"] -= seconds.get("compile and first steps", 0.0)
+    print(json.dumps({"phases": seconds, "compiling": phases.compiling, "lines": phases.lines}))
+
+
+if __name__ == "__main__":
+    main()

@@ -29,8 +29,8 @@ def keep_freed_memory() -> None:
     """Makes glibc keep the memory that the process frees, for its next allocation.
 
     XLA allocates its temporary memory anew for each step, on a CPU. From 32 MiB on, glibc takes it
-    from the kernel and gives it back each time: page faults then took 15 of a step's 39 ms. Another C
-    library is left as it is.
+    from the kernel and gives it back each time: page faults then took 15 of a step's 39 ms.
+    Another C library is left as it is.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -115,7 +115,7 @@ def ours(
     if cold:
         shutil.rmtree(scratch / "cache", ignore_errors=True)
     script = ROOT / "experiments" / f"{recipe}.py"
-    command: list[str | Path] = [sys.executable, HERE / "phases.py", script]
+    command: list[object] = [sys.executable, HERE / "phases.py", script]
     command += ["--data.root", root, "--workdir", scratch / "run"]
     command += [] if epochs is None else ["--train.epochs", str(epochs)]
     began = time.time()
@@ -207,7 +207,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
-def _timed(command: Sequence[str | Path], **environment: str) -> tuple[float, str]:
+def _timed(command: Sequence[object], **environment: str) -> tuple[float, str]:
     start = time.perf_counter()
     printed = call(f"the job of {command[1]}", command, **environment)
     return time.perf_counter() - start, printed

@@ -45,8 +45,8 @@ def python_of(peer: str, environments: Path) -> Path:
     return environments / peer / "bin" / "python"
 
 
-def call(what: str, command: Sequence[str | Path], **environment: str) -> str:
-    """Runs a process and returns what it printed.
+def call(what: str, command: Sequence[object], **environment: str) -> str:
+    """Runs a process and returns what it printed; the command's parts may be paths.
 
     Raises:
         InputError: it failed; the message names `what` and holds the last line of its errors.

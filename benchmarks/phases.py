@@ -48,17 +48,18 @@ class Phases:
         calls = iter([first])
         return lambda *x: next(calls, step)(*x)
 
-    def compiled(self, event: str, seconds: float, **_: Any) -> None:
+    def compiled(self, event: str, duration_secs: float, **_: Any) -> None:
         """Listens to JAX."""
         if "/compile/" in event:
-            self.compiling += seconds
+            self.compiling += duration_secs
 
 
 def main() -> None:
     """Runs the recipe named by the first argument with the others."""
     phases = Phases()
     jax.monitoring.register_event_duration_secs_listener(phases.compiled)
-    compile_steps, append_line = loop.compile_steps, loop.append_line
+    watched: Any = loop
+    compile_steps, append_line = watched.compile_steps, watched.append_line
 
     def steps(*arguments: Any) -> loop.Steps:
         one, many, together = compile_steps(*arguments)
@@ -70,9 +71,8 @@ def main() -> None:
         if path.name == "metrics.jsonl":
             phases.lines.append(time.time())
 
-    watched: Any = loop
     watched.compile_steps, watched.append_line = steps, line
-    watched.training_data = phases.watch("index and decode", loop.training_data)
+    watched.training_data = phases.watch("index and decode", watched.training_data)
     watched._epoch = phases.watch("train", loop._epoch)
     watched._conclude = phases.watch("evaluate", loop._conclude)
     recipe, sys.argv[1:] = sys.argv[1], sys.argv[2:]

@@ -6,6 +6,7 @@ devices nor of the rows that fill up the batch changes what it draws.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -22,15 +23,24 @@ def make_augment(config: AugmentConfig) -> Augment:
     Images are float32 [batch, height, width, 1] in [0, 1], before and after. What the config has at
     zero is left out of the compiled program.
     """
-    moves = (config.shear, config.zoom, config.rotate, config.shift, config.flip)
+    moves = (config.shear, config.zoom, config.rotate, config.shift, config.flip, config.crop < 1)
 
     def augment_one(key: jax.Array, image: jax.Array) -> jax.Array:
         geometry, tone = jax.random.split(key)
+        sharpness, gamma, noise, erase = (jax.random.fold_in(key, k) for k in range(4))
         if any(moves):
             matrix = _random_affine(geometry, config, (image.shape[0], image.shape[1]))
             image = affine(image[..., 0], matrix)[..., None]
+        if config.sharpness:
+            image = _random_sharpness(sharpness, config.sharpness, image)
+        if config.gamma:
+            image = image ** jnp.exp(_uniform(gamma, config.gamma))
         if config.contrast or config.brightness:
             image = _random_tone(tone, config, image)
+        if config.noise:
+            image = _random_noise(noise, config.noise, image)
+        if config.erase:
+            image = _random_erasing(erase, config.erase, image)
         return image
 
     def augment(key: jax.Array, images: jax.Array) -> jax.Array:
@@ -114,7 +124,60 @@ def _random_affine(key: jax.Array, config: AugmentConfig, size: tuple[int, int])
         # Keras warps, then mirrors: output column c shows what stood at width - 1 - c.
         mirror = jnp.array([[1.0, 0.0, 0.0], [0.0, -1.0, size[1] - 1.0], [0.0, 0.0, 1.0]])
         matrix = jnp.where(jax.random.bernoulli(flip), _matmul(matrix, mirror), matrix)
+    if config.crop < 1:
+        window = _random_crop(jax.random.fold_in(key, 0), config.crop, size)
+        matrix = _matmul(matrix, jnp.concatenate([window, jnp.array([[0.0, 0.0, 1.0]])]))
     return matrix
+
+
+def _random_crop(key: jax.Array, smallest: float, size: tuple[int, int]) -> jax.Array:
+    """Returns the matrix, for `affine`, that fills the image with a random window of it."""
+    area, aspect, place = jax.random.split(key, 3)
+    part = jax.random.uniform(area, minval=smallest, maxval=1)
+    stretch = jnp.exp(_uniform(aspect, math.log(4 / 3) / 2))
+    sides = jnp.minimum(jnp.sqrt(part) * jnp.stack([stretch, 1 / stretch]), 1)
+    # Pixels are squares whose edges, not centres, the window's edges meet.
+    extent = jnp.array(size, jnp.float32)
+    corner = jax.random.uniform(place, (2,)) * (1 - sides) * extent
+    return jnp.concatenate([jnp.diag(sides), (corner + (sides - 1) / 2)[:, None]], axis=1)
+
+
+def _random_sharpness(key: jax.Array, bound: float, image: jax.Array) -> jax.Array:
+    """Adds or takes away a part of what a binomial blur of five pixels takes away."""
+    blurred = _blurred(_blurred(image, 0), 1)
+    return jnp.clip(image + (image - blurred) * _uniform(key, bound), 0, 1)
+
+
+def _blurred(image: jax.Array, axis: int) -> jax.Array:
+    """Blurs along an axis with the weights 1 4 6 4 1; beyond the edge the edge goes on."""
+    ends = [(2, 2) if i == axis else (0, 0) for i in range(image.ndim)]
+    wide = jnp.pad(image, ends, mode="edge")
+    length = image.shape[axis]
+    shifted = [jax.lax.slice_in_dim(wide, k, k + length, axis=axis) for k in range(5)]
+    a, b, c, d, e = shifted
+    return (a + e + 4 * (b + d) + 6 * c) / 16
+
+
+def _random_noise(key: jax.Array, bound: float, image: jax.Array) -> jax.Array:
+    amount, values = jax.random.split(key)
+    scale = jax.random.uniform(amount, maxval=bound)
+    return jnp.clip(image + scale * jax.random.normal(values, image.shape, image.dtype), 0, 1)
+
+
+def _random_erasing(key: jax.Array, largest: float, image: jax.Array) -> jax.Array:
+    """Fills a rectangle of an aspect ratio in [1/3, 3] with the image's mean, or does nothing."""
+    whether, area, aspect, place = jax.random.split(key, 4)
+    part = jax.random.uniform(area, maxval=largest)
+    stretch = jnp.exp(_uniform(aspect, math.log(3) / 2))
+    sides = jnp.minimum(jnp.sqrt(part) * jnp.stack([stretch, 1 / stretch]), 1)
+    start = jax.random.uniform(place, (2,)) * (1 - sides)
+    inside = jax.random.bernoulli(whether)
+    for axis in (0, 1):
+        n = image.shape[axis]
+        at = (jnp.arange(n, dtype=image.dtype) + 0.5) / n
+        within = (at >= start[axis]) & (at < start[axis] + sides[axis])
+        inside = inside & jnp.expand_dims(within, (1 - axis, 2))
+    return jnp.where(inside, image.mean(), image)
 
 
 def _random_tone(key: jax.Array, config: AugmentConfig, image: jax.Array) -> jax.Array:

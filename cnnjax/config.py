@@ -27,10 +27,11 @@ class DataConfig:
     """Side of the square that every image is reduced to, in pixels."""
     positive: str = "PNEUMONIA"
     """Name of the class folder that counts as positive (label 1)."""
-    validation: Literal["patients", "official"] = "patients"
-    """`patients` holds out a fold of all patients of train and val, `official` the val folder."""
+    validation: Literal["patients", "blocks", "official"] = "patients"
+    """What validates: `patients`, a fold of all patients of train and val; `blocks`, a run of the
+    file numbering, which is further from the rest; `official`, the val folder."""
     folds: int = 5
-    """Number of patient-grouped folds."""
+    """Number of folds; no patient is in two."""
     fold: int = 0
     """Which fold is held out for validation, counted from 0."""
     strict: bool = False
@@ -63,11 +64,18 @@ class ModelConfig:
     """ResNet: channels of the first stage; each later stage doubles them."""
     depth: int = 1
     """ResNet: residual blocks per stage."""
+    stages: int = 4
+    """ResNet: how many stages."""
+    stem: Literal[2, 4] = 2
+    """ResNet: stride of the first convolution, which is 3x3 with 2 and 7x7 with 4."""
+    standardize: bool = False
+    """Bring each image to mean 0 and standard deviation 1 before the network sees it."""
 
     def __post_init__(self) -> None:
         _require(self.channels in (1, 3), "--model.channels", "be 1 or 3", self.channels)
         _require(self.width >= 1, "--model.width", "be at least 1", self.width)
         _require(self.depth >= 1, "--model.depth", "be at least 1", self.depth)
+        _require(self.stages >= 1, "--model.stages", "be at least 1", self.stages)
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,18 @@ class AugmentConfig:
     """Contrast about the image's mean is scaled by a factor in [1 - contrast, 1 + contrast]."""
     brightness: float = 0.0
     """Largest amount added to every pixel of an image, in units of the full range."""
+    crop: float = 1.0
+    """Smallest part of the area that a random crop keeps; it is then resized to the whole, with
+    an aspect ratio in [3/4, 4/3] (Szegedy et al., arXiv:1409.4842). 1 crops nothing."""
+    gamma: float = 0.0
+    """Pixels are raised to a power in [exp(-gamma), exp(gamma)]."""
+    sharpness: float = 0.0
+    """What a small blur takes away is scaled by a factor in [1 - sharpness, 1 + sharpness]."""
+    noise: float = 0.0
+    """Largest standard deviation of Gaussian noise, in units of the full range."""
+    erase: float = 0.0
+    """Largest part of the area of a rectangle that is filled with the image's mean, in one image of
+    two (Zhong et al., arXiv:1708.04896)."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.shear < 90, "--augment.shear", "be in [0, 90) degrees", self.shear)
@@ -96,6 +116,11 @@ class AugmentConfig:
         _require(0 <= self.shift <= 1, "--augment.shift", "be in [0, 1]", self.shift)
         _require(0 <= self.contrast <= 1, "--augment.contrast", "be in [0, 1]", self.contrast)
         _require(0 <= self.brightness <= 1, "--augment.brightness", "be in [0, 1]", self.brightness)
+        _require(0 < self.crop <= 1, "--augment.crop", "be in (0, 1]", self.crop)
+        _require(0 <= self.gamma <= 2, "--augment.gamma", "be in [0, 2]", self.gamma)
+        _require(0 <= self.sharpness <= 1, "--augment.sharpness", "be in [0, 1]", self.sharpness)
+        _require(0 <= self.noise <= 1, "--augment.noise", "be in [0, 1]", self.noise)
+        _require(0 <= self.erase <= 1, "--augment.erase", "be in [0, 1]", self.erase)
 
 
 @dataclass(frozen=True)
@@ -122,6 +147,9 @@ class TrainConfig:
     """Decay per step of the moving average of the weights that is evaluated; 0 for none."""
     class_weights: bool = True
     """Weight each class by n / (2 n_c), counted on the training images."""
+    mixup: float = 0.0
+    """Each image is mixed with another, and so are their labels; the shares are drawn from
+    Beta(mixup, mixup) (Zhang et al., arXiv:1710.09412). 0 mixes nothing."""
     label_smoothing: float = 0.0
     """Labels become s / 2 and 1 - s / 2."""
     best: Literal["auc", "accuracy", "loss"] = "auc"
@@ -143,6 +171,7 @@ class TrainConfig:
                 f"--train.weight-decay needs --train.optimizer adamw, not {self.optimizer}"
             )
         _require(self.clip_norm >= 0, "--train.clip-norm", "be at least 0", self.clip_norm)
+        _require(self.mixup >= 0, "--train.mixup", "be at least 0", self.mixup)
         _require(0 <= self.ema < 1, "--train.ema", "be in [0, 1)", self.ema)
         _require(
             0 <= self.label_smoothing < 1,
@@ -151,6 +180,28 @@ class TrainConfig:
             self.label_smoothing,
         )
         _require(self.patience >= 0, "--train.patience", "be at least 0", self.patience)
+
+
+@dataclass(frozen=True)
+class OperatingConfig:
+    """By what the threshold is chosen on the held-out images, once training has ended."""
+
+    criterion: Literal["youden", "sensitivity", "cost"] = "youden"
+    """`youden`, the highest sensitivity + specificity; `sensitivity`, the highest threshold that
+    reaches a wanted one; `cost`, where the errors cost least."""
+    sensitivity: float = 0.95
+    """What `sensitivity` is to reach."""
+    cost: float = 1.0
+    """For `cost`: what a missed positive costs, in false alarms."""
+    prevalence: float | None = None
+    """For `cost`: share of positives where the network is to be used; by default the data's."""
+
+    def __post_init__(self) -> None:
+        flag = "--operating."
+        _require(0 < self.sensitivity <= 1, f"{flag}sensitivity", "be in (0, 1]", self.sensitivity)
+        _require(self.cost > 0, f"{flag}cost", "be positive", self.cost)
+        if self.prevalence is not None:
+            _require(0 < self.prevalence < 1, f"{flag}prevalence", "be in (0, 1)", self.prevalence)
 
 
 @dataclass(frozen=True)
@@ -180,6 +231,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    operating: OperatingConfig = field(default_factory=OperatingConfig)
     device: DeviceConfig = field(default_factory=DeviceConfig)
 
     def __post_init__(self) -> None:
@@ -219,7 +271,7 @@ def from_json(text: str, source: str) -> Config:
         values = json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(f"{source} is not valid JSON ({error}); restore it") from None
-    return _from_dict(Config, values, source)
+    return from_dict(Config, values, source)
 
 
 def differences(ours: Config, theirs: Config) -> list[str]:
@@ -235,7 +287,18 @@ def differences(ours: Config, theirs: Config) -> list[str]:
 _T = TypeVar("_T")
 
 
-def _from_dict(cls: type[_T], values: Any, source: str, prefix: str = "") -> _T:
+def from_dict(cls: type[_T], values: Any, source: str, prefix: str = "") -> _T:
+    """Returns a config dataclass of what `dataclasses.asdict` and JSON made of one.
+
+    Args:
+        cls: which of them.
+        values: what JSON gave.
+        source: the file's name, for the message.
+        prefix: where in the file the values stand, for the message.
+
+    Raises:
+        InputError: a key is unknown or missing, or a value does not fit.
+    """
     if not isinstance(values, dict):
         raise InputError(f"{source}: {prefix or 'the file'} must be an object, got {values!r}")
     hints = get_type_hints(cls)
@@ -248,7 +311,7 @@ def _from_dict(cls: type[_T], values: Any, source: str, prefix: str = "") -> _T:
     for name, hint in hints.items():
         value = values[name]
         if dataclasses.is_dataclass(hint):
-            value = _from_dict(hint, value, source, f"{prefix}{name}.")  # type: ignore[arg-type]
+            value = from_dict(hint, value, source, f"{prefix}{name}.")  # type: ignore[arg-type]
         elif not _fits(value, hint):
             wanted = " | ".join(map(str, get_args(hint))) or hint.__name__
             raise InputError(f"{source}: {prefix}{name} must be {wanted}, got {value!r}")
@@ -262,8 +325,8 @@ def _fits(value: object, hint: Any) -> bool:
     """Tells whether a value out of JSON can stand in a field of this type."""
     if get_origin(hint) is Literal:
         return value in get_args(hint)
-    if hint is float:
-        return type(value) in (int, float)
+    if hint in (float, float | None):
+        return type(value) in (int, float) or (value is None and hint is not float)
     if hint in (Path, Path | None):
         return isinstance(value, str) or (value is None and hint is not Path)
     return type(value) is hint

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from cnnjax import layers
 from cnnjax.config import ModelConfig
 
+STEM_SIZES = {2: 3, 4: 7}  # side of the ResNet's first kernel, by its stride
+
 Dtype = Any
 Initializer = Callable[..., jax.Array]
 
@@ -30,8 +32,27 @@ def make_model(config: ModelConfig, dtype: Dtype = jnp.float32) -> nn.Module:
             are float32 in any case, and so are the logits.
     """
     if config.name == "baseline":
-        return BaselineCNN(channels=config.channels, dtype=dtype)
-    return ResNet(channels=config.channels, width=config.width, depth=config.depth, dtype=dtype)
+        return BaselineCNN(config.channels, config.standardize, dtype)
+    return ResNet(
+        channels=config.channels,
+        width=config.width,
+        depth=config.depth,
+        stages=config.stages,
+        stem=config.stem,
+        standardize=config.standardize,
+        dtype=dtype,
+    )
+
+
+def standardized(images: jax.Array) -> jax.Array:
+    """Brings each image to mean 0 and standard deviation 1 over its pixels.
+
+    Args:
+        images: float32 [batch, height, width, 1]; an image of one gray level becomes zero.
+    """
+    centred = images - images.mean((1, 2, 3), keepdims=True)
+    variance = jnp.square(centred).mean((1, 2, 3), keepdims=True)
+    return centred * jax.lax.rsqrt(variance + 1e-6)
 
 
 class Conv(nn.Module):
@@ -92,6 +113,7 @@ class BaselineCNN(nn.Module):
     """
 
     channels: int = 1
+    standardize: bool = False
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -100,6 +122,7 @@ class BaselineCNN(nn.Module):
     ) -> jax.Array:
         """Returns logits [batch] of images [batch, height, width, 1]; see the module."""
         glorot = nn.initializers.glorot_uniform()
+        images = standardized(images) if self.standardize else images
         x = ConvPool(32, repeat=self.channels, dtype=self.dtype, name="conv1")(images)
         x = ConvPool(32, dtype=self.dtype, name="conv2")(x)
         x = x.reshape(x.shape[0], -1)
@@ -134,15 +157,18 @@ class ResidualBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A small residual network: stem, four stages of `depth` blocks, global average pool, dense 1.
+    """A small residual network: stem, stages of `depth` blocks, global average pool, dense 1.
 
-    The stem is a 3x3 convolution with stride 2, batch norm and relu. Stage k has width * 2**k
-    channels; each stage after the first halves the resolution.
+    The stem is a convolution, 3x3 with stride 2 or 7x7 with stride 4, batch norm and relu. Stage k
+    has width * 2**k channels; each stage after the first halves the resolution.
     """
 
     channels: int = 1
     width: int = 32
     depth: int = 1
+    stages: int = 4
+    stem: int = 2
+    standardize: bool = False
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -150,10 +176,17 @@ class ResNet(nn.Module):
         self, images: jax.Array, *, train: bool = False, mask: jax.Array | None = None
     ) -> jax.Array:
         """Returns logits [batch] of images [batch, height, width, 1]; see the module."""
-        stem = Conv(self.width, stride=2, repeat=self.channels, dtype=self.dtype, name="stem")
-        x = stem(images)
+        images = standardized(images) if self.standardize else images
+        x = Conv(
+            self.width,
+            size=STEM_SIZES[self.stem],
+            stride=self.stem,
+            repeat=self.channels,
+            dtype=self.dtype,
+            name="stem",
+        )(images)
         x = nn.relu(_norm(x, "stem_norm", train, mask, self.dtype))
-        for stage in range(4):
+        for stage in range(self.stages):
             for block in range(self.depth):
                 x = ResidualBlock(
                     self.width * 2**stage,

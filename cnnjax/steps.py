@@ -111,6 +111,7 @@ def make_train_step(
     *,
     class_weights: tuple[float, float] = (1.0, 1.0),
     label_smoothing: float = 0.0,
+    mixup: float = 0.0,
     ema_decay: float = 0.0,
 ) -> TrainStep:
     """Returns the jitted pure step (state, batch, key) -> (state, metrics); `state` is donated.
@@ -125,13 +126,22 @@ def make_train_step(
         augment: (key, images) -> images.
         class_weights: of labels 0 and 1.
         label_smoothing: s turns labels into s / 2 and 1 - s / 2.
+        mixup: shares of an image and the next are drawn from Beta(mixup, mixup); 0 mixes nothing.
         ema_decay: of the moving average of the weights; 0 for none. It warms up as
             min(decay, (1 + step) / (10 + step)), so that it is unbiased from early on.
     """
 
     def train_step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
-        images = augment(jax.random.fold_in(key, state.step), to_float(batch.images))
+        key = jax.random.fold_in(key, state.step)
+        images = augment(key, to_float(batch.images))
         images_seen = batch.mask.sum(dtype=jnp.int32)
+        targets = batch.labels.astype(jnp.float32)
+        weights = weights_of(batch.labels, class_weights)
+        if mixup:
+            partner, share = _mixing(jax.random.fold_in(key, 0), mixup, images_seen, len(targets))
+            images = _mix(images, images[partner], share[:, None, None, None])
+            targets = _mix(targets, targets[partner], share)
+            weights = _mix(weights, weights[partner], share)
 
         def loss_of(params: PyTree) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
             logits, changed = model.apply(
@@ -141,7 +151,7 @@ def make_train_step(
                 mask=batch.mask,
                 mutable=["batch_stats"],
             )
-            losses = cross_entropy(logits, batch.labels, class_weights, label_smoothing)
+            losses = cross_entropy(logits, targets, weights, label_smoothing)
             total = jnp.where(batch.mask, losses, 0).sum()
             mean = total / jnp.maximum(images_seen, 1).astype(total.dtype)
             return mean, (logits, changed.get("batch_stats", {}))
@@ -187,26 +197,48 @@ def to_float(images: jax.Array) -> jax.Array:
     return images[..., None].astype(jnp.float32) / 255
 
 
+def weights_of(labels: jax.Array, class_weights: tuple[float, float]) -> jax.Array:
+    """Returns float32 [batch], the weight of the class of each of int labels [batch]."""
+    return jnp.where(labels == 1, class_weights[1], class_weights[0])
+
+
 def cross_entropy(
     logits: jax.Array,
     labels: jax.Array,
-    class_weights: tuple[float, float] = (1.0, 1.0),
+    weights: jax.Array | float = 1.0,
     label_smoothing: float = 0.0,
 ) -> jax.Array:
     """Returns each image's weighted binary cross-entropy, in nats; stable for large logits.
 
     Args:
         logits: float [batch].
-        labels: int [batch], 0 or 1.
-        class_weights: of labels 0 and 1.
+        labels: [batch], in [0, 1].
+        weights: [batch], or one for all.
         label_smoothing: s turns labels into s / 2 and 1 - s / 2.
 
     Returns:
         float [batch].
     """
     target = labels.astype(logits.dtype) * (1 - label_smoothing) + label_smoothing / 2
-    weight = jnp.where(labels == 1, class_weights[1], class_weights[0])
-    return weight * optax.sigmoid_binary_cross_entropy(logits, target)
+    return weights * optax.sigmoid_binary_cross_entropy(logits, target)
+
+
+def _mixing(
+    key: jax.Array, alpha: float, images: jax.Array, rows: int
+) -> tuple[jax.Array, jax.Array]:
+    """Returns each row's partner, the next that counts, and the partner's share, at most half."""
+    row = jnp.arange(rows)
+    partner = jnp.where(row + 1 < images, row + 1, 0)
+
+    def draw(i: jax.Array) -> jax.Array:
+        return jax.random.beta(jax.random.fold_in(key, i), alpha, alpha, dtype=jnp.float32)
+
+    share = jax.vmap(draw)(row)
+    return partner, jnp.minimum(share, 1 - share)
+
+
+def _mix(a: jax.Array, b: jax.Array, share: jax.Array) -> jax.Array:
+    return a + (b - a) * share
 
 
 def _is_kernel(params: PyTree) -> PyTree:

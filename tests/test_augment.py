@@ -13,6 +13,7 @@ from cnnjax.augment import affine, keras_affine, make_augment
 from cnnjax.config import AugmentConfig
 
 NONE = AugmentConfig(shear=0, zoom=0, flip=False)
+KEY = jax.random.key(3)
 
 
 def images(n: int = 4, height: int = 24, width: int = 20) -> jax.Array:
@@ -134,3 +135,76 @@ def test_an_image_draws_the_same_in_a_longer_batch_and_another_in_another_row() 
     np.testing.assert_allclose(short, long[:5], atol=1e-6)
     assert np.abs(long[0] - long[1]).max() > 0.05
     assert np.abs(augment(jax.random.key(1), given) - long).max() > 0.05
+
+
+def test_crop_keeps_the_area_and_the_aspect_asked_for() -> None:
+    """The window read shows in the warp of an image of coordinates."""
+    size = 32
+    at = (np.arange(size) + 0.5) / size  # centres of the pixels, in parts of the side
+    ramps = np.stack(np.meshgrid(at, at, indexing="ij"), -1)
+    given = jnp.asarray(np.moveaxis(np.stack([ramps] * 256), -1, 0), jnp.float32)[..., None]
+    augment = make_augment(AugmentConfig(0, 0, False, crop=0.3))
+    row, column = (np.asarray(augment(jax.random.key(2), g))[..., 0] for g in given)
+    height = np.diff(row[:, :, 16], axis=1).max(1) * size  # the edge's half pixel is clipped
+    width = np.diff(column[:, 16], axis=1).max(1) * size
+    area = height * width
+    assert 0.25 < area.min() < 0.4
+    assert 0.85 < area.max() < 1.001
+    aspect = np.log(width / height)
+    assert np.abs(aspect).max() < np.log(4 / 3) + 1e-3
+    assert aspect.min() < -0.2 < 0.2 < aspect.max()
+    # The windows lie within the image, and all over it.
+    middle = row[:, :, 16].mean(1)
+    assert (middle - height / 2 > -0.02).all()
+    assert (middle + height / 2 < 1.02).all()
+    assert middle.min() < 0.35 < 0.65 < middle.max()
+
+
+def test_sharpness_scales_what_a_binomial_blur_takes_away() -> None:
+    rng = np.random.default_rng(0)
+    image = 0.3 + 0.4 * rng.random((12, 14)).astype(np.float32)
+    given = jnp.tile(jnp.asarray(image)[None, ..., None], (64, 1, 1, 1))
+    weights = np.array([1, 4, 6, 4, 1]) / 16
+    blurred = image
+    for axis in (0, 1):
+        blurred = ndimage.correlate1d(blurred, weights, axis, mode="nearest")
+    found = np.asarray(make_augment(AugmentConfig(0, 0, False, sharpness=0.9))(KEY, given))[..., 0]
+    factors = ((found - blurred) * (image - blurred)).sum((1, 2)) / ((image - blurred) ** 2).sum()
+    assert 0.1 <= factors.min() < 0.25
+    assert 1.75 < factors.max() <= 1.9
+    for factor, one in zip(factors, found, strict=True):
+        np.testing.assert_allclose(one, blurred + factor * (image - blurred), atol=1e-5)
+
+
+def test_gamma_is_a_power_of_the_pixels() -> None:
+    given = jnp.full((64, 4, 4, 1), 0.5).at[:, 0].set(0.25)
+    found = np.asarray(make_augment(AugmentConfig(0, 0, False, gamma=0.5))(KEY, given))[..., 0]
+    powers = np.log(found[:, 1, 0]) / np.log(0.5)
+    np.testing.assert_allclose(found[:, 0, 0], 0.25**powers, rtol=1e-4)
+    assert np.exp(-0.5) <= powers.min() < 0.75 < 1.4 < powers.max() <= np.exp(0.5)
+
+
+def test_noise_is_normal_and_of_many_strengths() -> None:
+    given = jnp.full((64, 40, 40, 1), 0.5)
+    found = np.asarray(make_augment(AugmentConfig(0, 0, False, noise=0.1))(KEY, given))
+    strengths = found.std((1, 2, 3))
+    assert strengths.min() < 0.02 < 0.08 < strengths.max() < 0.105
+    standard = (found - 0.5) / strengths[:, None, None, None]
+    assert abs(np.mean(np.abs(standard) < 1) - 0.683) < 0.01
+
+
+def test_erasing_fills_a_rectangle_in_half_of_the_images() -> None:
+    given = images(200, 30, 30)
+    found = np.asarray(make_augment(AugmentConfig(0, 0, False, erase=0.3))(KEY, given))
+    areas = []
+    for before, after in zip(np.asarray(given), found, strict=True):
+        changed = (after != before)[..., 0]
+        if not changed.any():
+            continue
+        rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
+        inside = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        assert changed[inside].mean() > 0.99
+        np.testing.assert_allclose(after[inside], before.mean(), atol=1e-5)
+        areas.append(changed.mean())
+    assert 70 < len(areas) < 130
+    assert 0.2 < max(areas) < 0.34

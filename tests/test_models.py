@@ -75,6 +75,19 @@ def test_resnet_takes_width_and_depth(width: int, depth: int) -> None:
     assert head.shape == (8 * width, 1)
 
 
+@pytest.mark.parametrize("name", ["baseline", "resnet"])
+def test_standardized_networks_see_no_brightness_and_no_contrast(name: str) -> None:
+    config = ModelConfig(name, width=4, stages=2, stem=4, standardize=True)  # type: ignore[arg-type]
+    model = make_model(config)
+    images = 0.2 + 0.5 * jax.random.uniform(jax.random.key(1), (3, 32, 32, 1))
+    variables = jax.jit(model.init)(jax.random.key(0), images)
+    apply = jax.jit(model.apply)
+    np.testing.assert_allclose(
+        apply(variables, images), apply(variables, 0.3 * images + 0.1), atol=2e-3
+    )
+    assert jnp.isfinite(apply(variables, jnp.zeros_like(images))).all()
+
+
 def test_rows_that_fill_up_do_not_change_batch_statistics() -> None:
     model = ResNet(width=4)
     images = jax.random.uniform(jax.random.key(1), (6, 32, 32, 1))

@@ -243,7 +243,8 @@ def cross_entropy(draw: st.DrawFn) -> Case:
 
     def ours(logits: jax.Array) -> jax.Array:
         # The networks return float32 whatever they compute in.
-        return cnnjax.steps.cross_entropy(logits.astype(jnp.float32), labels, weights, smoothing)
+        each = cnnjax.steps.weights_of(jnp.asarray(labels), weights)
+        return cnnjax.steps.cross_entropy(logits.astype(jnp.float32), labels, each, smoothing)
 
     return Case(
         (5 * logits,),

@@ -39,6 +39,11 @@ NETWORKS: dict[str, tuple[models.Network, Any, int]] = {
         cnnjax.models.ResNet(channels=3, width=3, depth=2),
         17,
     ),
+    "recipe's resnet": (
+        models.ResNet(width=4, stages=3, stem=4, standardize=True),
+        cnnjax.models.ResNet(width=4, stages=3, stem=4, standardize=True),
+        24,
+    ),
 }
 # name: (NumPy's optimizer, JAX's as the recipes make it)
 OPTIMIZERS = {
@@ -112,7 +117,8 @@ def jax_gradients(network: str) -> Any:
         logits, changed = model.apply(
             variables, images, train=True, mask=batch.mask, mutable=["batch_stats"]
         )
-        losses = cnnjax.steps.cross_entropy(logits, batch.labels, WEIGHTS, SMOOTHING)
+        weights = cnnjax.steps.weights_of(batch.labels, WEIGHTS)
+        losses = cnnjax.steps.cross_entropy(logits, batch.labels, weights, SMOOTHING)
         return losses.mean(where=batch.mask), (logits, changed.get("batch_stats", {}))
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))

@@ -160,6 +160,51 @@ def test_sums_and_gradient_are_those_of_the_mean_over_valid_rows() -> None:
     assert int(sums.correct) == int(((logits > 0) == (batch.labels[:6] == 1)).sum())
 
 
+def test_mixup_is_a_mix_of_images_labels_and_weights() -> None:
+    """Against the gradient of the mixed loss, written out, with the shares that the images tell."""
+    seen: list[jax.Array] = []
+
+    class Linear(nn.Module):
+        @nn.compact
+        def __call__(
+            self, images: jax.Array, *, train: bool, mask: jax.Array | None = None
+        ) -> jax.Array:
+            jax.debug.callback(lambda x: seen.append(np.asarray(x)), images)
+            return nn.Dense(1)(images.reshape(len(images), -1))[:, 0]
+
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (6, 4, 4), dtype=np.uint8)
+    labels = np.array([0, 1, 1, 0, 1, 0], np.int32)
+    batch = Batch(jnp.asarray(pixels), jnp.asarray(labels), jnp.arange(6) < 5)
+    optimizer = optax.sgd(1.0)
+    state = state_of(
+        Linear().init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)), train=True), optimizer
+    )
+    seen.clear()
+    before = jax.tree.map(np.asarray, state.params)
+    step = make_train_step(Linear(), optimizer, lambda _, x: x, class_weights=(3.0, 0.5), mixup=0.4)
+    after, sums = step(state, batch, jax.random.key(7))
+    jax.effects_barrier()
+    flat = pixels.reshape(6, -1) / 255
+    partner = np.array([1, 2, 3, 4, 0])  # the next that counts
+    mixed = seen[0].reshape(6, -1)[:5]
+    way = flat[partner] - flat[:5]
+    share = ((mixed - flat[:5]) * way).sum(1) / (way**2).sum(1)
+    np.testing.assert_allclose(mixed, flat[:5] + share[:, None] * way, atol=1e-5)
+    assert (share >= -1e-6).all()
+    assert (share <= 0.5 + 1e-6).all()
+    assert len(np.unique(share.round(3))) > 2
+    weight = np.where(labels == 1, 0.5, 3.0)
+    target = labels[:5] + share * (labels[partner] - labels[:5])
+    weights = weight[:5] + share * (weight[partner] - weight[:5])
+    logits = mixed @ before["Dense_0"]["kernel"][:, 0] + before["Dense_0"]["bias"]
+    error = weights * (1 / (1 + np.exp(-logits)) - target) / 5
+    found = before["Dense_0"]["kernel"] - np.asarray(after.params["Dense_0"]["kernel"])
+    np.testing.assert_allclose(found[:, 0], mixed.T @ error, atol=1e-5)
+    losses = weights * (np.logaddexp(0, logits) - target * logits)
+    assert float(sums.loss) == pytest.approx(losses.sum(), rel=1e-5)
+
+
 def test_cross_entropy_is_stable() -> None:
     logits = jnp.array([-1e4, 1e4, 1e4, 0.0])
     found = cross_entropy(logits, jnp.array([0, 1, 0, 1]))

@@ -19,6 +19,8 @@ from cnnjax.scratch.initializers import glorot_uniform, he_normal, lecun_normal
 from cnnjax.scratch.shapes import expect
 from cnnjax.scratch.trees import Tree
 
+_STEM_SIZES = {2: (3, 3), 4: (7, 7)}  # of the ResNet's first kernel, by its stride
+
 
 class Network(Protocol):
     """What `cnnjax.scratch.steps` asks of a network."""
@@ -82,9 +84,11 @@ class BaselineCNN:
 
     Attributes:
         channels: input channels, 3 to repeat the grayscale as the post did.
+        standardize: bring each image to mean 0 and standard deviation 1 first.
     """
 
     channels: int = 1
+    standardize: bool = False
 
     def init(
         self, rng: np.random.Generator, size: int, dtype: DTypeLike = np.float32
@@ -119,7 +123,7 @@ class BaselineCNN:
     ) -> tuple[np.ndarray, BaselineCache, Tree]:
         """Returns logits, cache and statistics; see `Network`."""
         _expect_names(params, {"conv1", "conv2", "dense1", "dense2"})
-        x = _with_channels(images, self.channels)
+        x = _prepared(images, self.channels, self.standardize)
         x, conv1 = _conv_pool_forward(x, **params["conv1"])
         x, conv2 = _conv_pool_forward(x, **params["conv2"])
         x, flatten = layers.flatten_forward(x)
@@ -176,19 +180,25 @@ class ResNetCache(NamedTuple):
 class ResNet:
     """A small residual network, as `cnnjax.models.ResNet`.
 
-    The stem is a 3x3 convolution with stride 2, batch norm and relu. Four stages of `depth` blocks
-    follow, each after the first with half the resolution and twice the channels; then global
-    average pool and dense 1.
+    The stem is a convolution, 3x3 with stride 2 or 7x7 with stride 4, batch norm and relu. Stages
+    of `depth` blocks follow, each after the first with half the resolution and twice the channels;
+    then global average pool and dense 1.
 
     Attributes:
         channels: input channels, 3 to repeat the grayscale.
         width: channels of the first stage.
         depth: blocks per stage.
+        stages: how many.
+        stem: stride of the first convolution, 2 or 4.
+        standardize: bring each image to mean 0 and standard deviation 1 first.
     """
 
     channels: int = 1
     width: int = 32
     depth: int = 1
+    stages: int = 4
+    stem: int = 2
+    standardize: bool = False
 
     def init(
         self, rng: np.random.Generator, size: int, dtype: DTypeLike = np.float32
@@ -205,7 +215,7 @@ class ResNet:
             return {"mean": np.zeros(features, dtype), "var": np.ones(features, dtype)}
 
         params: Tree = {
-            "stem": kernel(3, 3, self.channels, self.width),
+            "stem": kernel(*_STEM_SIZES[self.stem], self.channels, self.width),
             "stem_norm": norm(self.width),
         }
         stats: Tree = {"stem_norm": running(self.width)}
@@ -243,9 +253,9 @@ class ResNet:
         _expect_names(params, {"stem", "stem_norm", "head"} | names)
         _expect_names(batch_stats, {"stem_norm"} | names)
         rows = _Rows(train, mask)
-        x = _with_channels(images, self.channels)
+        x = _prepared(images, self.channels, self.standardize)
         x, stem_stats, stem = _conv_norm_forward(
-            x, params["stem"], params["stem_norm"], batch_stats["stem_norm"], rows, stride=2
+            x, params["stem"], params["stem_norm"], batch_stats["stem_norm"], rows, stride=self.stem
         )
         stats = {"stem_norm": stem_stats}
         x, relu = layers.relu_forward(x)
@@ -272,7 +282,7 @@ class ResNet:
 
     def _blocks(self) -> Iterator[tuple[str, int, int]]:
         """Yields each block's name, channels and stride."""
-        for stage in range(4):
+        for stage in range(self.stages):
             for block in range(self.depth):
                 stride = 2 if stage > 0 and block == 0 else 1
                 yield f"stage{stage + 1}_block{block + 1}", self.width * 2**stage, stride
@@ -361,8 +371,11 @@ def _block_backward(dy: np.ndarray, cache: BlockCache) -> tuple[np.ndarray, Tree
     return dx + dy, gradients
 
 
-def _with_channels(images: np.ndarray, channels: int) -> np.ndarray:
+def _prepared(images: np.ndarray, channels: int, standardize: bool) -> np.ndarray:
     expect("images", images.shape, ("batch", "height", "width", 1))
+    if standardize:
+        images = images - images.mean((1, 2, 3), keepdims=True)
+        images = images / np.sqrt((images**2).mean((1, 2, 3), keepdims=True) + 1e-6)
     return np.broadcast_to(images, (*images.shape[:-1], channels))
 
 

@@ -35,6 +35,7 @@ from cnnjax.data.patients import write_split
 from cnnjax.data.prepare import TrainingData, training_data
 from cnnjax.errors import InputError
 from cnnjax.models import make_model
+from cnnjax.operating import fit_operating_point
 from cnnjax.predict import Logits, make_logits
 from cnnjax.steps import (
     Batch,
@@ -117,6 +118,7 @@ def _train(config: Config, data: TrainingData, mesh: Mesh, workdir: Workdir) -> 
         make_augment(config.augment),
         class_weights=class_weights_of(labels[rows]) if config.train.class_weights else (1.0, 1.0),
         label_smoothing=config.train.label_smoothing,
+        mixup=config.train.mixup,
         ema_decay=config.train.ema,
     )
     everywhere = devices.replicated(mesh)
@@ -323,6 +325,10 @@ def _conclude(
         "best": logits(best, feeder, data.validation),
         "last": logits(last, feeder, data.validation),
     }
+    points = {
+        kind: fit_operating_point(outputs[name], labels, config.operating)
+        for kind, name in (("best", "best"), ("latest", "last"))
+    }
     judged = {kind: metrics.evaluate(out, labels, patients) for kind, out in outputs.items()}
     with write_atomically(workdir.validation) as file:
         table = csv.writer(file, lineterminator="\n")
@@ -340,6 +346,7 @@ def _conclude(
         "last": judged["last"].to_json(),
         "rules": _trivial_rules(data),
     }
+    write_json(workdir.operating, {kind: point.to_json() for kind, point in points.items()})
     write_json(workdir.summary, summary)
     return Result(judged["best"], judged["last"], data.classes, summary)
 
@@ -365,10 +372,11 @@ def _trivial_rules(data: TrainingData) -> dict[str, float]:
 def _protocol(config: Config) -> str:
     if config.data.validation == "official":
         return f"official val folder, seed {config.seed}"
-    return (
-        f"fold {config.data.fold} of {config.data.folds}, patient-grouped and class-stratified,"
-        f" seed {config.seed}"
-    )
+    kind = {
+        "patients": "patient-grouped and class-stratified",
+        "blocks": "blocks of the file numbering",
+    }[config.data.validation]
+    return f"fold {config.data.fold} of {config.data.folds}, {kind}, seed {config.seed}"
 
 
 def _describe(config: Config, data: TrainingData, state: TrainState, feeder: Feeder) -> None:

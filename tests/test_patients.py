@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,13 @@ import pytest
 from sklearn.model_selection import StratifiedGroupKFold
 
 from cnnjax.data.index import Example
-from cnnjax.data.patients import group_of, grouped_folds, in_several_splits, write_split
+from cnnjax.data.patients import (
+    block_folds,
+    group_of,
+    grouped_folds,
+    in_several_splits,
+    write_split,
+)
 from cnnjax.errors import InputError
 
 
@@ -58,6 +65,36 @@ def test_folds_are_those_of_scikit_learn(folds: int, seed: int) -> None:
     for k, (_, held_out) in enumerate(splitter.split(labels, labels, groups)):
         expected[held_out] = k
     np.testing.assert_array_equal(grouped_folds(images, folds, seed), expected)
+
+
+def test_blocks_are_runs_of_the_numbering_and_the_last_holds_the_other_series() -> None:
+    given = [e for e in examples(120) if e.label == 1]
+    for series, numbers in (("IM", range(115, 155)), ("NORMAL2-IM", range(383, 393))):
+        given += [
+            Example(f"train/{series}-{number:04d}-{i}.jpeg", "train", 0, f"{series}-{number:04d}")
+            for number in numbers
+            for i in range(3)
+        ]
+    fold = block_folds(given, 5)
+    normal2 = np.array(["NORMAL2" in e.name for e in given])
+    labels = np.array([e.label for e in given])
+    assert set(fold[normal2]) == {4}
+    assert set(fold[(labels == 0) & ~normal2]) == {0, 1, 2, 3}
+    side: dict[str, int] = {}
+    for example, k in zip(given, fold, strict=True):
+        assert side.setdefault(group_of(example.patient), k) == k
+    for label in (0, 1):
+        numbers = [int(re.search(r"\d{1,4}(?!.*\d)", e.patient)[0]) for e in given]  # type: ignore[index]
+        at = np.array(numbers)[(labels == label) & ~normal2]
+        k = fold[(labels == label) & ~normal2]
+        assert (np.diff(k[np.argsort(at, kind="stable")]) >= 0).all()
+        sizes = np.bincount(k)
+        assert sizes.max() - sizes.min() <= 6  # a patient or two
+
+
+def test_too_few_patients_for_blocks() -> None:
+    with pytest.raises(InputError, match="1 patients of class 0 are too few for 5 folds"):
+        block_folds(examples(4), 5)
 
 
 def test_one_number_is_one_group_whatever_the_germ() -> None:

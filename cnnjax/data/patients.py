@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import csv
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -67,16 +68,68 @@ def grouped_folds(examples: Sequence[Example], folds: int, seed: int) -> np.ndar
     labels = np.array([e.label for e in examples])
     groups = np.array([group_of(e.patient) for e in examples])
     for label in (0, 1):
-        patients = len(set(groups[labels == label]))
-        if patients < folds:
-            raise InputError(
-                f"{patients} patients of class {label} are too few for {folds} folds;"
-                " lower --data.folds or add images"
-            )
+        _enough_patients(label, len(set(groups[labels == label])), folds)
     names, group = np.unique(groups, return_inverse=True)
     counts = np.zeros((len(names), 2))
     np.add.at(counts, (group, labels), 1)
     return _deal(counts, folds, seed)[group]
+
+
+def block_folds(examples: Sequence[Example], folds: int) -> np.ndarray:
+    """Assigns each image to a fold of neighbours in the file numbering, patients whole.
+
+    Numbers follow the order in which a hospital took or kept its images, so that a block differs
+    from the rest as one season or one exporter does from another. Each class is cut by itself, into
+    runs of about equally many images. Where the names of a class form several series (`IM-...` and
+    `NORMAL2-IM-...`), its last fold is the whole of the last series, and the others share the rest.
+
+    Args:
+        examples: n images.
+        folds: how many folds, at least 2.
+
+    Returns:
+        int64 [n], the fold, from 0 to folds - 1, in which each image is held out.
+
+    Raises:
+        InputError: there are too few patients of a class for so many folds.
+    """
+    groups = [group_of(e.patient) for e in examples]
+    fold_of: dict[str, int] = {}
+    for label in (0, 1):
+        sizes: Counter[str] = Counter()
+        for group, example in zip(groups, examples, strict=True):
+            if example.label == label:
+                sizes[group] += 1
+        _enough_patients(label, len(sizes), folds)
+        ranked = sorted(sizes, key=_place_in_numbering)
+        series = {_place_in_numbering(group)[0] for group in ranked}
+        runs = folds
+        if len(series) > 1 and folds > 2:
+            last = max(series)
+            rest = [group for group in ranked if _place_in_numbering(group)[0] != last]
+            if len(rest) >= folds - 1:
+                fold_of |= {group: folds - 1 for group in ranked if group not in set(rest)}
+                ranked, runs = rest, folds - 1
+        images = np.array([sizes[group] for group in ranked])
+        middle = (np.cumsum(images) - images / 2) / images.sum()
+        # A patient of both classes stays where the first put it.
+        for group, place in zip(ranked, middle, strict=True):
+            fold_of.setdefault(group, int(place * runs))
+    return np.array([fold_of[group] for group in groups])
+
+
+def _place_in_numbering(group: str) -> tuple[str, int]:
+    """Returns the series that a name belongs to, and its number there."""
+    match = re.search(r"\d+$", group)
+    return (group[: match.start()], int(match[0])) if match else (group, 0)
+
+
+def _enough_patients(label: int, patients: int, folds: int) -> None:
+    if patients < folds:
+        raise InputError(
+            f"{patients} patients of class {label} are too few for {folds} folds;"
+            " lower --data.folds or add images"
+        )
 
 
 def _deal(counts: np.ndarray, folds: int, seed: int) -> np.ndarray:

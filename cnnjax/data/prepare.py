@@ -11,7 +11,7 @@ import numpy as np
 from cnnjax.config import DataConfig
 from cnnjax.data import cache
 from cnnjax.data.index import Index, read_index
-from cnnjax.data.patients import grouped_folds, in_several_splits
+from cnnjax.data.patients import block_folds, grouped_folds, in_several_splits
 from cnnjax.errors import InputError
 from cnnjax.machine import cache_folder
 
@@ -83,7 +83,7 @@ def training_data(config: DataConfig, seed: int, say: Say) -> TrainingData:
     index = open_index(config, say)
     say(index.describe())
     for (a, b), shared in in_several_splits(index.examples).items():
-        if {a, b} == {"train", "val"} and config.validation == "patients":
+        if {a, b} == {"train", "val"} and config.validation != "official":
             continue  # these two are pooled and split anew
         names = ", ".join(shared[:_NAMED]) + (", ..." if len(shared) > _NAMED else "")
         say(f"warning: {len(shared)} patients are in both {a} and {b}: {names}")
@@ -93,6 +93,8 @@ def training_data(config: DataConfig, seed: int, say: Say) -> TrainingData:
     examples = index.split("train", "val")
     if config.validation == "official":
         validates = [e.split == "val" for e in examples]
+    elif config.validation == "blocks":
+        validates = list(block_folds(examples, config.folds) == config.fold)
     else:
         validates = list(grouped_folds(examples, config.folds, seed) == config.fold)
     decoded = cache.load(

@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,7 +16,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from cnnjax.config import Config, DeviceConfig
+from cnnjax.config import Config, DataConfig, DeviceConfig
 from cnnjax.errors import InputError
 from cnnjax.machine import cpu_cores
 
@@ -28,16 +28,18 @@ from cnnjax.machine import cpu_cores
 class Evaluate:
     """Judge a trained run on a split of a data set."""
 
-    run: Path
-    """Workdir of the run."""
+    run: Path | None = None
+    """A run's workdir, or a folder with a release; by default the weights of the package."""
     data: str = "phantom"
     """A tree, a zip, a MedMNIST .npz, or the word `phantom`; as a run's --data.root."""
     split: Literal["train", "val", "test"] = "test"
     """Which split of it."""
     checkpoint: Literal["best", "latest"] = "best"
-    """The best epoch by validation, or the last."""
-    threshold: float = 0.5
-    """Images count as positive from this probability on."""
+    """Of a run: the best epoch by validation, or the last."""
+    threshold: float | None = None
+    """Images count as positive from this probability on; by default the operating point's."""
+    prevalence: float | None = None
+    """Share of positives where the images come from; by default that of the fit."""
     json: Path | None = None
     """Write the metrics to this file."""
     cache: Path | None = None
@@ -52,29 +54,30 @@ class Evaluate:
         from cnnjax.predict import Predictor
         from cnnjax.workdir import write_json
 
-        if not 0 <= self.threshold <= 1:
-            raise InputError(f"--threshold must be between 0 and 1, got {self.threshold}")
-        predictor = Predictor(self.run, devices.make_mesh(self.device), self.checkpoint)
-        config = predictor.config.data
-        index = open_index(replace(config, root=self.data, cache=self.cache), print)
+        _check_probabilities(self.threshold, self.prevalence)
+        predictor = Predictor.open(self.run, devices.make_mesh(self.device), self.checkpoint)
+        positive = predictor.classes[1]
+        config = DataConfig(self.data, predictor.size, positive, cache=self.cache)
+        index = open_index(config, print)
         if index.classes != predictor.classes:
             raise InputError(
                 f"{self.data} has the classes {' and '.join(index.classes)},"
-                f" but the run was trained on {' and '.join(predictor.classes)}"
+                f" but the network was trained on {' and '.join(predictor.classes)}"
             )
         print(index.describe())
         decoded = cache.load(index.split(self.split), index.source, config.size, folder=self.cache)
         for name, reason in decoded.quarantine:
             print(f"  left out: {name}: {reason}")
+        point, threshold = predictor.operating, self.threshold
         judged = metrics.evaluate(
-            predictor.logits(decoded.images),
+            point.calibrated(predictor.logits(decoded.images), self.prevalence),
             decoded.labels,
             [e.patient for e in decoded.examples],
-            threshold=self.threshold,
+            threshold=point.probability_threshold(self.prevalence)
+            if threshold is None
+            else threshold,
         )
-        print(
-            f"\n{self.split} split, {self.checkpoint} checkpoint of {self.run}, with 95 % intervals"
-        )
+        print(f"\n{self.split} split, {predictor.about}, with 95 % intervals")
         print(judged.report(predictor.classes))
         if self.json is not None:
             with _writing(self.json, "--json"):
@@ -88,12 +91,14 @@ class Predict:
 
     paths: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Image files, or folders of them."""
-    run: Path
-    """Workdir of the run."""
+    run: Path | None = None
+    """A run's workdir, or a folder with a release; by default the weights of the package."""
     checkpoint: Literal["best", "latest"] = "best"
-    """The best epoch by validation, or the last."""
-    threshold: float = 0.5
-    """Images count as positive from this probability on."""
+    """Of a run: the best epoch by validation, or the last."""
+    threshold: float | None = None
+    """Images count as positive from this probability on; by default the operating point's."""
+    prevalence: float | None = None
+    """Share of positives where the images come from; by default that of the fit."""
     json: Path | None = None
     """Also write the predictions to this file, an object a line."""
     csv: Path | None = None
@@ -102,13 +107,17 @@ class Predict:
 
     def __call__(self) -> int:
         """Prints a line an image; returns the exit status."""
-        from cnnjax import devices, metrics
+        from cnnjax import devices
         from cnnjax.data.decode import DecodeError, decode
         from cnnjax.predict import Predictor
 
+        _check_probabilities(self.threshold, self.prevalence)
         files = _image_files(self.paths)
-        predictor = Predictor(self.run, devices.make_mesh(self.device), self.checkpoint)
-        size = predictor.config.data.size
+        predictor = Predictor.open(self.run, devices.make_mesh(self.device), self.checkpoint)
+        size, point = predictor.size, predictor.operating
+        threshold = self.threshold
+        if threshold is None:
+            threshold = point.probability_threshold(self.prevalence)
 
         def read(path: Path) -> np.ndarray | str:
             try:
@@ -122,15 +131,16 @@ class Predict:
             bar = tqdm(pool.map(read, files), "decoding", len(files), unit="image", disable=None)
             read_files = list(bar)
         images = [image for image in read_files if not isinstance(image, str)]
-        logits = iter(predictor.logits(np.stack(images)) if images else ())
+        logits = predictor.logits(np.stack(images)) if images else np.empty(0)
+        probabilities = iter(point.probabilities(logits, self.prevalence))
         results: list[dict[str, Any]] = []
         for path, image in zip(files, read_files, strict=True):
             if isinstance(image, str):
                 results.append({"path": str(path), "error": image})
                 print(f"{path}: {image}", file=sys.stderr)
                 continue
-            probability = float(metrics.sigmoid(next(logits)))
-            label = predictor.classes[int(probability >= self.threshold)]
+            probability = float(next(probabilities))
+            label = predictor.classes[int(probability >= threshold)]
             results.append({"path": str(path), "probability": probability, "class": label})
             print(f"{path}  {probability:.4f}  {label}")
         if self.json is not None:
@@ -263,6 +273,13 @@ def _writing(path: Path, flag: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(f"{flag} {path} cannot be written ({error.strerror or error})") from None
+
+
+def _check_probabilities(threshold: float | None, prevalence: float | None) -> None:
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise InputError(f"--threshold must be between 0 and 1, got {threshold}")
+    if prevalence is not None and not 0 < prevalence < 1:
+        raise InputError(f"--prevalence must be between 0 and 1, got {prevalence}")
 
 
 def _image_files(paths: Sequence[Path]) -> list[Path]:

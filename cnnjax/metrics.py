@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 _Z95 = 1.959963984540054  # the standard normal's 97.5th percentile
+_BINS = 15  # of the probability, for the calibration error
 _CHUNK = 2_000_000  # bootstrap weights held at once
 
 
@@ -51,6 +52,8 @@ class Evaluation:
     f1: Estimate
     auc: Estimate
     brier: Estimate
+    ece: Estimate
+    """Expected calibration error (Naeini et al., AAAI 2015), over 15 bins of equal width."""
     confusion: Confusion
     threshold: float
     n: int
@@ -93,7 +96,7 @@ class Evaluation:
             )
         lines += [
             "",
-            f"decided at probability {self.threshold:g}:"
+            f"decided at probability {self.threshold:.3g}:"
             f" {c.tp:,} true and {c.fp:,} false positives,"
             f" {c.tn:,} true and {c.fn:,} false negatives;"
             f" {self.n:,} images of {self.patients:,} patients",
@@ -113,8 +116,8 @@ def evaluate(
     """Judges logits against labels.
 
     Accuracy, sensitivity, specificity and precision get Wilson's score interval (J. Am. Stat.
-    Assoc. 22, 1927), which takes images as independent; F1, AUC and Brier score get the percentile
-    interval of a bootstrap that draws whole patients.
+    Assoc. 22, 1927), which takes images as independent; F1, AUC, Brier score and calibration error
+    get the percentile interval of a bootstrap that draws whole patients.
 
     Args:
         logits: float [n].
@@ -144,7 +147,11 @@ def evaluate(
 
     whom, patient = np.unique(np.asarray(patients), return_inverse=True)
     rng = np.random.default_rng(seed)
-    drawn: dict[str, list[np.ndarray]] = {"f1": [], "auc": [], "brier": []}
+    drawn: dict[str, list[np.ndarray]] = {"f1": [], "auc": [], "brier": [], "ece": []}
+    # [n, bins]: how much each image's probability is too high, in the column of its bin
+    excess = np.zeros((len(labels), _BINS))
+    bins = np.minimum((probability * _BINS).astype(int), _BINS - 1)
+    excess[np.arange(len(labels)), bins] = probability - truth
     chunk = max(1, _CHUNK // len(labels))
     for start in range(0, replicates, chunk):
         draws = min(chunk, replicates - start)
@@ -152,6 +159,7 @@ def evaluate(
         weights = times[:, patient].astype(np.float64)
         drawn["auc"].append(_weighted_auc(logits, truth, weights))
         drawn["brier"].append(weights @ (probability - truth) ** 2 / weights.sum(1))
+        drawn["ece"].append(np.abs(weights @ excess).sum(1) / weights.sum(1))
         hits = weights @ (truth & decided)
         drawn["f1"].append(_divide(2 * hits, weights @ decided + weights @ truth))
 
@@ -171,6 +179,7 @@ def evaluate(
         f1=bootstrapped("f1", _ratio(2 * c.tp, 2 * c.tp + c.fp + c.fn)),
         auc=bootstrapped("auc", auc(logits, labels)),
         brier=bootstrapped("brier", float(np.mean((probability - truth) ** 2))),
+        ece=bootstrapped("ece", float(np.abs(excess.sum(0)).sum() / len(labels))),
         confusion=c,
         threshold=threshold,
         n=len(labels),

@@ -1,19 +1,143 @@
-"""The operating point: from which logit on an image counts as positive.
+"""The operating point: what probability a logit means, and from which one on to call it positive.
 
-It is chosen on images that trained nothing, and judged on yet others.
+Both are fitted on images that trained nothing, and judged on yet others. A threshold is a place on
+the logit, so its sensitivity and specificity do not depend on how common the disease is; what a
+logit means in terms of probability does, and `OperatingPoint.probabilities` takes a prevalence.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
 import numpy as np
 
+from cnnjax.config import OperatingConfig
+from cnnjax.metrics import sigmoid
 
-def most_accurate_threshold(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Returns the logit from which on to call images positive for the highest accuracy.
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """From a network's logit to a probability and a decision."""
+
+    slope: float = 1.0
+    """What the logit is multiplied with: one over the temperature."""
+    bias: float = 0.0
+    """What is added then."""
+    prevalence: float = 0.5
+    """Share of positives among the images that slope and bias were fitted on."""
+    threshold: float = 0.0
+    """The network's logit from which on an image counts as positive."""
+    criterion: str = "probability 0.5"
+    """How the threshold was chosen."""
+
+    def calibrated(self, logits: np.ndarray, prevalence: float | None = None) -> np.ndarray:
+        """Returns float64 [n], the log-odds that logits [n] mean.
+
+        Args:
+            logits: the network's.
+            prevalence: share of positives where the images come from; that of the fit if None. The
+                log-odds move by the difference of the two priors' (Saerens et al., Neural
+                Computation 14, 2002): as if each class looked the same there.
+        """
+        moved = 0.0 if prevalence is None else _log_odds(prevalence) - _log_odds(self.prevalence)
+        return self.slope * np.asarray(logits, np.float64) + self.bias + moved
+
+    def probabilities(self, logits: np.ndarray, prevalence: float | None = None) -> np.ndarray:
+        """Returns float64 [n], the probabilities that logits [n] mean; see `calibrated`."""
+        return sigmoid(self.calibrated(logits, prevalence))
+
+    def probability_threshold(self, prevalence: float | None = None) -> float:
+        """Returns the probability from which on an image counts as positive."""
+        return float(self.probabilities(np.array([self.threshold]), prevalence)[0])
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain numbers and strings, for `OperatingPoint(**values)`."""
+        return asdict(self)
+
+
+def fit_operating_point(
+    logits: np.ndarray, labels: np.ndarray, config: OperatingConfig
+) -> OperatingPoint:
+    """Chooses calibration and threshold on images that trained nothing.
+
+    Args:
+        logits: float [n].
+        labels: int [n], 0 or 1, both of them there.
+        config: by what to choose the threshold.
+    """
+    labels = np.asarray(labels)
+    slope, bias = fit_calibration(logits, labels)
+    prevalence = float(labels.mean())
+    if config.criterion == "sensitivity":
+        threshold = sensitive_threshold(logits, labels, config.sensitivity)
+        criterion = f"sensitivity {config.sensitivity:g}"
+    elif config.criterion == "cost":
+        wanted = prevalence if config.prevalence is None else config.prevalence
+        missed = config.cost * wanted / prevalence
+        alarm = (1 - wanted) / (1 - prevalence)
+        threshold = least_cost_threshold(logits, labels, alarm, missed)
+        criterion = f"least cost, a miss {config.cost:g} times a false alarm, of {wanted:g} ill"
+    else:
+        threshold = least_cost_threshold(logits, labels, 1 / (1 - prevalence), 1 / prevalence)
+        criterion = "highest sensitivity + specificity (Youden)"
+    return OperatingPoint(slope, bias, prevalence, threshold, criterion)
+
+
+def fit_calibration(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """Returns (slope, bias) such that sigmoid(slope * logit + bias) is a calibrated probability.
+
+    Logistic regression on the logit by Newton's method, with Platt's targets, which stay off 0 and
+    1 by what a uniform prior adds (Platt, Advances in Large Margin Classifiers, 1999). Temperature
+    scaling (Guo et al., arXiv:1706.04599) is the case of bias 0; class weights and label smoothing
+    move the logits, so there is need of both.
+
+    Args:
+        logits: float [n].
+        labels: int [n], 0 or 1, both of them there.
+    """
+    x = np.asarray(logits, np.float64)
+    positive = np.asarray(labels) == 1
+    n1, n0 = positive.sum(), (~positive).sum()
+    target = np.where(positive, (n1 + 1) / (n1 + 2), 1 / (n0 + 2))
+    # On standardised logits Newton's steps are well scaled.
+    centre, scale = x.mean(), x.std() or 1.0
+    design = np.stack([(x - centre) / scale, np.ones_like(x)], axis=1)
+    fitted = np.array([1.0, 0.0])
+
+    def loss(w: np.ndarray) -> float:
+        z = design @ w
+        return float(np.mean(np.logaddexp(0, z) - target * z))
+
+    for _ in range(50):
+        p = sigmoid(design @ fitted)
+        gradient = design.T @ (p - target) / len(x)
+        hessian = (design.T * (p * (1 - p))) @ design / len(x) + 1e-12 * np.eye(2)
+        step = np.linalg.solve(hessian, gradient)
+        before, size = loss(fitted), 1.0
+        while loss(fitted - size * step) > before and size > 1e-6:
+            size /= 2
+        fitted = fitted - size * step
+        if np.abs(size * step).max() < 1e-10:
+            break
+    slope = fitted[0] / scale
+    return float(slope), float(fitted[1] - slope * centre)
+
+
+def least_cost_threshold(
+    logits: np.ndarray, labels: np.ndarray, alarm: float = 1.0, missed: float = 1.0
+) -> float:
+    """Returns the logit from which on to call images positive so that the errors cost least.
+
+    Equal costs give the highest accuracy; one over the number of each class gives the highest
+    sensitivity + specificity (Youden, Cancer 3, 1950).
 
     Args:
         logits: float [n].
         labels: int [n], 0 or 1.
+        alarm: cost of a negative called positive.
+        missed: cost of a positive called negative.
 
     Returns:
         Midway between two neighbouring logits; of equally good places the middle one. Infinite if
@@ -21,10 +145,62 @@ def most_accurate_threshold(logits: np.ndarray, labels: np.ndarray) -> float:
     """
     order = np.argsort(logits, kind="stable")
     ranked, positive = np.asarray(logits, np.float64)[order], np.asarray(labels)[order] == 1
-    # right[k]: how many are right if the k lowest count as negative
-    right = np.append(0, np.cumsum(~positive)) + np.append(np.cumsum(positive[::-1])[::-1], 0)
+    # cost[k]: what it costs if the k lowest count as negative
+    cost = np.append(0, np.cumsum(positive)) * missed
+    cost = cost + np.append(np.cumsum(~positive[::-1])[::-1], 0) * alarm
     between = np.append(True, np.append(ranked[1:] > ranked[:-1], True))  # no cut between equals
-    best = np.flatnonzero(between & (right == right[between].max()))
+    least = cost[between].min()
+    best = np.flatnonzero(between & (cost <= least + 1e-9 * (alarm + missed)))
     edges = np.concatenate([[-np.inf], ranked, [np.inf]])
     k = best[len(best) // 2]
     return float((edges[k] + edges[k + 1]) / 2)
+
+
+def sensitive_threshold(logits: np.ndarray, labels: np.ndarray, sensitivity: float) -> float:
+    """Returns the highest logit from which on at least so large a part of the positives lies.
+
+    Args:
+        logits: float [n].
+        labels: int [n], 0 or 1, at least one 1.
+        sensitivity: in (0, 1].
+
+    Returns:
+        Midway between a positive's logit and the next lower one.
+    """
+    logits = np.asarray(logits, np.float64)
+    positives = np.sort(logits[np.asarray(labels) == 1])
+    allowed = math.floor((1 - sensitivity) * len(positives) + 1e-9)  # positives below it
+    lowest = positives[min(allowed, len(positives) - 1)]
+    below = logits[logits < lowest]
+    return float((lowest + below.max()) / 2 if len(below) else lowest)
+
+
+class Bin(NamedTuple):
+    """Images whose probabilities lie close together."""
+
+    predicted: float
+    """Mean probability."""
+    observed: float
+    """Share of positives."""
+    images: int
+
+
+def reliability(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> list[Bin]:
+    """Returns the filled ones of equally wide bins of the probability: a reliability diagram.
+
+    Args:
+        probabilities: float [n], in [0, 1].
+        labels: int [n], 0 or 1.
+        bins: how many.
+    """
+    at = np.minimum((np.asarray(probabilities) * bins).astype(int), bins - 1)
+    found = []
+    for k in np.unique(at):
+        inside = at == k
+        means = float(probabilities[inside].mean()), float(np.mean(labels[inside]))
+        found.append(Bin(*means, int(inside.sum())))
+    return found
+
+
+def _log_odds(p: float) -> float:
+    return math.log(p) - math.log1p(-p)

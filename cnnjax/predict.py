@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from cnnjax import release
 from cnnjax.checkpoint import Checkpoints, Kind, template_of
-from cnnjax.config import Config
 from cnnjax.data.batches import Feeder, Resident, in_batches, load
 from cnnjax.devices import divided, replicated
 from cnnjax.models import make_model
+from cnnjax.operating import OperatingPoint
 from cnnjax.steps import Batch, EvalStep, TrainState, init_state, make_eval_step, make_optimizer
 from cnnjax.workdir import Workdir
 
 BATCH = 64  # images per step; more only fall out of a CPU core's cache
+_RESIDENT_MIB = 256  # images up to this size are put on the device as a whole
 
 Logits = Callable[[TrainState, Feeder, np.ndarray], np.ndarray]
 
@@ -42,42 +45,113 @@ def make_logits(eval_step: EvalStep, mesh: Mesh) -> Logits:
 
 
 class Predictor:
-    """A trained run, ready to judge images.
+    """Trained networks, ready to judge images; the logits of several are averaged.
 
-    Args:
-        run: the workdir of a run.
-        mesh: the devices to use.
-        kind: `best` by validation, or `latest`.
+    Make one with `Predictor.of_run`, `Predictor.of_release` or `Predictor.open`.
 
     Attributes:
-        config: the run's config.
+        size: side of the images that it takes, in pixels.
         classes: names of labels 0 and 1.
-
-    Raises:
-        InputError: the run is not there or has no checkpoint.
+        operating: what probability a logit means, and from which one on to call it positive.
+        about: a phrase that names the weights.
     """
 
-    def __init__(self, run: Path, mesh: Mesh, kind: Kind = "best") -> None:
+    def __init__(
+        self,
+        model: Any,
+        members: Sequence[TrainState],
+        mesh: Mesh,
+        *,
+        size: int,
+        classes: tuple[str, str],
+        operating: OperatingPoint,
+        about: str,
+    ) -> None:
+        self.size, self.classes, self.operating, self.about = size, classes, operating, about
+        self.members = tuple(members)
+        self._mesh = mesh
+        self._logits = make_logits(make_eval_step(model), mesh)
+
+    @classmethod
+    def open(cls, folder: Path | None, mesh: Mesh, kind: Kind = "best") -> Predictor:
+        """Returns what a folder holds, a run or a release, or the package's own weights for None.
+
+        Raises:
+            InputError: it holds neither.
+        """
+        if folder is None:
+            return cls.of_release(release.read(), mesh)
+        if release.is_release(folder):
+            return cls.of_release(release.read(folder), mesh, str(folder))
+        return cls.of_run(folder, mesh, kind)
+
+    @classmethod
+    def of_run(cls, run: Path, mesh: Mesh, kind: Kind = "best") -> Predictor:
+        """Returns the network that a run trained.
+
+        Args:
+            run: the workdir of a run.
+            mesh: the devices to use.
+            kind: `best` by validation, or `latest`.
+
+        Raises:
+            InputError: the run is not there or has no checkpoint.
+        """
         workdir = Workdir(run)
-        self.config: Config = workdir.read_config()
-        model = make_model(self.config.model, jnp.dtype(self.config.train.precision))
-        optimizer, _ = make_optimizer(self.config.train, 1)
+        config = workdir.read_config()
+        model = make_model(config.model, jnp.dtype(config.train.precision))
+        optimizer, _ = make_optimizer(config.train, 1)
         shapes = jax.eval_shape(
             lambda key: init_state(
-                model, optimizer, key, self.config.data.size, ema=bool(self.config.train.ema)
+                model, optimizer, key, config.data.size, ema=bool(config.train.ema)
             ),
             jax.random.key(0),
         )
         checkpoints = Checkpoints(workdir.checkpoints)
-        self._state = checkpoints.restore(kind, template_of(shapes, replicated(mesh)))
+        state = checkpoints.restore(kind, template_of(shapes, replicated(mesh)))
         checkpoints.close()
-        self.classes = workdir.read_classes()
-        self._mesh = mesh
-        self._logits = make_logits(make_eval_step(model), mesh)
+        return cls(
+            model,
+            [state],
+            mesh,
+            size=config.data.size,
+            classes=workdir.read_classes(),
+            operating=workdir.read_operating(kind),
+            about=f"{kind} checkpoint of {run}",
+        )
+
+    @classmethod
+    def of_release(
+        cls, released: release.Release, mesh: Mesh, about: str = "the released weights"
+    ) -> Predictor:
+        """Returns the networks of a release, in float32."""
+
+        def state(variables: Any) -> TrainState:
+            full = jax.tree.map(lambda x: np.asarray(x, np.float32), variables)
+            return TrainState(
+                step=np.zeros((), np.int32),
+                params=full["params"],
+                batch_stats=full.get("batch_stats", {}),
+                opt_state=(),
+                ema=None,
+            )
+
+        return cls(
+            make_model(released.model),
+            [jax.device_put(state(member), replicated(mesh)) for member in released.members],
+            mesh,
+            size=released.size,
+            classes=released.classes,
+            operating=released.operating,
+            about=about,
+        )
 
     def logits(self, images: np.ndarray) -> np.ndarray:
         """Returns float32 [n], the logits of uint8 images [n, size, size]."""
-        feeder = Feeder(
-            images, np.zeros(len(images), np.int32), self._mesh, self.config.data.resident_mib
-        )
-        return self._logits(self._state, feeder, np.arange(len(images)))
+        return self.member_logits(images).mean(0)
+
+    def member_logits(self, images: np.ndarray) -> np.ndarray:
+        """Returns float32 [members, n], those of each network."""
+        feeder = Feeder(images, np.zeros(len(images), np.int32), self._mesh, _RESIDENT_MIB)
+        rows = np.arange(len(images))
+        return np.stack([self._logits(state, feeder, rows) for state in self.members])

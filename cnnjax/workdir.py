@@ -13,6 +13,7 @@ import filelock
 from cnnjax.config import Config, differences, from_json, to_json
 from cnnjax.data.files import write_atomically
 from cnnjax.errors import InputError
+from cnnjax.operating import OperatingPoint
 
 
 class Workdir:
@@ -27,6 +28,7 @@ class Workdir:
         throughput: `throughput.jsonl`, wall time for each epoch; the only file with times in it.
         checkpoints: `checkpoints/latest` and `checkpoints/best`.
         validation: `validation.csv`, a logit for each held-out image.
+        operating: `operating.json`, the operating point of the best and the latest state.
         summary: `summary.json`, written when training has ended.
     """
 
@@ -40,6 +42,7 @@ class Workdir:
         self.throughput = root / "throughput.jsonl"
         self.checkpoints = root / "checkpoints"
         self.validation = root / "validation.csv"
+        self.operating = root / "operating.json"
         self.summary = root / "summary.json"
 
     def read_config(self) -> Config:
@@ -58,6 +61,15 @@ class Workdir:
         """Returns the names of labels 0 and 1."""
         negative, positive = json.loads(self.data.read_text("utf-8"))["classes"]
         return negative, positive
+
+    def read_operating(self, kind: str) -> OperatingPoint:
+        """Returns the operating point of the `best` or `latest` state.
+
+        A run that has not ended has none yet: then it is probability 0.5, as the network gives it.
+        """
+        if not self.operating.exists():
+            return OperatingPoint()
+        return OperatingPoint(**json.loads(self.operating.read_text("utf-8"))[kind])
 
     def claim_data(self, fingerprint: str, classes: tuple[str, str]) -> None:
         """Notes what the run is trained on, or checks that it is the same as before.

@@ -1,119 +1,136 @@
-"""A recipe on every patient-grouped fold; each image is judged by the network that never saw it.
+"""A recipe on every fold; each image is judged by the network that never saw it.
 
     python experiments/crossval.py baseline --data.root DIR --workdir RUN
+    python experiments/crossval.py pneumonia --data.root DIR --workdir RUN --shifted --release OUT
 
-Any flag of the recipe goes here too, except --data.fold. Each fold is a run of its own in
-RUN/fold0, RUN/fold1, ...; the same command goes on where it was stopped. The figures are those of
-the last epoch, which the held-out fold had no part in choosing: decided at probability 0.5, and at
-the threshold that was most accurate on the other folds' held-out images. They go to the screen and
-to RUN/crossval.json.
+Any flag of the recipe goes here too, except --data.fold; `--data.validation blocks` holds out
+blocks of the file numbering. Each fold is a run of its own in RUN/fold0, RUN/fold1, ...; the same
+command goes on where it was stopped. The figures are those of the last epoch, which the held-out
+fold had no part in choosing, at the operating point that was fitted on the other folds' held-out
+images. They go to the screen and to RUN/crossval.json.
 """
 
 from __future__ import annotations
 
-import csv
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
 
 import baseline
 import numpy as np
 import pneumonia
 import tyro
 
+from cnnjax import devices, release, shifted
 from cnnjax.cli import guarded
 from cnnjax.config import Config
 from cnnjax.loop import fit
-from cnnjax.metrics import auc, evaluate
-from cnnjax.operating import most_accurate_threshold
+from cnnjax.metrics import auc
+from cnnjax.predict import Predictor
 from cnnjax.workdir import Workdir, write_json
 
 
-def crossvalidate(config: Config) -> None:
+@dataclass(frozen=True)
+class Options:
+    """What is trained, and what is made of it."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
+    shifted: bool = False
+    """Judge the held-out images in every re-rendering too (docs/shifted-validation.md)."""
+    release: Path | None = None
+    """Write the networks of all folds to this folder as one ensemble, for evaluate and predict."""
+
+
+def crossvalidate(options: Options) -> None:
     """Trains each fold, pools the out-of-fold logits, and writes and prints what they come to."""
-    runs: list[Workdir] = []
-    classes = ("", "")
+    config = options.config
+    runs = []
     for fold in range(config.data.folds):
         print(f"\n--- fold {fold} of {config.data.folds}")
         run = replace(
             config, workdir=config.workdir / f"fold{fold}", data=replace(config.data, fold=fold)
         )
-        classes = fit(run).classes
-        runs.append(Workdir(run.workdir))
-
-    folds = [_last_logits(run) for run in runs]
-    patients = [patient for fold in folds for patient in fold.patients]
-    labels = np.concatenate([fold.labels for fold in folds])
-    thresholds = [
-        most_accurate_threshold(
-            np.concatenate([other.logits for other in folds if other is not fold]),
-            np.concatenate([other.labels for other in folds if other is not fold]),
-        )
-        for fold in folds
-    ]
-    found: dict[str, Any] = {}
-    for name, cuts in (("at 0.5", [0.0] * len(folds)), ("at fitted thresholds", thresholds)):
-        moved = [fold.logits - cut for fold, cut in zip(folds, cuts, strict=True)]
-        each = [
-            evaluate(logits, fold.labels, fold.patients, replicates=0)
-            for logits, fold in zip(moved, folds, strict=True)
-        ]
-        together = evaluate(np.concatenate(moved), labels, patients, replicates=0).to_json()
-        found[name] = {
-            metric: together[metric] | _spread([getattr(one, metric).value for one in each])
-            for metric in ("accuracy", "sensitivity", "specificity")
-        }
-    pooled = evaluate(np.concatenate([fold.logits for fold in folds]), labels, patients)
-    areas = [auc(fold.logits, fold.labels) for fold in folds]
-    found["auc"] = pooled.to_json()["auc"] | _spread([area or 0.0 for area in areas])
-    protocol = (
-        f"out of fold, {config.data.folds} patient-grouped folds, last epoch, seed {config.seed}"
+        fit(run)
+        runs.append(run.workdir)
+    mesh = devices.make_mesh(config.device)
+    each = {
+        fold: shifted.held_out_logits(run, mesh, renderings=options.shifted)
+        for fold, run in enumerate(runs)
+    }
+    pooled, folds = shifted.together(each)
+    found = shifted.judge(pooled, folds, config.operating)
+    areas = [auc(fold.sets[shifted.PLAIN], fold.labels) or 0.0 for fold in each.values()]
+    kind = (
+        "blocks of the file numbering" if config.data.validation == "blocks" else "patient-grouped"
     )
-    write_json(
-        config.workdir / "crossval.json",
-        {"protocol": protocol, "thresholds": thresholds, **found},
+    document: dict[str, Any] = {
+        "protocol": f"out of fold, {config.data.folds} folds, {kind}, last epoch,"
+        f" seed {config.seed}; operating point fitted on the other folds",
+        "auc_by_fold": areas,
+        "auc_mean": float(np.mean(areas)),
+        "auc_sd": float(np.std(areas, ddof=1)),
+    } | found
+    write_json(config.workdir / "crossval.json", document)
+    show(document)
+    if options.release is not None:
+        write_release(options, runs, pooled, document)
+
+
+def show(document: dict[str, Any]) -> None:
+    """Prints the table of renderings, and the figures on the images as they are."""
+    print(f"\n{document['protocol']}")
+    print(f"{'rendering':<18}" + "".join(f"{name:>13}" for name in shifted.METRICS))
+    rows = document["sets"] | {k: document[k] for k in ("mean", "worst") if k in document}
+    for name, row in rows.items():
+        print(f"{name:<18}" + "".join(f"{row[metric]:>13.4f}" for metric in shifted.METRICS))
+    print(f"\nAUC by fold: {document['auc_mean']:.4f} +- {document['auc_sd']:.4f}")
+    print(f"as they are, pooled over {document['images']:,} images, with 95 % intervals")
+    for name, value in document["plain"].items():
+        low, high = value["ci95"]
+        print(f"  {name:<12} {value['value']:.4f}  [{low:.4f}, {high:.4f}]")
+
+
+def write_release(
+    options: Options, runs: list[Path], pooled: shifted.HeldOut, document: dict[str, Any]
+) -> None:
+    """Packs every fold's network, with the operating point of all held-out images."""
+    assert options.release is not None
+    mesh = devices.make_mesh(options.config.device)
+    members = [Predictor.of_run(run, mesh, "latest").members[0] for run in runs]
+    config = Workdir(runs[0]).read_config()
+    release.write(
+        release.Release(
+            config.model,
+            config.data.size,
+            Workdir(runs[0]).read_classes(),
+            shifted.fit_point(pooled.sets, pooled.labels, config.operating),
+            release.variables_of(members),
+            {
+                "figures": document,
+                "folds": {
+                    "validation": config.data.validation,
+                    "folds": config.data.folds,
+                    "seed": config.seed,
+                },
+            },
+        ),
+        options.release,
     )
-    print(f"\n{protocol}; pooled, with 95 % intervals, decided at probability 0.5")
-    print(pooled.report(classes))
-    print("\nmean over folds and standard deviation between them")
-    for name in ("at 0.5", "at fitted thresholds"):
-        print(name)
-        for metric, values in found[name].items():
-            print(f"  {metric:<12} {values['mean']:.4f} +- {values['sd']:.4f}")
-    print(f"auc            {found['auc']['mean']:.4f} +- {found['auc']['sd']:.4f}")
-
-
-class _Fold(NamedTuple):
-    logits: np.ndarray
-    labels: np.ndarray
-    patients: list[str]
-
-
-def _last_logits(run: Workdir) -> _Fold:
-    with run.validation.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    return _Fold(
-        np.array([float(row["logit_last"]) for row in rows]),
-        np.array([int(row["label"]) for row in rows]),
-        [row["patient"] for row in rows],
-    )
-
-
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1))}
+    print(f"\nwritten to {options.release}; judge it on a test split with")
+    print(f"  cnnjax evaluate --run {options.release} --data DIR --split test")
 
 
 def main() -> int:
     """Reads the flags and runs; returns the exit status."""
-    config = tyro.extras.overridable_config_cli(
+    options = tyro.extras.overridable_config_cli(
         {
-            "baseline": ("The post's recipe.", baseline.CONFIG),
-            "pneumonia": ("Ours.", pneumonia.CONFIG),
+            "baseline": ("The post's recipe.", Options(baseline.CONFIG)),
+            "pneumonia": ("Ours.", Options(pneumonia.CONFIG)),
         },
         description=__doc__,
     )
-    crossvalidate(config)
+    crossvalidate(options)
     return 0
 
 

@@ -10,6 +10,7 @@ from scipy.stats import binomtest
 from sklearn import metrics as reference
 
 from cnnjax import metrics
+from cnnjax.operating import reliability
 
 
 def drawn(seed: int, n: int = 300, ties: bool = False) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -118,3 +119,13 @@ def test_lengths_must_agree(n: int) -> None:
 def test_auc_of_one_class() -> None:
     assert metrics.auc(np.array([1.0, 2.0]), np.array([1, 1])) is None
     assert not math.isnan(metrics.auc(np.array([1.0, 2.0]), np.array([0, 1])) or 0)
+
+
+def test_calibration_error_is_that_of_the_reliability_diagram() -> None:
+    logits, labels, patients = drawn(2)
+    found = metrics.evaluate(logits, labels, patients)
+    bins = reliability(metrics.sigmoid(logits), labels)
+    expected = sum(abs(b.predicted - b.observed) * b.images for b in bins) / len(labels)
+    assert found.ece.value == pytest.approx(expected)
+    assert found.ece.ci95 is not None
+    assert found.ece.ci95[0] < found.ece.ci95[1]

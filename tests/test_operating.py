@@ -1,27 +1,122 @@
-"""The operating point against a search over every threshold."""
+"""The operating point against a search over every threshold, and calibration against the truth."""
 
 from __future__ import annotations
+
+import json
 
 import numpy as np
 import pytest
 
-from cnnjax.operating import most_accurate_threshold
+from cnnjax.config import OperatingConfig
+from cnnjax.metrics import sigmoid
+from cnnjax.operating import (
+    OperatingPoint,
+    fit_calibration,
+    fit_operating_point,
+    least_cost_threshold,
+    reliability,
+    sensitive_threshold,
+)
+
+
+def drawn(seed: int, n: int = 40) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 2, n)
+    return np.round(rng.normal(size=n) + labels, 1), labels  # some are equal
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_no_threshold_is_more_accurate(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(0, 2, 40)
-    logits = np.round(rng.normal(size=40) + labels, 1)  # some are equal
-    found = most_accurate_threshold(logits, labels)
+@pytest.mark.parametrize("missed", [0.3, 1.0, 4.0])
+def test_no_threshold_costs_less(seed: int, missed: float) -> None:
+    logits, labels = drawn(seed)
 
-    def accuracy(threshold: float) -> float:
-        return float(np.mean((logits >= threshold) == labels))
+    def cost(threshold: float) -> float:
+        called = logits >= threshold
+        return float((called & (labels == 0)).sum() + missed * (~called & (labels == 1)).sum())
 
     tried = [-np.inf, *(np.unique(logits) - 0.05), np.inf]
-    assert accuracy(found) == max(map(accuracy, tried))
+    found = least_cost_threshold(logits, labels, 1.0, missed)
+    assert cost(found) == pytest.approx(min(map(cost, tried)))
 
 
 def test_all_of_one_class() -> None:
-    assert most_accurate_threshold(np.array([1.0, 2.0]), np.array([1, 1])) == -np.inf
-    assert most_accurate_threshold(np.array([1.0, 2.0]), np.array([0, 0])) == np.inf
+    assert least_cost_threshold(np.array([1.0, 2.0]), np.array([1, 1])) == -np.inf
+    assert least_cost_threshold(np.array([1.0, 2.0]), np.array([0, 0])) == np.inf
+
+
+@pytest.mark.parametrize("wanted", [0.5, 0.9, 0.95, 1.0])
+@pytest.mark.parametrize("seed", range(5))
+def test_the_wanted_sensitivity_is_reached_and_no_higher_threshold_reaches_it(
+    seed: int, wanted: float
+) -> None:
+    logits, labels = drawn(seed)
+    found = sensitive_threshold(logits, labels, wanted)
+    positives = logits[labels == 1]
+    assert np.mean(positives >= found) >= wanted
+    lowest = positives[positives >= found].min()
+    assert np.mean(positives > lowest) < wanted
+    assert not ((logits >= found) & (logits < lowest)).any()
+
+
+def test_calibration_finds_the_line_that_made_the_labels() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(2, 3, 200_000)
+    labels = (rng.random(len(logits)) < sigmoid(0.4 * logits - 1.5)).astype(int)
+    slope, bias = fit_calibration(logits, labels)
+    assert slope == pytest.approx(0.4, abs=0.01)
+    assert bias == pytest.approx(-1.5, abs=0.03)
+
+
+def test_calibration_stays_finite_where_the_classes_lie_apart() -> None:
+    logits, labels = np.array([-5.0, -4, -3, 3, 4, 5]), np.array([0, 0, 0, 1, 1, 1])
+    slope, bias = fit_calibration(logits, labels)
+    assert 0 < slope < 10
+    assert bias == pytest.approx(0, abs=1e-6)
+
+
+def test_prevalence_moves_probabilities_as_bayes_has_it() -> None:
+    """Draw at one prevalence, fit, and ask for another: there the probabilities hold."""
+    rng = np.random.default_rng(0)
+
+    def sample(prevalence: float) -> tuple[np.ndarray, np.ndarray]:
+        labels = (rng.random(200_000) < prevalence).astype(int)
+        return rng.normal(2.0 * labels, 1.0), labels
+
+    point = fit_operating_point(*sample(0.7), OperatingConfig())
+    logits, labels = sample(0.1)
+    asked = point.probabilities(logits, prevalence=0.1)
+    assert asked.mean() == pytest.approx(0.1, abs=0.005)
+    for one in reliability(asked, labels, bins=5):
+        assert one.predicted == pytest.approx(one.observed, abs=0.03)
+    # The decision is the same place on the logit, whatever the prevalence.
+    by_probability = asked >= point.probability_threshold(0.1)
+    np.testing.assert_array_equal(by_probability, logits >= point.threshold)
+
+
+def test_criteria_order_their_thresholds() -> None:
+    rng = np.random.default_rng(1)
+    labels = (rng.random(4000) < 0.7).astype(int)
+    logits = rng.normal(2.0 * labels, 1.0)
+
+    def threshold(**asked: object) -> float:
+        return fit_operating_point(logits, labels, OperatingConfig(**asked)).threshold  # type: ignore[arg-type]
+
+    assert threshold(criterion="youden") == pytest.approx(1.0, abs=0.15)  # where densities cross
+    assert threshold(criterion="sensitivity", sensitivity=0.99) < threshold(criterion="youden")
+    cheap, dear = (threshold(criterion="cost", cost=cost) for cost in (0.1, 10.0))
+    assert dear < cheap
+    rare = threshold(criterion="cost", cost=1.0, prevalence=0.05)
+    assert rare > threshold(criterion="cost", cost=1.0)
+
+
+def test_reliability_counts_every_image_once() -> None:
+    probabilities = np.array([0.0, 0.05, 0.5, 0.99, 1.0])
+    bins = reliability(probabilities, np.array([0, 1, 1, 1, 1]), bins=10)
+    assert [one.images for one in bins] == [2, 1, 2]
+    assert bins[0].observed == 0.5
+    assert bins[2].predicted == pytest.approx(0.995)
+
+
+def test_survives_json() -> None:
+    point = fit_operating_point(*drawn(3), OperatingConfig())
+    assert OperatingPoint(**json.loads(json.dumps(point.to_json()))) == point

@@ -1,0 +1,140 @@
+"""Trained weights as two small files: what a release ships, and what any run can be packed into.
+
+`weights.npz` holds the arrays of every member of an ensemble in float16, without pickles;
+`release.json` says which network they are of, how images are to be brought to it, the operating
+point, the checksum of the weights, and what is to be known about them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cnnjax.config import ModelConfig, from_dict
+from cnnjax.errors import InputError
+from cnnjax.operating import OperatingPoint
+
+SHIPPED = Path(__file__).parent / "released"
+"""The folder of the weights that come with the package."""
+
+PyTree = Any
+_WEIGHTS, _ABOUT = "weights.npz", "release.json"
+
+
+@dataclass(frozen=True)
+class Release:
+    """An ensemble of trained networks, whose logits are averaged."""
+
+    model: ModelConfig
+    size: int
+    """Side of the images that the networks take, in pixels."""
+    classes: tuple[str, str]
+    """Names of labels 0 and 1."""
+    operating: OperatingPoint
+    members: tuple[PyTree, ...]
+    """Flax variables of each network: `params`, and `batch_stats` where it has any; float16."""
+    about: dict[str, Any]
+    """What is to be known: protocol, figures; plain JSON."""
+
+
+def write(release: Release, folder: Path) -> None:
+    """Writes the two files of a release.
+
+    Raises:
+        ValueError: a weight is too large for float16.
+        OSError: the folder cannot be written.
+    """
+    arrays = {
+        f"{i}/{name}": value
+        for i, member in enumerate(release.members)
+        for name, value in _flat(member).items()
+    }
+    halves = {name: np.asarray(value, np.float16) for name, value in arrays.items()}
+    for name, value in halves.items():
+        if not np.isfinite(value).all():
+            raise ValueError(f"{name} does not fit into float16")
+    file = io.BytesIO()
+    np.savez_compressed(file, **halves)  # type: ignore[arg-type]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / _WEIGHTS).write_bytes(file.getvalue())
+    document = {
+        "model": dataclasses.asdict(release.model),
+        "size": release.size,
+        "classes": list(release.classes),
+        "members": len(release.members),
+        "operating": release.operating.to_json(),
+        "sha256": hashlib.sha256(file.getvalue()).hexdigest(),
+        "about": release.about,
+    }
+    (folder / _ABOUT).write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+
+
+def is_release(folder: Path) -> bool:
+    """Tells whether `write` wrote to a folder."""
+    return (folder / _ABOUT).is_file()
+
+
+def read(folder: Path = SHIPPED) -> Release:
+    """Returns the release in a folder, its checksum verified.
+
+    Raises:
+        InputError: it is not there, damaged, or of another version.
+    """
+    path = folder / _ABOUT
+    mend = "fetch it again" if folder != SHIPPED else "install cnnjax again"
+    try:
+        document = json.loads(path.read_text("utf-8"))
+        weights = (folder / _WEIGHTS).read_bytes()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} holds no readable release ({error}); {mend}") from None
+    if hashlib.sha256(weights).hexdigest() != document.get("sha256"):
+        raise InputError(f"{folder / _WEIGHTS} is damaged: its checksum is another; {mend}")
+    try:
+        model = from_dict(ModelConfig, document["model"], str(path), "model.")
+        negative, positive = document["classes"]
+        operating = OperatingPoint(**document["operating"])
+        size, count, about = document["size"], document["members"], document["about"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path} is of another version of cnnjax ({error}); use that one, or {mend}"
+        ) from None
+    members: list[dict[str, Any]] = [{} for _ in range(count)]
+    with np.load(io.BytesIO(weights), allow_pickle=False) as file:
+        for name in file.files:
+            member, *where = name.split("/")
+            branch = members[int(member)]
+            for part in where[:-1]:
+                branch = branch.setdefault(part, {})
+            branch[where[-1]] = file[name]
+    return Release(model, size, (negative, positive), operating, tuple(members), about)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}/")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def variables_of(states: Sequence[Any]) -> tuple[PyTree, ...]:
+    """Returns the variables that each of some states is evaluated with, as NumPy arrays."""
+    import jax
+
+    chosen = []
+    for state in states:
+        variables = {"params": state.params if state.ema is None else state.ema}
+        if state.batch_stats:
+            variables["batch_stats"] = state.batch_stats
+        chosen.append(jax.tree.map(np.asarray, variables))
+    return tuple(chosen)

@@ -1,0 +1,129 @@
+"""Cross-validation from folds to a release that `cnnjax evaluate` takes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cnnjax import cli, devices, release, shifted
+from cnnjax.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainConfig
+from cnnjax.data import cache
+from cnnjax.data.index import read_index
+from cnnjax.data.rerender import CHANGES
+from cnnjax.errors import InputError
+from cnnjax.metrics import auc
+from cnnjax.predict import Predictor
+from cnnjax.workdir import Workdir
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+FOLDS = 2
+
+
+@pytest.fixture(scope="module")
+def made(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The workdir of a cross-validation, and the release made from it."""
+    folder = tmp_path_factory.mktemp("crossval")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXPERIMENTS)
+        import crossval
+
+        config = Config(
+            workdir=folder / "run",
+            data=DataConfig(root=str(tree), size=24, folds=FOLDS, cache=folder / "cache"),
+            model=ModelConfig("resnet", width=4, stages=2, standardize=True),
+            augment=AugmentConfig(0, 0, True),
+            train=TrainConfig(epochs=6, batch=16, ema=0.9),
+        )
+        crossval.crossvalidate(crossval.Options(config, shifted=True, release=folder / "release"))
+    return folder / "run", folder / "release"
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text("utf-8"))
+
+
+def test_every_rendering_is_judged(made: tuple[Path, Path]) -> None:
+    found = read(made[0] / "crossval.json")
+    assert len(found["sets"]) == 1 + 2 * len(CHANGES)
+    changed = {name: row for name, row in found["sets"].items() if name != shifted.PLAIN}
+    for metric in shifted.METRICS:
+        values = [row[metric] for row in changed.values()]
+        assert found["mean"][metric] == pytest.approx(np.mean(values))
+        assert found["worst"][metric] == min(values)
+    assert found["plain"]["auc"]["value"] == found["sets"][shifted.PLAIN]["auc"]
+    assert found["mean"]["auc"] > 0.7
+
+
+def test_the_release_gives_each_held_out_fold_the_logits_of_its_run(
+    made: tuple[Path, Path], tree: Path
+) -> None:
+    run, packed = made
+    mesh = devices.make_mesh(Config().device)
+    predictor = Predictor.open(packed, mesh)
+    assert len(predictor.members) == FOLDS
+    index = read_index(tree)
+    decoded = cache.load(index.split("train", "val"), index.source, 24, folder=run.parent / "cache")
+    logits = predictor.member_logits(decoded.images)
+    np.testing.assert_allclose(predictor.logits(decoded.images), logits.mean(0), atol=1e-6)
+    names = [e.name for e in decoded.examples]
+    for fold in range(FOLDS):
+        lines = Workdir(run / f"fold{fold}").validation.read_text().splitlines()[1:]
+        rows = [names.index(line.split(",")[0]) for line in lines]
+        expected = [float(line.split(",")[-1]) for line in lines]
+        # float16 has eleven bits
+        np.testing.assert_allclose(logits[fold][rows], expected, atol=0.02, rtol=0.02)
+
+
+def test_evaluate_takes_a_release(
+    made: tuple[Path, Path], tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "metrics.json"
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["evaluate", "--run", str(made[1]), "--data", str(tree), "--json", str(out)])
+    assert ended.value.code == 0
+    point = release.read(made[1]).operating
+    assert read(out)["threshold"] == point.probability_threshold()
+    assert "re-rendered too" in point.criterion
+
+
+def test_a_damaged_release_is_refused(made: tuple[Path, Path], tmp_path: Path) -> None:
+    whole = {path.name: path.read_bytes() for path in made[1].iterdir()}
+    assert whole.keys() == {"weights.npz", "release.json"}
+    weights = bytearray(whole["weights.npz"])
+    weights[len(weights) // 2] ^= 1
+    (tmp_path / "release.json").write_bytes(whole["release.json"])
+    (tmp_path / "weights.npz").write_bytes(weights)
+    with pytest.raises(InputError, match=r"weights\.npz is damaged: its checksum is another"):
+        release.read(tmp_path)
+    (tmp_path / "release.json").write_text("{}")
+    with pytest.raises(InputError, match=r"weights\.npz is damaged"):
+        release.read(tmp_path)
+    with pytest.raises(InputError, match="holds no readable release"):
+        release.read(tmp_path / "nowhere")
+
+
+def test_the_operating_point_is_fitted_on_other_parts() -> None:
+    """Parts whose logits are offset by a constant: a point of the part itself would do well."""
+    rng = np.random.default_rng(0)
+    labels = np.tile([0, 1], 100)
+    logits = rng.normal(4.0 * labels, 1.0)
+    offset = np.repeat([0.0, 10.0], 100)
+    held_out = shifted.HeldOut(
+        labels,
+        tuple(map(str, range(200))),
+        {shifted.PLAIN: logits + offset, "worse": rng.normal(1.0 * labels, 1.0) + offset},
+    )
+    found = shifted.judge(held_out, np.repeat([0, 1], 100), Config().operating)
+    assert found["plain"]["accuracy"]["value"] == pytest.approx(0.5, abs=0.05)
+    again = shifted.judge(held_out, np.tile([0, 0, 1, 1], 50), Config().operating)
+    assert again["sets"]["worse"]["auc"] < again["plain"]["auc"]["value"]
+    logits_alone = replace(held_out, sets={shifted.PLAIN: logits})
+    alone = shifted.judge(logits_alone, np.tile([0, 0, 1, 1], 50), Config().operating)
+    assert alone["plain"]["auc"]["value"] == pytest.approx(auc(logits, labels), abs=0.005)
+    assert alone["plain"]["accuracy"]["value"] > 0.95
+    assert "mean" not in alone

@@ -39,7 +39,7 @@ from measure import (
 )
 from PIL import Image
 
-from cnnjax import loop
+from cnnjax import loop, programs
 from cnnjax.cli import guarded
 from cnnjax.config import Config, DataConfig, DeviceConfig, ModelConfig, TrainConfig
 from cnnjax.data import cache
@@ -174,7 +174,7 @@ def waiting_share(options: Options, scratch: Path, resident: bool) -> float:
         epochs.append((waited - before, time.perf_counter() - start))
         return found
 
-    def stepwise(mesh: Mesh, train_step: TrainStep) -> loop.Steps:
+    def stepwise(mesh: Mesh, train_step: TrainStep) -> programs.Steps:
         steps = compile_steps(mesh, train_step)
         return steps._replace(one=lambda *x: jax.block_until_ready(steps.one(*x)), together=1)
 
@@ -186,8 +186,8 @@ def waiting_share(options: Options, scratch: Path, resident: bool) -> float:
     )
     if not resident:
         config = replace(config, data=replace(config.data, resident_mib=0))
-    compile_steps, take_epoch = loop.compile_steps, loop._epoch
-    with mock.patch.multiple(loop, Feeder=Watched, compile_steps=stepwise, _epoch=epoch):
+    compile_steps, take_epoch = programs.compile_steps, programs.take_epoch
+    with mock.patch.multiple(programs, Feeder=Watched, compile_steps=stepwise, take_epoch=epoch):
         loop.fit(config)
     return sum(wait for wait, _ in epochs[1:]) / sum(seconds for _, seconds in epochs[1:])
 

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from peer_worker import Problem, serve
 
-from cnnjax import devices, loop, steps
+from cnnjax import devices, programs, steps
 from cnnjax.config import DeviceConfig, ModelConfig
 from cnnjax.data.batches import Feeder
 from cnnjax.models import make_model
@@ -46,7 +46,7 @@ class Ours:
             if problem.decay
             else optax.adam(problem.rate, eps=problem.epsilon)
         )
-        self._step = loop.compile_steps(
+        self._step = programs.compile_steps(
             self._mesh, steps.make_train_step(model, self._optimizer, lambda key, images: images)
         )
         self._eval = steps.make_eval_step(model)

@@ -18,7 +18,7 @@ from typing import Any  # noqa: E402
 
 import jax  # noqa: E402
 
-from cnnjax import loop  # noqa: E402
+from cnnjax import loop, programs  # noqa: E402
 
 
 class Phases:
@@ -59,21 +59,24 @@ def main() -> None:
     phases = Phases()
     jax.monitoring.register_event_duration_secs_listener(phases.compiled)
     watched: Any = loop
-    compile_steps, append_line = watched.compile_steps, watched.append_line
+    compiled: Any = programs
+    compile_steps, append_line = programs.compile_steps, watched.append_line
 
-    def steps(*arguments: Any) -> loop.Steps:
+    def steps(*arguments: Any) -> programs.Steps:
         one, many, together = compile_steps(*arguments)
         first = "compile and first steps"
-        return loop.Steps(phases.watch_first(first, one), phases.watch_first(first, many), together)
+        return programs.Steps(
+            phases.watch_first(first, one), phases.watch_first(first, many), together
+        )
 
     def line(path: Any, values: Any) -> None:
         append_line(path, values)
         if path.name == "metrics.jsonl":
             phases.lines.append(time.time())
 
-    watched.compile_steps, watched.append_line = steps, line
+    compiled.compile_steps, watched.append_line = steps, line
     watched.training_data = phases.watch("index and decode", watched.training_data)
-    watched._epoch = phases.watch("train", loop._epoch)
+    compiled.take_epoch = phases.watch("train", programs.take_epoch)
     watched._conclude = phases.watch("evaluate", loop._conclude)
     recipe, sys.argv[1:] = sys.argv[1], sys.argv[2:]
     try:

@@ -24,7 +24,7 @@ import numpy as np
 import tyro
 from measure import call, circumstances, headline, print_table, write_json
 
-from cnnjax import devices, loop, steps
+from cnnjax import devices, programs, steps
 from cnnjax.augment import make_augment
 from cnnjax.cli import guarded
 from cnnjax.config import AugmentConfig, DeviceConfig, ModelConfig, TrainConfig
@@ -75,7 +75,7 @@ def epoch(network: Any, platform: Any, images: int, size: int, batch: int) -> di
     state: Any = jax.jit(
         lambda key: steps.init_state(model, optimizer, key, size), out_shardings=everywhere
     )(key)
-    step = loop.compile_steps(
+    step = programs.compile_steps(
         mesh, steps.make_train_step(model, optimizer, make_augment(AugmentConfig()))
     )
     rng = np.random.default_rng(0)

@@ -33,7 +33,7 @@ from jax.sharding import Mesh
 from measure import circumstances, headline, in_turn, print_table, spread, write_json
 from peaks import Peak, count_flops, peak_of
 
-from cnnjax import devices, loop, steps
+from cnnjax import devices, programs, steps
 from cnnjax.augment import make_augment
 from cnnjax.cli import guarded
 from cnnjax.config import AugmentConfig, DeviceConfig, ModelConfig, TrainConfig
@@ -149,7 +149,7 @@ def compiled(
     rows = rng.integers(0, many, (16, batch)).astype(np.int32)
     key = jax.device_put(jax.random.key(1), everywhere)
     train_step = steps.make_train_step(model, optimizer, make_augment(AugmentConfig()))
-    taken = loop.compile_steps(mesh, train_step)
+    taken = programs.compile_steps(mesh, train_step)
     fused = taken.together > 1
     feeds = list(feeder.feed_together(rows, 16) if fused else feeder.feed(rows))
     eval_step = steps.make_eval_step(model)

@@ -12,6 +12,7 @@ from cnnjax.errors import InputError
 from cnnjax.steps import TrainState
 
 Kind = Literal["latest", "best"]
+KINDS: tuple[Kind, ...] = ("latest", "best")
 
 
 class Checkpoints:
@@ -23,10 +24,11 @@ class Checkpoints:
     def __init__(self, folder: Path) -> None:
         # Saving in the background would read buffers that the next step has been given to reuse;
         # these states take milliseconds to write.
+        self.folder = folder
         options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
         self._managers = {
             kind: ocp.CheckpointManager((folder / kind).absolute(), options=options)
-            for kind in ("latest", "best")
+            for kind in KINDS
         }
 
     def save(self, kind: Kind, epoch: int, state: TrainState) -> None:

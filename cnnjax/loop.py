@@ -9,54 +9,32 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
 from cnnjax import devices, metrics
-from cnnjax.augment import make_augment
-from cnnjax.checkpoint import Checkpoints, template_of
+from cnnjax.checkpoint import KINDS, Checkpoints
 from cnnjax.config import Config, Precision, TrainConfig
-from cnnjax.data.batches import Feeder, Resident, epoch_rows, load
 from cnnjax.data.cache import write_quarantine
 from cnnjax.data.files import write_atomically
 from cnnjax.data.patients import write_split
 from cnnjax.data.prepare import TrainingData, training_data
 from cnnjax.errors import InputError
-from cnnjax.models import make_model
 from cnnjax.operating import fit_operating_point
-from cnnjax.predict import Logits, make_logits
-from cnnjax.steps import (
-    Batch,
-    Metrics,
-    TrainState,
-    TrainStep,
-    init_state,
-    make_eval_step,
-    make_optimizer,
-    make_train_step,
-)
+from cnnjax.predict import make_logits
+from cnnjax.programs import Alone, Program, Task, Together
+from cnnjax.steps import TrainState, make_eval_step
 from cnnjax.workdir import Workdir, append_line, claim, write_json
-
-# One key each; a new purpose takes the next number and never a used one.
-_INIT, _ORDER, _STEP = range(3)
-
-_LOOK = 16  # steps between looks at the loss, each of which waits for the device
-
-# Steps in one call of the device. A step of a small network takes an accelerator less time than
-# calling it takes Python; a CPU's takes more, and XLA's convolutions are slow in its loops there.
-TOGETHER = {"cpu": 1, "gpu": _LOOK, "tpu": _LOOK}
 
 
 @dataclass(frozen=True)
@@ -80,16 +58,51 @@ def fit(config: Config) -> Result:
     Raises:
         InputError: the data, the devices or the workdir cannot serve, or the loss is not finite.
     """
-    mesh = devices.make_mesh(config.device)
-    config = _with_precision(config, mesh)
-    with claim(config) as workdir:
-        print(f"cnnjax    {version('cnnjax')} on jax {jax.__version__}, flax {version('flax')}")
-        print(f"devices   {devices.describe(mesh)}")
-        data = training_data(config.data, config.seed, print)
-        workdir.claim_data(data.decoded.fingerprint, data.classes)
-        write_split(workdir.split, data.decoded.examples, data.held_out)
-        write_quarantine(workdir.quarantine, data.decoded.quarantine)
-        return _train(config, data, mesh, workdir)
+    return fit_all([config])[0]
+
+
+def fit_all(configs: Sequence[Config], *, together: bool | None = None) -> list[Result]:
+    """Trains several networks that differ by seed or fold alone, each as `fit` would.
+
+    Args:
+        configs: one for each, with a workdir of its own.
+        together: all in one compiled step, by `vmap`; one after another if false. By default as is
+            faster: together on an accelerator, one after another on a CPU. Data that is streamed,
+            and members with another number of steps, are never trained together.
+
+    Returns:
+        What each comes to; the same either way, up to rounding.
+
+    Raises:
+        InputError: see `fit`.
+        ValueError: the configs differ by more.
+    """
+    _expect_alike(configs)
+    mesh = devices.make_mesh(configs[0].device)
+    if together is None:
+        together = devices.platform(mesh) != "cpu"
+    with contextlib.ExitStack() as stack:
+        members = [_enter(config, mesh, stack, i == 0) for i, config in enumerate(configs)]
+        groups: list[list[Member]] = [[member] for member in members]
+        if together and all(member.resident for member in members):
+            by_steps: dict[int, list[Member]] = {}
+            for member in members:
+                by_steps.setdefault(member.steps_per_epoch, []).append(member)
+            groups = list(by_steps.values())
+        for group in groups:
+            _train(group, mesh)
+        return [_conclude(member, mesh) for member in members]
+
+
+def _expect_alike(configs: Sequence[Config]) -> None:
+    def rest(config: Config) -> Config:
+        data = replace(config.data, fold=0)
+        return replace(config, workdir=Path(), seed=0, profile=None, data=data)
+
+    if len({rest(config) for config in configs}) != 1:
+        raise ValueError("members of an ensemble may differ by workdir, seed and fold alone")
+    if len({config.workdir for config in configs}) != len(configs):
+        raise ValueError("each member of an ensemble needs a workdir of its own")
 
 
 def _with_precision(config: Config, mesh: Mesh) -> Config:
@@ -103,161 +116,143 @@ def _with_precision(config: Config, mesh: Mesh) -> Config:
     return replace(config, train=replace(config.train, precision=precision))
 
 
-def _train(config: Config, data: TrainingData, mesh: Mesh, workdir: Workdir) -> Result:
-    key = jax.random.key(config.seed)
-    init_key, order_key, step_key = (jax.random.fold_in(key, k) for k in (_INIT, _ORDER, _STEP))
-    labels = data.decoded.labels
-    rows = data.train
-    steps_per_epoch = math.ceil(len(rows) / config.train.batch)
+class Member(Task):
+    """A run while it is trained: what it computes, what it has come to, where that is kept."""
 
-    model = make_model(config.model, jnp.dtype(config.train.precision))
-    optimizer, learning_rate = make_optimizer(config.train, steps_per_epoch)
-    train_step = make_train_step(
-        model,
-        optimizer,
-        make_augment(config.augment),
-        class_weights=class_weights_of(labels[rows]) if config.train.class_weights else (1.0, 1.0),
-        label_smoothing=config.train.label_smoothing,
-        mixup=config.train.mixup,
-        ema_decay=config.train.ema,
-    )
-    everywhere = devices.replicated(mesh)
-    state = jax.jit(
-        lambda key: init_state(model, optimizer, key, config.data.size, ema=bool(config.train.ema)),
-        out_shardings=everywhere,
-    )(init_key)
-    step_key = jax.device_put(step_key, everywhere)
-    steps = compile_steps(mesh, train_step)
-    logits = make_logits(make_eval_step(model), mesh)
-    feeder = Feeder(data.decoded.images, labels, mesh, config.data.resident_mib)
-    _describe(config, data, state, feeder)
+    def __init__(self, config: Config, data: TrainingData, workdir: Workdir) -> None:
+        super().__init__(config, data)
+        self.workdir = workdir
+        self.checkpoints = Checkpoints(workdir.checkpoints)
+        self.done = self.checkpoints.epoch("latest") or 0
+        self.history = workdir.read_history(self.done)
 
-    checkpoints = Checkpoints(workdir.checkpoints)
-    done = checkpoints.epoch("latest") or 0
-    history = workdir.read_history(done)
+    @property
+    def ended(self) -> bool:
+        """Whether there is nothing left to train."""
+        return self.done >= self.config.train.epochs or _out_of_patience(
+            self.history, self.config.train
+        )
+
+    def note(
+        self,
+        state: TrainState,
+        trained: dict[str, float],
+        logits: np.ndarray,
+        seconds: tuple[float, float],
+    ) -> str:
+        """Writes down an epoch and its state; returns the line to show.
+
+        Args:
+            state: after the epoch.
+            trained: loss and accuracy over it.
+            logits: of the held-out images after it.
+            seconds: what training and validation took.
+
+        Raises:
+            InputError: the loss is not finite.
+        """
+        epoch, config = self.done + 1, self.config.train
+        if not math.isfinite(trained["loss"]):
+            raise InputError(
+                f"the loss is {trained['loss']} in epoch {epoch}; lower --train.learning-rate"
+                f" or set --train.clip-norm (the run is kept as of epoch {epoch - 1})"
+            )
+        judged = _validate(logits, self.labels[self.data.validation])
+        score = _score(judged, config)
+        line = {
+            "epoch": epoch,
+            "step": epoch * self.steps_per_epoch,
+            "learning_rate": float(self.learning_rate(epoch * self.steps_per_epoch - 1)),
+            "train": trained,
+            "validation": judged,
+            "best": all(score > _score(past["validation"], config) for past in self.history),
+        }
+        self.history.append(line)
+        # First the line, then the states: a line without its state is dropped on a resume.
+        append_line(self.workdir.metrics, line)
+        if line["best"]:
+            self.checkpoints.save("best", epoch, state)
+        self.checkpoints.save("latest", epoch, state)
+        self.done = epoch
+        speed = len(self.data.train) / seconds[0]
+        append_line(
+            self.workdir.throughput,
+            {
+                "epoch": epoch,
+                "train_seconds": seconds[0],
+                "validation_seconds": seconds[1],
+                "images_per_second": speed,
+            },
+        )
+        return _epoch_line(line, config, speed)
+
+
+def _enter(config: Config, mesh: Mesh, stack: contextlib.ExitStack, first: bool) -> Member:
+    """Claims a member's workdir and reads its data; tells of them for the first."""
+    config = _with_precision(config, mesh)
+    workdir = stack.enter_context(claim(config))
+    say = print if first else lambda _: None
+    say(f"cnnjax    {version('cnnjax')} on jax {jax.__version__}, flax {version('flax')}")
+    say(f"devices   {devices.describe(mesh)}")
+    data = training_data(config.data, config.seed, say)
+    workdir.claim_data(data.decoded.fingerprint, data.classes)
+    write_split(workdir.split, data.decoded.examples, data.held_out)
+    write_quarantine(workdir.quarantine, data.decoded.quarantine)
+    member = Member(config, data, workdir)
+    stack.callback(member.checkpoints.close)
+    return member
+
+
+def _train(members: list[Member], mesh: Mesh) -> None:
+    """Trains members side by side until each has ended."""
+    for member in members:
+        _describe(member, mesh)
+        if member.done:
+            print(f"resuming after epoch {member.done}")
+    # Those that were killed before the others' last epoch was kept catch up by themselves.
+    while pending := [member for member in members if not member.ended]:
+        first = min(member.done for member in pending)
+        behind = [member for member in pending if member.done == first]
+        ahead = [member.done for member in pending if member.done > first]
+        _train_until(behind, mesh, min(ahead, default=members[0].config.train.epochs))
+
+
+def _train_until(members: list[Member], mesh: Mesh, last: int) -> None:
+    """Trains members that have done equally many epochs, up to `last`, or until one has ended."""
+    config = members[0].config
+    program: Program = Alone(members[0], mesh) if len(members) == 1 else Together(members, mesh)
+    done = members[0].done
     if done:
-        state = checkpoints.restore("latest", template_of(state, everywhere))
-        print(f"resuming after epoch {done}")
-
+        states = program.join(
+            [member.checkpoints.restore("latest", member.template(mesh)) for member in members]
+        )
+    else:
+        states = program.start()
+    images = sum(len(member.data.train) for member in members)
     bar = tqdm(
-        total=config.train.epochs * len(rows),
-        initial=done * len(rows),
+        total=config.train.epochs * images,
+        initial=done * images,
         unit="image",
         unit_scale=True,
         disable=None,
         dynamic_ncols=True,
     )
     with bar:
-        for epoch in range(done + 1, config.train.epochs + 1):
-            if _out_of_patience(history, config.train):
-                bar.write(f"no better checkpoint in {config.train.patience} epochs: stopping early")
-                break
+        for epoch in range(done + 1, last + 1):
             start = time.perf_counter()
-            order = epoch_rows(order_key, epoch, rows, config.train.batch)
             bar.set_description(f"epoch {epoch}/{config.train.epochs}")
             with _profiled(config.profile if epoch == min(done + 2, config.train.epochs) else None):
-                state, trained = _epoch(state, steps, feeder, order, step_key, bar)
-            if not math.isfinite(trained["loss"]):
-                raise InputError(
-                    f"the loss is {trained['loss']} in epoch {epoch}; lower --train.learning-rate"
-                    f" or set --train.clip-norm (the run is kept as of epoch {epoch - 1})"
-                )
+                orders = [member.order(epoch) for member in members]
+                states, trained = program.epoch(states, orders, bar)
             middle = time.perf_counter()
-            judged = _validate(logits(state, feeder, data.validation), labels[data.validation])
-            score = _score(judged, config.train)
-            better = all(score > _score(past["validation"], config.train) for past in history)
-            line = {
-                "epoch": epoch,
-                "step": epoch * steps_per_epoch,
-                "learning_rate": float(learning_rate(epoch * steps_per_epoch - 1)),
-                "train": trained,
-                "validation": judged,
-                "best": better,
-            }
-            history.append(line)
-            end = time.perf_counter()
-            # First the line, then the states: a line without its state is dropped on a resume.
-            append_line(workdir.metrics, line)
-            if better:
-                checkpoints.save("best", epoch, state)
-            checkpoints.save("latest", epoch, state)
-            append_line(
-                workdir.throughput,
-                {
-                    "epoch": epoch,
-                    "train_seconds": middle - start,
-                    "validation_seconds": end - middle,
-                    "images_per_second": len(rows) / (middle - start),
-                },
-            )
-            bar.write(_epoch_line(line, config.train, len(rows) / (middle - start)))
-    result = _conclude(config, data, workdir, state, checkpoints, logits, feeder, history)
-    checkpoints.close()
-    return result
-
-
-class Steps(NamedTuple):
-    """The compiled train step, (state, data, feed, key) -> (state, metrics)."""
-
-    one: Any
-    many: Any
-    """The same for a feed of `together` steps at once."""
-    together: int
-
-
-def compile_steps(mesh: Mesh, train_step: TrainStep) -> Steps:
-    """Returns what the loop calls: the step on a mesh, with the batch fetched inside it."""
-
-    def one(
-        state: TrainState, data: Resident | None, feed: Batch | jax.Array, key: jax.Array
-    ) -> tuple[TrainState, Metrics]:
-        return train_step(state, load(data, feed), key)
-
-    def many(
-        state: TrainState, data: Resident, feeds: jax.Array, key: jax.Array
-    ) -> tuple[TrainState, Metrics]:
-        return jax.lax.scan(lambda state, feed: one(state, data, feed, key), state, feeds)
-
-    options: Any = {"donate_argnames": "state", "out_shardings": devices.replicated(mesh)}
-    together = TOGETHER[devices.platform(mesh)]
-    return Steps(jax.jit(one, **options), jax.jit(many, **options), together)
-
-
-def _epoch(
-    state: TrainState,
-    steps: Steps,
-    feeder: Feeder,
-    order: np.ndarray,
-    key: jax.Array,
-    bar: tqdm[Any],
-) -> tuple[TrainState, dict[str, float]]:
-    """Takes the steps of one epoch; returns the state and the mean loss and accuracy over it."""
-    resident = feeder.data is not None and steps.together > 1
-    fused = len(order) // steps.together * steps.together if resident else 0
-    calls = itertools.chain(
-        ((steps.many, feed) for feed in feeder.feed_together(order[:fused], steps.together)),
-        ((steps.one, feed) for feed in feeder.feed(order[fused:])),
-    )
-    sums: list[Metrics] = []
-    taken = looked = 0
-    for step, feed in calls:
-        state, step_sums = step(state, feeder.data, feed, key)
-        sums.append(step_sums)
-        taken += step_sums.loss.size
-        if taken - looked >= _LOOK or taken == len(order):
-            last = jax.device_get(step_sums)
-            loss = np.sum(last.loss) / np.sum(last.images)
-            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-            bar.update(int((order[looked:taken] >= 0).sum()))
-            looked = taken
-    sums = jax.device_get(sums)
-    totals = Metrics(
-        *(np.sum([np.sum(x, dtype=np.float64) for x in part]) for part in zip(*sums, strict=True))
-    )
-    return state, {
-        "loss": float(totals.loss / totals.images),
-        "accuracy": float(totals.correct / totals.images),
-    }
+            logits = program.logits(states)
+            seconds = middle - start, time.perf_counter() - middle
+            for i, member in enumerate(members):
+                bar.write(member.note(program.part(states, i), trained[i], logits[i], seconds))
+            if any(_out_of_patience(member.history, config.train) for member in members):
+                patience = config.train.patience
+                bar.write(f"no better checkpoint in {patience} epochs: stopping early")
+                break
 
 
 @contextlib.contextmanager
@@ -298,57 +293,43 @@ def _out_of_patience(history: list[dict[str, Any]], config: TrainConfig) -> bool
     return bool(config.patience and history and history[-1]["epoch"] - best >= config.patience)
 
 
-def class_weights_of(labels: np.ndarray) -> tuple[float, float]:
-    """Returns n / (2 n_c) for each label c, so that both classes weigh the same in sum."""
-    n = len(labels)
-    positive = int(labels.sum())
-    return n / (2 * (n - positive)), n / (2 * positive)
-
-
-def _conclude(
-    config: Config,
-    data: TrainingData,
-    workdir: Workdir,
-    last: TrainState,
-    checkpoints: Checkpoints,
-    logits: Logits,
-    feeder: Feeder,
-    history: list[dict[str, Any]],
-) -> Result:
+def _conclude(member: Member, mesh: Mesh) -> Result:
     """Judges the best and the last state with intervals, and writes what remains of the run."""
+    config, data, workdir = member.config, member.data, member.workdir
     held_out = [data.decoded.examples[i] for i in data.validation]
-    labels = data.decoded.labels[data.validation]
+    labels = member.labels[data.validation]
     patients = [e.patient for e in held_out]
-    template = template_of(last, devices.replicated(feeder.mesh))
-    best = checkpoints.restore("best", template)
+    template = member.template(mesh)
+    feeder = member.feeder(mesh)
+    logits = make_logits(make_eval_step(member.model), mesh)
     outputs = {
-        "best": logits(best, feeder, data.validation),
-        "last": logits(last, feeder, data.validation),
+        kind: logits(member.checkpoints.restore(kind, template), feeder, data.validation)
+        for kind in KINDS
     }
-    points = {
-        kind: fit_operating_point(outputs[name], labels, config.operating)
-        for kind, name in (("best", "best"), ("latest", "last"))
+    points: dict[str, Any] = {
+        kind: fit_operating_point(out, labels, config.operating).to_json()
+        for kind, out in outputs.items()
     }
     judged = {kind: metrics.evaluate(out, labels, patients) for kind, out in outputs.items()}
     with write_atomically(workdir.validation) as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["image", "patient", "label", "logit_best", "logit_last"])
-        for example, a, b in zip(held_out, outputs["best"], outputs["last"], strict=True):
+        for example, a, b in zip(held_out, outputs["best"], outputs["latest"], strict=True):
             table.writerow([example.name, example.patient, example.label, float(a), float(b)])
     summary = {
         "protocol": _protocol(config),
         "train_images": len(data.train),
         "validation_images": len(data.validation),
-        "parameters": _parameters(last),
-        "epochs": history[-1]["epoch"],
-        "best_epoch": max(line["epoch"] for line in history if line["best"]),
+        "parameters": _parameters(template),
+        "epochs": member.history[-1]["epoch"],
+        "best_epoch": max(line["epoch"] for line in member.history if line["best"]),
         "best": judged["best"].to_json(),
-        "last": judged["last"].to_json(),
+        "last": judged["latest"].to_json(),
         "rules": _trivial_rules(data),
     }
-    write_json(workdir.operating, {kind: point.to_json() for kind, point in points.items()})
+    write_json(workdir.operating, points)
     write_json(workdir.summary, summary)
-    return Result(judged["best"], judged["last"], data.classes, summary)
+    return Result(judged["best"], judged["latest"], data.classes, summary)
 
 
 def _trivial_rules(data: TrainingData) -> dict[str, float]:
@@ -379,19 +360,19 @@ def _protocol(config: Config) -> str:
     return f"fold {config.data.fold} of {config.data.folds}, {kind}, seed {config.seed}"
 
 
-def _describe(config: Config, data: TrainingData, state: TrainState, feeder: Feeder) -> None:
-    labels = data.decoded.labels
+def _describe(member: Member, mesh: Mesh) -> None:
+    config, data = member.config, member.data
     size = config.data.size
-    place = "on the device" if feeder.data is not None else "streamed from the cache"
+    place = "on the device" if member.resident else "streamed from the cache"
     print(f"split     {_protocol(config)}")
     for name, rows in (("train", data.train), ("validate", data.validation)):
-        positive = int(labels[rows].sum())
+        positive = int(member.labels[rows].sum())
         print(
             f"  {name:<8} {len(rows) - positive:,} {data.classes[0]},"
             f" {positive:,} {data.classes[1]}"
         )
     print(f"images    {size} x {size}, {data.decoded.images.nbytes / 2**20:,.0f} MiB, {place}")
-    print(f"network   {config.model.name}, {_parameters(state):,} parameters")
+    print(f"network   {config.model.name}, {_parameters(member.template(mesh)):,} parameters")
     print(f"workdir   {config.workdir}")
 
 

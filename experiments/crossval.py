@@ -25,7 +25,7 @@ import tyro
 from cnnjax import devices, release, shifted
 from cnnjax.cli import guarded
 from cnnjax.config import Config
-from cnnjax.loop import fit
+from cnnjax.loop import fit_all
 from cnnjax.metrics import auc
 from cnnjax.predict import Predictor
 from cnnjax.workdir import Workdir, write_json
@@ -45,21 +45,19 @@ class Options:
 def crossvalidate(options: Options) -> None:
     """Trains each fold, pools the out-of-fold logits, and writes and prints what they come to."""
     config = options.config
-    runs = []
-    for fold in range(config.data.folds):
-        print(f"\n--- fold {fold} of {config.data.folds}")
-        run = replace(
-            config, workdir=config.workdir / f"fold{fold}", data=replace(config.data, fold=fold)
-        )
-        fit(run)
-        runs.append(run.workdir)
+    folds = [
+        replace(config, workdir=config.workdir / f"fold{k}", data=replace(config.data, fold=k))
+        for k in range(config.data.folds)
+    ]
+    fit_all(folds)
+    runs = [fold.workdir for fold in folds]
     mesh = devices.make_mesh(config.device)
     each = {
         fold: shifted.held_out_logits(run, mesh, renderings=options.shifted)
         for fold, run in enumerate(runs)
     }
-    pooled, folds = shifted.together(each)
-    found = shifted.judge(pooled, folds, config.operating)
+    pooled, fold_of = shifted.together(each)
+    found = shifted.judge(pooled, fold_of, config.operating)
     areas = [auc(fold.sets[shifted.PLAIN], fold.labels) or 0.0 for fold in each.values()]
     kind = (
         "blocks of the file numbering" if config.data.validation == "blocks" else "patient-grouped"

@@ -25,8 +25,8 @@ from cnnjax.data.batches import epoch_rows, in_batches
 from cnnjax.data.prepare import training_data
 from cnnjax.devices import keep_compiled_programs
 from cnnjax.errors import InputError
-from cnnjax.loop import class_weights_of
 from cnnjax.models import BaselineCNN
+from cnnjax.programs import class_weights_of
 from cnnjax.scratch import models as scratch_models
 from cnnjax.scratch import steps as scratch_steps
 from cnnjax.scratch.convert import from_flax

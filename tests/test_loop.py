@@ -13,7 +13,7 @@ import filelock
 import numpy as np
 import pytest
 
-from cnnjax import loop
+from cnnjax import loop, programs
 from cnnjax.config import Config, DataConfig, DeviceConfig, ModelConfig, TrainConfig
 from cnnjax.errors import InputError
 from cnnjax.loop import fit
@@ -117,7 +117,7 @@ def test_steps_taken_together_are_the_same_steps(
     tree: Path, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU: 4 of the 6 steps of an epoch in one call, and 2 by themselves."""
-    monkeypatch.setitem(loop.TOGETHER, "cpu", 4)
+    monkeypatch.setitem(programs.TOGETHER, "cpu", 4)
     fit(config_for(tree, tmp_path / "run"))
     ours, theirs = (read_metrics(run) for run in (tmp_path / "run", finished))
     for ours_epoch, theirs_epoch in zip(ours, theirs, strict=True):
@@ -250,3 +250,92 @@ def test_resnet_with_every_option_resumes_on_other_devices(tree: Path, tmp_path:
             fit(other)
     resumed = fit(replace(other, device=DeviceConfig(count=3))).summary["last"]
     assert resumed["brier"]["value"] == pytest.approx(whole["brier"]["value"], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "devices"), [("baseline", 3), pytest.param("resnet", 2, marks=pytest.mark.slow)]
+)
+def test_members_trained_together_are_those_trained_alone(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, devices: int
+) -> None:
+    """Two folds and seeds in one step by vmap, a few steps a call, against one after another."""
+    monkeypatch.setitem(programs.TOGETHER, "cpu", 4)
+
+    def configs(where: str) -> list[Config]:
+        return [
+            Config(
+                workdir=tmp_path / where / f"member{fold}",
+                seed=fold,
+                data=DataConfig(root=str(tree), size=20, folds=3, fold=fold),
+                model=ModelConfig(name, width=4, stages=2),  # type: ignore[arg-type]
+                train=TrainConfig(epochs=2, batch=10, ema=0.9, learning_rate=1e-3),
+                device=DeviceConfig(count=devices),
+            )
+            for fold in (0, 2)
+        ]
+
+    # Two devices take a member each; three divide the batches.
+    together = loop.fit_all(configs("together"), together=True)
+    alone = loop.fit_all(configs("alone"), together=False)
+    for a, b in zip(together, alone, strict=True):
+        assert a.last.auc.value == pytest.approx(b.last.auc.value, abs=0.02)
+    for fold in (0, 2):
+        for file in ("split.csv", "summary.json", "operating.json"):
+            assert (tmp_path / "together" / f"member{fold}" / file).exists()
+        one, other = (
+            np.loadtxt(
+                tmp_path / where / f"member{fold}" / "validation.csv",
+                delimiter=",",
+                skiprows=1,
+                usecols=(4,),
+            )
+            for where in ("together", "alone")
+        )
+        np.testing.assert_allclose(one, other, atol=5e-3)
+
+
+@pytest.mark.slow
+def test_members_killed_apart_catch_up(tree: Path, tmp_path: Path) -> None:
+    """One member is an epoch behind, as when the process dies between the two checkpoints."""
+
+    def configs(where: str, epochs: int = 3) -> list[Config]:
+        return [
+            Config(
+                workdir=tmp_path / where / str(seed),
+                seed=seed,
+                data=DataConfig(root=str(tree), size=20),
+                train=TrainConfig(epochs=epochs, batch=16),
+                device=DeviceConfig(count=1),
+            )
+            for seed in (0, 1)
+        ]
+
+    loop.fit_all(configs("whole"), together=True)
+    save = loop.Checkpoints.save
+    with pytest.MonkeyPatch.context() as patch:
+
+        def dying(self: loop.Checkpoints, kind: Any, epoch: int, state: Any) -> None:
+            if epoch == 2 and kind == "latest" and "/1/" in str(self.folder):
+                raise KeyboardInterrupt
+            save(self, kind, epoch, state)
+
+        patch.setattr(loop.Checkpoints, "save", dying)
+        with pytest.raises(KeyboardInterrupt):
+            loop.fit_all(configs("killed"), together=True)
+    loop.fit_all(configs("killed"), together=True)
+    for seed in ("0", "1"):
+        lines = (tmp_path / "killed" / seed / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]
+        one, other = (
+            json.loads((tmp_path / where / seed / "summary.json").read_text())["last"]["auc"]
+            for where in ("whole", "killed")
+        )
+        assert one["value"] == pytest.approx(other["value"], abs=0.02)
+
+
+def test_members_may_differ_by_seed_and_fold_alone(tree: Path, tmp_path: Path) -> None:
+    config = Config(workdir=tmp_path / "a", data=DataConfig(root=str(tree), size=20))
+    with pytest.raises(ValueError, match="workdir, seed and fold alone"):
+        loop.fit_all([config, replace(config, train=TrainConfig(batch=8), workdir=tmp_path / "b")])
+    with pytest.raises(ValueError, match="a workdir of its own"):
+        loop.fit_all([config, replace(config, seed=1)])

@@ -1,0 +1,195 @@
+"""What each ingredient of the recipe is worth: the recipe, and the recipe without it.
+
+    python experiments/ablation.py --data.root DIR --workdir RUN --json ablation.json
+
+Every variant is trained over seeds, once with a fold of patients held out and once with a block of
+the file numbering, and judged on what is held out and on its re-renderings. The operating point of
+one half of the held-out patients serves the other half. Each training is a run of its own in
+RUN/VARIANT/VALIDATION-SEED; the same command goes on where it was stopped, and a smaller one (with
+`--only`, `--seeds` or `--validations`) makes a part of the table.
+"""
+
+from __future__ import annotations
+
+import sys
+import zlib
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import baseline
+import numpy as np
+import pneumonia
+import tyro
+
+from cnnjax import devices, shifted
+from cnnjax.cli import guarded
+from cnnjax.config import Config
+from cnnjax.errors import InputError
+from cnnjax.loop import fit
+from cnnjax.workdir import write_json
+
+Validation = Literal["patients", "blocks"]
+RECIPE, POST = "recipe", "post"
+
+
+def variants(recipe: Config) -> dict[str, Config]:
+    """Returns the recipe, the recipe without each ingredient, and the post's recipe."""
+
+    def without(**changes: Any) -> Config:
+        return replace(recipe, augment=replace(recipe.augment, **changes))
+
+    return {
+        RECIPE: recipe,
+        "no-crops": without(crop=1.0),
+        "no-tone": without(gamma=0.0, contrast=0.0, brightness=0.0),
+        "no-sharpness-noise": without(sharpness=0.0, noise=0.0),
+        "no-erasing": without(erase=0.0),
+        "no-flips": without(flip=False),
+        "no-standardizing": replace(recipe, model=replace(recipe.model, standardize=False)),
+        "no-moving-average": replace(recipe, train=replace(recipe.train, ema=0.0)),
+        "no-class-weights": replace(recipe, train=replace(recipe.train, class_weights=False)),
+        "no-smoothing": replace(recipe, train=replace(recipe.train, label_smoothing=0.0)),
+        POST: replace(baseline.CONFIG, data=replace(recipe.data, size=baseline.CONFIG.data.size)),
+    }
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which part of the table."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: replace(pneumonia.CONFIG, workdir=Path("runs/ablation"))
+    )
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the split, the weights and the order of images."""
+    validations: tuple[Validation, ...] = ("patients", "blocks")
+    """What is held out; of the blocks, the last for the first seed, the one before for the next."""
+    only: tuple[str, ...] = ()
+    """Names of variants; all by default."""
+    json: Path | None = None
+    """Write the rows to this file."""
+    plot: Path | None = None
+    """Draw them to this SVG."""
+
+    def __post_init__(self) -> None:
+        unknown = set(self.only) - set(variants(self.config))
+        if unknown:
+            names = ", ".join(variants(self.config))
+            raise InputError(f"--only {min(unknown)}: the variants are {names}")
+        if not self.seeds:
+            raise InputError("--seeds needs at least one number")
+
+
+def ablate(options: Options) -> list[dict[str, Any]]:
+    """Trains and judges every variant; returns a row for each training."""
+    rows = []
+    for validation in options.validations:
+        for seed_number, seed in enumerate(options.seeds):
+            for name, variant in variants(options.config).items():
+                if options.only and name not in options.only:
+                    continue
+                folds = variant.data.folds
+                fold = (folds - 1 - seed_number) % folds if validation == "blocks" else 0
+                run = replace(
+                    variant,
+                    workdir=options.config.workdir / name / f"{validation}-{seed}",
+                    seed=seed,
+                    data=replace(variant.data, validation=validation, fold=fold),
+                )
+                fit(run)
+                found = judge(run)
+                rows.append({"variant": name, "validation": validation, "seed": seed} | found)
+                print(f"{name}, {validation}, seed {seed}: {shown(found)}")
+    return rows
+
+
+def judge(run: Config) -> dict[str, Any]:
+    """Judges a finished run, each half of its held-out patients at the point of the other."""
+    held_out = shifted.held_out_logits(run.workdir, devices.make_mesh(run.device))
+    halves = np.array([zlib.crc32(patient.encode()) % 2 for patient in held_out.patients])
+    found = shifted.judge(held_out, halves, run.operating)
+    return {
+        "epochs": run.train.epochs,
+        "plain": found["sets"][shifted.PLAIN],
+        "mean": found["mean"],
+        "worst": found["worst"],
+    }
+
+
+def shown(found: dict[str, Any]) -> str:
+    """Returns the AUCs of a row as a phrase."""
+    plain, mean, worst = (found[kind]["auc"] for kind in ("plain", "mean", "worst"))
+    return f"AUC {plain:.4f} as they are, {mean:.4f} re-rendered, {worst:.4f} at worst"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Returns the means over seeds as a Markdown table, with the range of the re-rendered AUC."""
+    lines = [
+        "| variant | held out | seeds | AUC as they are | AUC re-rendered | range | AUC at worst"
+        " | sensitivity | specificity |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        for validation in dict.fromkeys(row["validation"] for row in rows):
+            mine = [r for r in rows if (r["variant"], r["validation"]) == (name, validation)]
+            if not mine:
+                continue
+
+            def mean(kind: str, metric: str, mine: list[dict[str, Any]] = mine) -> str:
+                return f"{np.mean([row[kind][metric] for row in mine]):.4f}"
+
+            areas = [row["mean"]["auc"] for row in mine]
+            cells = [name, validation, str(len(mine)), mean("plain", "auc"), mean("mean", "auc")]
+            cells += [f"{min(areas):.4f} to {max(areas):.4f}", mean("worst", "auc")]
+            cells += [mean("mean", "sensitivity"), mean("mean", "specificity")]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draws 1 - AUC on the re-renderings: a bar for the mean over seeds, a dot for each."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams["svg.hashsalt"] = "cnnjax"
+    from matplotlib import pyplot as plt
+
+    names = list(dict.fromkeys(row["variant"] for row in rows))
+    validations = list(dict.fromkeys(row["validation"] for row in rows))
+    figure, axes = plt.subplots(figsize=(7, 0.5 + 0.45 * len(names)), layout="constrained")
+    height = 0.8 / len(validations)
+    for k, (validation, color) in enumerate(zip(validations, ("#0072b2", "#e69f00"), strict=False)):
+        for i, name in enumerate(names):
+            errors = [
+                1 - row["mean"]["auc"]
+                for row in rows
+                if (row["variant"], row["validation"]) == (name, validation)
+            ]
+            if errors:
+                at = i + (k - (len(validations) - 1) / 2) * height
+                label = f"held out: {validation}" if not i else None
+                axes.barh(at, np.mean(errors), height * 0.9, color=color, label=label)
+                axes.plot(errors, [at] * len(errors), "o", color="black", ms=3)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlabel("1 - AUC, mean over re-renderings (smaller is better; dots are seeds)")
+    axes.legend()
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+def main() -> int:
+    """Reads the flags and runs; returns the exit status."""
+    options = tyro.cli(Options, description=__doc__)
+    rows = ablate(options)
+    print(f"\n{table(rows)}")
+    if options.json is not None:
+        write_json(options.json, {"rows": rows})
+    if options.plot is not None:
+        draw(rows, options.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

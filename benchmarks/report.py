@@ -30,7 +30,7 @@ from cnnjax.errors import InputError
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 
-Section = Literal["step_time", "peers", "input", "end_to_end", "scaling"]
+Section = Literal["step_time", "peers", "input", "end_to_end", "scaling", "precision"]
 Cell = str | float | int | None
 
 
@@ -266,6 +266,23 @@ def _scaling(document: dict[str, Any], plots: Path) -> str:
     return text + _plot(plots, "scaling", "Throughput against devices", draw)
 
 
+def _precision(document: dict[str, Any], plots: Path) -> str:
+    first = document["rows"][0]
+    rows = [
+        [
+            *(line["precision"], line["seeds"]),
+            *(f"{line[m]:.4f} ({line[f'{m} range']})" for m in ("auc", "accuracy")),
+            line["seconds"],
+        ]
+        for line in document["summary"]
+    ]
+    columns = ["precision", "seeds", "AUC (range over seeds)", "accuracy at 0.5", "seconds"]
+    return (
+        f"### {_NAMES['precision']}\n\n`{first['recipe']}` on `{first['data']}`, fold 0 held out,"
+        f" last of {first['epochs']} epochs.\n\n{_table(columns, rows)}"
+    )
+
+
 def _plot(plots: Path, name: str, alt: str, draw: Callable[[Any], None]) -> str:
     """Draws into the device's file of that name; returns the line that shows it."""
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -286,6 +303,7 @@ _NAMES = {
     "input": "Reading images: `input.py`",
     "end_to_end": "From start to a trained network: `end_to_end.py`",
     "scaling": "Scaling: `scaling.py`",
+    "precision": "Quality in bfloat16: `precision.py`",
 }
 _SECTIONS: dict[str, Callable[[dict[str, Any], Path], str]] = {
     "peers": _peers,
@@ -293,6 +311,7 @@ _SECTIONS: dict[str, Callable[[dict[str, Any], Path], str]] = {
     "input": _input,
     "end_to_end": _end_to_end,
     "scaling": _scaling,
+    "precision": _precision,
 }
 _HEAD = """\
 <!-- Made by benchmarks/report.py from benchmarks/results/*.json; edit those. -->

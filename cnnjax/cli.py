@@ -103,6 +103,9 @@ class Predict:
     """Also write the predictions to this file, an object a line."""
     csv: Path | None = None
     """Also write the predictions to this file as a table."""
+    heatmap: Path | None = None
+    """Write to this folder a PNG of each image with what speaks for the positive class laid over it
+    (Grad-CAM), each by itself from nothing to most."""
     device: DeviceConfig = field(default_factory=DeviceConfig)
 
     def __call__(self) -> int:
@@ -151,6 +154,14 @@ class Predict:
                 table = csv.DictWriter(f, ["path", "probability", "class", "error"])
                 table.writeheader()
                 table.writerows(results)
+        if self.heatmap is not None and images:
+            whole = [
+                path
+                for path, image in zip(files, read_files, strict=True)
+                if not isinstance(image, str)
+            ]
+            with _writing(self.heatmap, "--heatmap"):
+                _write_heatmaps(self.heatmap, whole, predictor.heat(np.stack(images)))
         return 2 if len(images) < len(files) else 0
 
 
@@ -280,6 +291,26 @@ def _check_probabilities(threshold: float | None, prevalence: float | None) -> N
         raise InputError(f"--threshold must be between 0 and 1, got {threshold}")
     if prevalence is not None and not 0 < prevalence < 1:
         raise InputError(f"--prevalence must be between 0 and 1, got {prevalence}")
+
+
+_SHOWN = 512  # pixels: side of the pictures of heat
+
+
+def _write_heatmaps(folder: Path, files: Sequence[Path], heat: np.ndarray) -> None:
+    """Writes a PNG for each file, brightest where the image has most evidence."""
+    from PIL import Image
+
+    from cnnjax.data.decode import decode
+    from cnnjax.explain import normalized, overlay
+
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [path.stem for path in files]
+    pairs = zip(files, normalized(heat), strict=True)
+    for i, (path, one) in enumerate(tqdm(pairs, "heat maps", len(files), disable=None)):
+        twice = names.count(path.stem) > 1
+        large = Image.fromarray(one).resize((_SHOWN, _SHOWN), Image.Resampling.BICUBIC)
+        shown = overlay(decode(path.read_bytes(), _SHOWN), np.clip(np.asarray(large), 0, 1))
+        Image.fromarray(shown).save(folder / f"{path.stem}{f'-{i}' if twice else ''}.png")
 
 
 def _image_files(paths: Sequence[Path]) -> list[Path]:

@@ -2,7 +2,8 @@
 
 Every network is called as `model.apply(variables, images, train=..., mask=...)` with float images
 [batch, height, width, 1] in [0, 1], and returns logits [batch]. `mask` [batch] is false on rows
-that fill up a batch and must not count in batch statistics.
+that fill up a batch and must not count in batch statistics. `nudge` is for `cnnjax.explain`: it is
+added to the last feature maps.
 """
 
 from __future__ import annotations
@@ -118,13 +119,19 @@ class BaselineCNN(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: jax.Array, *, train: bool = False, mask: jax.Array | None = None
+        self,
+        images: jax.Array,
+        *,
+        train: bool = False,
+        mask: jax.Array | None = None,
+        nudge: jax.Array | None = None,
     ) -> jax.Array:
         """Returns logits [batch] of images [batch, height, width, 1]; see the module."""
         glorot = nn.initializers.glorot_uniform()
         images = standardized(images) if self.standardize else images
         x = ConvPool(32, repeat=self.channels, dtype=self.dtype, name="conv1")(images)
         x = ConvPool(32, dtype=self.dtype, name="conv2")(x)
+        x = _exposed(self, x, nudge)
         x = x.reshape(x.shape[0], -1)
         x = nn.relu(nn.Dense(128, kernel_init=glorot, dtype=self.dtype, name="dense1")(x))
         x = nn.Dense(1, kernel_init=glorot, dtype=self.dtype, name="dense2")(x)
@@ -173,7 +180,12 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: jax.Array, *, train: bool = False, mask: jax.Array | None = None
+        self,
+        images: jax.Array,
+        *,
+        train: bool = False,
+        mask: jax.Array | None = None,
+        nudge: jax.Array | None = None,
     ) -> jax.Array:
         """Returns logits [batch] of images [batch, height, width, 1]; see the module."""
         images = standardized(images) if self.standardize else images
@@ -194,8 +206,17 @@ class ResNet(nn.Module):
                     dtype=self.dtype,
                     name=f"stage{stage + 1}_block{block + 1}",
                 )(x, train=train, mask=mask)
+        x = _exposed(self, x, nudge)
         x = x.mean((1, 2), dtype=jnp.float32)
         return nn.Dense(1, dtype=jnp.float32, name="head")(x)[:, 0]
+
+
+def _exposed(network: nn.Module, maps: jax.Array, nudge: jax.Array | None) -> jax.Array:
+    """Lets `cnnjax.explain` see the last feature maps, and take gradients by them."""
+    maps = maps if nudge is None else maps + nudge
+    if not network.is_initializing():  # they are no variables of the network
+        network.sow("intermediates", "features", maps)
+    return maps
 
 
 def _merge_equal(kernel: jax.Array, channels: int) -> jax.Array:

@@ -15,9 +15,18 @@ from cnnjax import release
 from cnnjax.checkpoint import Checkpoints, Kind, template_of
 from cnnjax.data.batches import Feeder, Resident, in_batches, load
 from cnnjax.devices import divided, replicated
+from cnnjax.explain import make_grad_cam
 from cnnjax.models import make_model
 from cnnjax.operating import OperatingPoint
-from cnnjax.steps import Batch, EvalStep, TrainState, init_state, make_eval_step, make_optimizer
+from cnnjax.steps import (
+    Batch,
+    EvalStep,
+    TrainState,
+    init_state,
+    make_eval_step,
+    make_optimizer,
+    variables_of,
+)
 from cnnjax.workdir import Workdir
 
 BATCH = 64  # images per step; more only fall out of a CPU core's cache
@@ -71,6 +80,7 @@ class Predictor:
         self.members = tuple(members)
         self._mesh = mesh
         self._logits = make_logits(make_eval_step(model), mesh)
+        self._grad_cam = make_grad_cam(model)
 
     @classmethod
     def open(cls, folder: Path | None, mesh: Mesh, kind: Kind = "best") -> Predictor:
@@ -155,3 +165,16 @@ class Predictor:
         feeder = Feeder(images, np.zeros(len(images), np.int32), self._mesh, _RESIDENT_MIB)
         rows = np.arange(len(images))
         return np.stack([self._logits(state, feeder, rows) for state in self.members])
+
+    def heat(self, images: np.ndarray) -> np.ndarray:
+        """Returns float32 [n, size, size]: Grad-CAM of uint8 images of that shape.
+
+        It is evidence for the positive class, in logits, averaged over the networks; see
+        `cnnjax.explain`.
+        """
+        chunks = []
+        for rows in in_batches(np.arange(len(images), dtype=np.int32), min(BATCH, len(images))):
+            batch = images[np.maximum(rows, 0)]
+            maps = [self._grad_cam(variables_of(s), batch) for s in self.members]
+            chunks.append(np.mean(jax.device_get(maps), axis=0)[rows >= 0])
+        return np.concatenate(chunks)

@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,16 +125,3 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + name] = value
     return flat
-
-
-def variables_of(states: Sequence[Any]) -> tuple[PyTree, ...]:
-    """Returns the variables that each of some states is evaluated with, as NumPy arrays."""
-    import jax
-
-    chosen = []
-    for state in states:
-        variables = {"params": state.params if state.ema is None else state.ema}
-        if state.batch_stats:
-            variables["batch_stats"] = state.batch_stats
-        chosen.append(jax.tree.map(np.asarray, variables))
-    return tuple(chosen)

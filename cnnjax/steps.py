@@ -184,12 +184,17 @@ def make_eval_step(model: Any) -> EvalStep:
     """
 
     def eval_step(state: TrainState, batch: Batch) -> jax.Array:
-        params = state.params if state.ema is None else state.ema
-        variables = {"params": params, "batch_stats": state.batch_stats}
-        logits: jax.Array = model.apply(variables, to_float(batch.images), train=False)
+        images = to_float(batch.images)
+        logits: jax.Array = model.apply(variables_of(state), images, train=False)
         return logits
 
     return jax.jit(eval_step)
+
+
+def variables_of(state: TrainState) -> PyTree:
+    """Returns the Flax variables that a state is evaluated with."""
+    params = state.params if state.ema is None else state.ema
+    return {"params": params, "batch_stats": state.batch_stats}
 
 
 def to_float(images: jax.Array) -> jax.Array:

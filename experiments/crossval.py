@@ -28,6 +28,7 @@ from cnnjax.config import Config
 from cnnjax.loop import fit_all
 from cnnjax.metrics import auc
 from cnnjax.predict import Predictor
+from cnnjax.steps import variables_of
 from cnnjax.workdir import Workdir, write_json
 
 
@@ -103,7 +104,7 @@ def write_release(
             config.data.size,
             Workdir(runs[0]).read_classes(),
             shifted.fit_point(pooled.sets, pooled.labels, config.operating),
-            release.variables_of(members),
+            tuple(variables_of(member) for member in members),
             {
                 "figures": document,
                 "folds": {

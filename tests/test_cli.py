@@ -103,6 +103,23 @@ def test_predict_agrees_with_evaluate(run: Path, tree: Path, tmp_path: Path) -> 
     assert right / len(rows) == json.loads((tmp_path / "e.json").read_text())["accuracy"]["value"]
 
 
+def test_predict_draws_heat_maps_of_what_it_can_read(run: Path, tree: Path, tmp_path: Path) -> None:
+    one = sorted((tree / "test" / "PNEUMONIA").iterdir())[0]
+    other = tmp_path / "elsewhere" / one.name  # of the same name
+    other.parent.mkdir()
+    shutil.copy(sorted((tree / "test" / "NORMAL").iterdir())[0], other)
+    (tmp_path / "bad.jpeg").write_bytes(b"nothing")
+    heat = tmp_path / "heat"
+    status = cnnjax("predict", "--run", run, one, other, tmp_path / "bad.jpeg", "--heatmap", heat)
+    assert status == 2
+    pictures = sorted(heat.iterdir())
+    assert [picture.name for picture in pictures] == [f"{one.stem}-0.png", f"{one.stem}-1.png"]
+    with Image.open(pictures[0]) as picture:
+        assert picture.size == (512, 512)
+        pixels = np.asarray(picture)
+        assert np.ptp(pixels.astype(int), axis=2).max() > 50  # colour where there is heat
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,0 +1,141 @@
+"""Where in an image a network sees what it decides by: Grad-CAM, and occlusion to check it by.
+
+Both are pure functions of variables and images, jitted and batched. A heat map says what moved the
+network, not what is wrong with a lung.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cnnjax.steps import PyTree, to_float
+
+Explain = Callable[[PyTree, jax.Array], jax.Array]
+
+
+def make_grad_cam(model: Any) -> Explain:
+    """Returns the jitted (variables, images) -> heat of Grad-CAM (Selvaraju et al., ICCV 2017).
+
+    The last feature maps are summed, each weighted by the mean over its places of the logit's
+    gradient there; what is negative becomes zero. For a network that ends in a global average and
+    one dense layer that is the class activation map of Zhou et al., CVPR 2016, up to a factor.
+
+    Args:
+        model: a network of `cnnjax.models`.
+
+    Returns:
+        A function of the Flax variables and uint8 [batch, height, width]. It gives float32 of the
+        same shape, bilinearly enlarged from the maps' size: evidence for the positive class, in
+        logits, so that the images of a batch can be compared; see `normalized`.
+    """
+
+    def grad_cam(variables: PyTree, images: jax.Array) -> jax.Array:
+        pixels = to_float(images)
+        shape = jax.eval_shape(lambda v, x: features_of(model, v, x)[1], variables, pixels)
+
+        def logit(nudge: jax.Array) -> tuple[jax.Array, jax.Array]:
+            logits, maps = features_of(model, variables, pixels, nudge)
+            return logits.sum(), maps
+
+        nothing = jnp.zeros(shape.shape, shape.dtype)
+        gradient, maps = jax.grad(logit, has_aux=True)(nothing)
+        weights = gradient.astype(jnp.float32).mean((1, 2), keepdims=True)
+        heat = jnp.maximum((weights * maps.astype(jnp.float32)).sum(3), 0)
+        return jax.image.resize(heat, images.shape, "bilinear")
+
+    return jax.jit(grad_cam)
+
+
+def features_of(
+    model: Any, variables: PyTree, images: jax.Array, nudge: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Returns logits [batch] and the last feature maps [batch, height', width', channels].
+
+    Args:
+        model: a network of `cnnjax.models`.
+        variables: its variables.
+        images: float32 [batch, height, width, 1] in [0, 1].
+        nudge: added to the maps; the logits' gradient by it is that by the maps.
+    """
+    logits, kept = model.apply(
+        variables, images, train=False, nudge=nudge, mutable=["intermediates"]
+    )
+    (maps,) = kept["intermediates"]["features"]
+    return logits, maps
+
+
+def make_occlusion(model: Any, *, patch: float = 0.2, steps: int = 12) -> Explain:
+    """Returns the jitted (variables, images) -> heat of occlusion (Zeiler and Fergus, ECCV 2014).
+
+    A square with the image's mean gray level is put in each place of a grid, and the logit asked
+    for again: it takes steps * steps passes and no gradient, and so checks Grad-CAM.
+
+    Args:
+        model: a network of `cnnjax.models`.
+        patch: side of the square, as a part of the image's.
+        steps: places of the square along each direction.
+
+    Returns:
+        A function as that of `make_grad_cam`. The heat of a pixel is by how much the squares that
+        cover it lower the logit, on average; negative where they raise it.
+    """
+
+    def occlusion(variables: PyTree, images: jax.Array) -> jax.Array:
+        pixels = to_float(images)
+        batch, height, width, _ = pixels.shape
+        gray = pixels.mean((1, 2, 3), keepdims=True)
+        whole = model.apply(variables, pixels, train=False)
+        sides = max(1, round(patch * height)), max(1, round(patch * width))
+
+        def cover(heat: tuple[jax.Array, jax.Array], place: jax.Array) -> tuple[Any, None]:
+            total, times = heat
+            row = (jnp.arange(height) >= place[0]) & (jnp.arange(height) < place[0] + sides[0])
+            column = (jnp.arange(width) >= place[1]) & (jnp.arange(width) < place[1] + sides[1])
+            covered = row[:, None] & column[None, :]
+            logits = model.apply(
+                variables, jnp.where(covered[None, :, :, None], gray, pixels), train=False
+            )
+            total = total + jnp.where(covered, (whole - logits)[:, None, None], 0)
+            return (total, times + covered.astype(times.dtype)), None
+
+        rows = jnp.linspace(0, height - sides[0], steps).round().astype(jnp.int32)
+        columns = jnp.linspace(0, width - sides[1], steps).round().astype(jnp.int32)
+        places = jnp.stack(jnp.meshgrid(rows, columns, indexing="ij"), -1).reshape(-1, 2)
+        start = jnp.zeros((batch, height, width)), jnp.zeros((height, width))
+        (total, times), _ = jax.lax.scan(cover, start, places)
+        return total / jnp.maximum(times, 1)
+
+    return jax.jit(occlusion)
+
+
+def normalized(heat: np.ndarray) -> np.ndarray:
+    """Brings each map of float [batch, height, width] to a maximum of 1; what is negative to 0."""
+    heat = np.maximum(heat, 0)
+    highest = heat.max((1, 2), keepdims=True)
+    return np.divide(heat, highest, out=np.zeros_like(heat), where=highest > 0)
+
+
+def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    """Lays a heat map over an image.
+
+    The hottest places are yellow and the warm ones purple (matplotlib's plasma, whose lightness
+    alone tells the order); where there is no heat, the image is as it was.
+
+    Args:
+        image: uint8 [height, width].
+        heat: float [height, width] in [0, 1].
+
+    Returns:
+        uint8 [height, width, 3].
+    """
+    from matplotlib import colormaps
+
+    color = colormaps["plasma"](heat)[..., :3]
+    share = 0.6 * np.clip(heat, 0, 1)[..., None] ** 0.7
+    gray = image[..., None] / 255
+    return np.rint(255 * (gray * (1 - share) + color * share)).astype(np.uint8)

@@ -1,0 +1,213 @@
+"""What gives the class away without a lung: file, frame and tone of the images.
+
+    python experiments/shortcuts.py --data DIR --full-resolution DIR --workdir RUN --json FILE
+
+First the AUC of single numbers: size, shape and colour of a file, mean and spread of its gray
+levels. Then what a network learns from a view that shows no diagnosis: the border of the image with
+its middle blank, and the image so blurred that only light and shadow are left. It is the post's
+recipe on a patient-grouped fold, as in `baseline.py`, for `--epochs`.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import baseline
+import numpy as np
+import tyro
+from PIL import Image, ImageFilter
+from tqdm import tqdm
+
+from cnnjax.cli import guarded
+from cnnjax.data.decode import decode
+from cnnjax.data.index import Index, read_index
+from cnnjax.errors import InputError
+from cnnjax.loop import fit
+from cnnjax.metrics import evaluate
+from cnnjax.workdir import write_json
+
+SIZE = baseline.CONFIG.data.size  # pixels
+BORDER = 0.15  # of the side, at each edge
+BLUR = 0.1  # standard deviation, of the side
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which data, and how long the networks are trained."""
+
+    data: Path
+    """A tree of images."""
+    full_resolution: Path | None = None
+    """A tree of images as published; their numbers are given too."""
+    workdir: Path = Path("runs/shortcuts")
+    """Folder of the trees of views, and of the runs."""
+    epochs: int = 8
+    """Epochs of each network."""
+    json: Path | None = None
+    """Write the rows to this file."""
+    plot: Path | None = None
+    """Draw them to this SVG."""
+
+
+def numbers(index: Index) -> dict[str, np.ndarray]:
+    """Returns float64 [n] by name: what is known of each image of train without looking at it."""
+    rows = []
+    for example in tqdm(index.split("train"), "reading", unit="image", disable=None):
+        encoded = index.source.read(example.name)
+        if isinstance(encoded, np.ndarray):
+            raise InputError(f"{index.root} holds arrays; shortcuts.py needs image files")
+        with Image.open(io.BytesIO(encoded)) as image:
+            width, height = image.size
+            gray = np.asarray(image.convert("L"), np.float64)
+            rows.append(
+                {
+                    "width": width,
+                    "height": height,
+                    "aspect ratio": width / height,
+                    "colour mode": image.mode == "RGB",
+                    "file size": len(encoded),
+                    "bytes per pixel": len(encoded) / (width * height),
+                    "mean gray level": gray.mean(),
+                    "spread of gray levels": gray.std(),
+                }
+            )
+    return {name: np.array([row[name] for row in rows], np.float64) for name in rows[0]}
+
+
+def single_numbers(tree: str, root: Path) -> list[dict[str, Any]]:
+    """Returns the AUC of each number, turned so that it is at least one half."""
+    index = read_index(root)
+    examples = index.split("train")
+    labels = np.array([e.label for e in examples])
+    patients = [e.patient for e in examples]
+    found = []
+    for name, values in numbers(index).items():
+        spread = values.std() or 1.0
+        area = evaluate((values - values.mean()) / spread, labels, patients).auc
+        assert area.value is not None
+        assert area.ci95 is not None
+        turned = area.value < 0.5
+        low, high = sorted(1 - end if turned else end for end in area.ci95)
+        found.append(
+            {
+                "what": name,
+                "images": tree,
+                "n": len(labels),
+                "auc": 1 - area.value if turned else area.value,
+                "ci95": [low, high],
+                "higher in": index.classes[0 if turned else 1],
+            }
+        )
+    return found
+
+
+def border(image: Image.Image) -> Image.Image:
+    """Blanks all but the border."""
+    edge = round(BORDER * image.width)
+    image = image.copy()
+    image.paste(128, (edge, edge, image.width - edge, image.height - edge))
+    return image
+
+
+def blurred(image: Image.Image) -> Image.Image:
+    """Leaves light and shadow."""
+    return image.filter(ImageFilter.GaussianBlur(BLUR * image.width))
+
+
+VIEWS: dict[str, Callable[[Image.Image], Image.Image] | None] = {
+    "whole image": None,
+    "border": border,
+    "blurred": blurred,
+}
+
+
+def view(index: Index, change: Callable[[Image.Image], Image.Image], target: Path) -> None:
+    """Writes a tree of the images under another root, each changed."""
+    if target.exists():
+        return
+    partial = target.with_name(f"{target.name}.partial")
+    for example in tqdm(index.split("train", "val"), target.name, unit="image", disable=None):
+        image = Image.fromarray(decode(index.source.read(example.name), SIZE))
+        to = (partial / example.name).with_suffix(".png")
+        to.parent.mkdir(parents=True, exist_ok=True)
+        change(image).save(to)
+    partial.rename(target)
+
+
+def networks(options: Options) -> list[dict[str, Any]]:
+    """Trains on each view; returns the AUC of the last epoch on the held-out fold."""
+    found = []
+    index = read_index(options.data)
+    for name, change in VIEWS.items():
+        root = options.data
+        if change is not None:
+            root = options.workdir / f"view {name}"
+            view(index, change, root)
+        config = baseline.CONFIG
+        result = fit(
+            replace(
+                config,
+                workdir=options.workdir / f"run {name}",
+                data=replace(config.data, root=str(root)),
+                train=replace(config.train, epochs=options.epochs),
+            )
+        )
+        auc = result.last.auc
+        row = {"what": f"network, {name}", "images": "held-out fold 0", "n": result.last.n}
+        found.append(row | {"auc": auc.value, "ci95": list(auc.ci95 or ())})
+    return found
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draws the AUCs with their intervals."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams["svg.hashsalt"] = "cnnjax"
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 0.6 + 0.28 * len(rows)), layout="constrained")
+    colors = dict(zip(dict.fromkeys(row["images"] for row in rows), COLORS, strict=False))
+    for i, row in enumerate(rows):
+        low, high = row["ci95"]
+        label = row["images"] if row["images"] not in [r["images"] for r in rows[:i]] else None
+        axes.barh(i, row["auc"] - 0.5, left=0.5, color=colors[row["images"]], label=label)
+        axes.plot([low, high], [i, i], color="black")
+    axes.set_yticks(range(len(rows)), [row["what"] for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlim(0.5, 1)
+    axes.set_xlabel("AUC (0.5: tells nothing), with 95 % interval")
+    axes.legend(loc="lower right")
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+
+
+COLORS = ("#0072b2", "#e69f00", "#009e73")
+
+
+def main() -> int:
+    """Reads the flags and runs; returns the exit status."""
+    options = tyro.cli(Options, description=__doc__)
+    rows = []
+    if options.full_resolution is not None:
+        rows += single_numbers("as published", options.full_resolution)
+    small = single_numbers("as given", options.data)
+    rows += [row for row in small if row["ci95"][1] > 0.5]  # not where all images have the same
+    rows += networks(options)
+    for row in rows:
+        low, high = row["ci95"]
+        print(f"{row['what']:<24} {row['images']:<16} {row['auc']:.3f}  [{low:.3f}, {high:.3f}]")
+    if options.json is not None:
+        write_json(options.json, {"rows": rows})
+    if options.plot is not None:
+        draw(rows, options.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

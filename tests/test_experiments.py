@@ -1,0 +1,82 @@
+"""The studies run on a small tree, and their tables say what their runs found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cnnjax.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainConfig
+from cnnjax.errors import InputError
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+
+
+@pytest.fixture
+def _scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(EXPERIMENTS)
+
+
+@pytest.mark.usefixtures("_scripts")
+def test_ablation_takes_one_ingredient_away_at_a_time() -> None:
+    import ablation
+    import pneumonia
+
+    for name, variant in ablation.variants(pneumonia.CONFIG).items():
+        if name not in (ablation.RECIPE, ablation.POST):
+            assert variant != pneumonia.CONFIG, f"{name}: the recipe has no such ingredient"
+    with pytest.raises(InputError, match="--only nothing: the variants are recipe, no-crops"):
+        ablation.Options(only=("nothing",))
+
+
+@pytest.mark.usefixtures("_scripts")
+def test_ablation_makes_a_table_and_goes_on_where_it_was(tree: Path, tmp_path: Path) -> None:
+    import ablation
+
+    config = Config(
+        workdir=tmp_path / "runs",
+        data=DataConfig(root=str(tree), size=20, folds=3, cache=tmp_path / "cache"),
+        model=ModelConfig("resnet", width=4, stages=1),
+        augment=AugmentConfig(0, 0, True),
+        train=TrainConfig(epochs=2, batch=16),
+    )
+    options = ablation.Options(config, seeds=(0,), only=("recipe", "no-flips"))
+    rows = ablation.ablate(options)
+    assert [(row["variant"], row["validation"]) for row in rows] == [
+        ("recipe", "patients"),
+        ("no-flips", "patients"),
+        ("recipe", "blocks"),
+        ("no-flips", "blocks"),
+    ]
+    assert rows[0]["worst"]["auc"] <= rows[0]["mean"]["auc"]
+    configs = {
+        (path.parent.parent.name, path.parent.name): json.loads(path.read_text())
+        for path in (tmp_path / "runs").glob("*/*/config.json")
+    }
+    assert configs["no-flips", "blocks-0"]["augment"]["flip"] is False
+    assert configs["recipe", "blocks-0"]["data"]["fold"] == 2
+    written = {path: path.read_bytes() for path in (tmp_path / "runs").rglob("throughput.jsonl")}
+    assert ablation.ablate(options) == rows
+    assert written == {path: path.read_bytes() for path in written}  # nothing was trained again
+    lines = ablation.table(rows).splitlines()
+    assert len(lines) == 2 + 4
+    assert f"{rows[0]['mean']['auc']:.4f}" in lines[2]
+    ablation.draw(rows, tmp_path / "plot.svg")
+    assert (tmp_path / "plot.svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_scripts")
+def test_shortcuts_finds_the_file_that_gives_the_class_away(tree: Path, tmp_path: Path) -> None:
+    import shortcuts
+
+    found = {row["what"]: row for row in shortcuts.single_numbers("as given", tree)}
+    assert found["width"]["auc"] == 0.5  # all have the same
+    assert 0.5 <= found["mean gray level"]["auc"] <= 1
+    assert found["mean gray level"]["ci95"][0] <= found["mean gray level"]["auc"]
+    options = shortcuts.Options(tree, workdir=tmp_path, epochs=2)
+    rows = shortcuts.networks(options)
+    assert [row["what"] for row in rows] == [f"network, {name}" for name in shortcuts.VIEWS]
+    shortcuts.draw(rows, tmp_path / "plot.svg")
+    assert (tmp_path / "plot.svg").read_text().startswith("<?xml")

@@ -1,0 +1,97 @@
+"""Heat maps show what the network goes by, and change when the network does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cnnjax import explain
+from cnnjax.models import BaselineCNN, ResNet
+from cnnjax.steps import to_float
+
+NETWORKS = {"baseline": BaselineCNN(), "resnet": ResNet(width=4, stages=2)}
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (3, 32, 32), dtype=np.uint8)
+
+
+def variables_of(model: Any, seed: int = 0) -> Any:
+    variables = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 32, 32, 1)))
+    # Zero scales would hide the blocks.
+    return jax.tree.map(lambda x: x + 0.1, variables)
+
+
+def test_grad_cam_of_a_pooled_network_is_its_class_activation_map(images: np.ndarray) -> None:
+    """With a global average before one dense layer: maps times the layer's weights."""
+    model = NETWORKS["resnet"]
+    variables = variables_of(model)
+    logits, maps = explain.features_of(model, variables, to_float(jnp.asarray(images)))
+    head = variables["params"]["head"]
+    expected = np.maximum(np.asarray(maps) @ np.asarray(head["kernel"])[:, 0], 0)
+    expected = expected / (maps.shape[1] * maps.shape[2])
+    found = explain.make_grad_cam(model)(variables, images)
+    assert found.shape == images.shape
+    enlarged = jax.image.resize(expected, images.shape, "bilinear")
+    np.testing.assert_allclose(found, enlarged, atol=1e-5)
+    pooled = np.asarray(maps).mean((1, 2)) @ np.asarray(head["kernel"])[:, 0] + head["bias"]
+    np.testing.assert_allclose(logits, pooled, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_grad_cam_by_finite_differences(name: str, images: np.ndarray) -> None:
+    model = NETWORKS[name]
+    variables = variables_of(model)
+    pixels = to_float(jnp.asarray(images))
+    _, maps = explain.features_of(model, variables, pixels)
+    rng = np.random.default_rng(1)
+    direction = jnp.asarray(rng.normal(size=maps.shape[3]).astype(np.float32))
+
+    @jax.jit
+    def logits(size: float) -> jax.Array:
+        nudge = jnp.broadcast_to(size * direction, maps.shape)
+        return explain.features_of(model, variables, pixels, nudge)[0]
+
+    # The slope along one step everywhere is the sum over places and channels of the gradient.
+    slope = (logits(0.01) - logits(-0.01)) / 0.02
+    _, pull = jax.vjp(lambda n: explain.features_of(model, variables, pixels, n)[0], 0 * maps)
+    (gradient,) = pull(jnp.ones(len(images)))
+    expected = (gradient.sum((1, 2)) * direction).sum(1)
+    np.testing.assert_allclose(slope, expected, rtol=0.05, atol=0.02)
+
+
+def test_occlusion_is_the_fall_of_the_logit(images: np.ndarray) -> None:
+    """With a square as large as the image there is one place, and one fall for all pixels."""
+    model = NETWORKS["baseline"]
+    variables = variables_of(model)
+    found = explain.make_occlusion(model, patch=1.0, steps=2)(variables, images)
+    pixels = to_float(jnp.asarray(images))
+    gray = jnp.broadcast_to(pixels.mean((1, 2, 3), keepdims=True), pixels.shape)
+    fall = model.apply(variables, pixels) - model.apply(variables, gray)
+    np.testing.assert_allclose(found, np.broadcast_to(fall[:, None, None], found.shape), rtol=1e-4)
+
+
+@pytest.mark.parametrize("make", [explain.make_grad_cam, explain.make_occlusion])
+def test_other_weights_give_another_map(make: Any, images: np.ndarray) -> None:
+    """The sanity check of Adebayo et al., NeurIPS 2018: a map that stays is no explanation."""
+    model = NETWORKS["resnet"]
+    run = make(model)
+    a, b = (np.asarray(run(variables_of(model, seed), images)) for seed in (0, 1))
+    for one, other in zip(a, b, strict=True):
+        assert abs(np.corrcoef(one.ravel(), other.ravel())[0, 1]) < 0.8
+
+
+def test_normalized_and_overlay() -> None:
+    heat = explain.normalized(np.array([[[-1.0, 2.0], [4.0, 0.0]], [[-1.0, -2.0], [0.0, 0.0]]]))
+    np.testing.assert_array_equal(heat[0], [[0, 0.5], [1, 0]])
+    assert not heat[1].any()
+    image = np.full((2, 2), 100, np.uint8)
+    shown = explain.overlay(image, heat[0])
+    np.testing.assert_array_equal(shown[0, 0], [100, 100, 100])
+    assert shown[1, 0, 0] > shown[1, 0, 2]  # yellow: red above blue
+    assert shown.dtype == np.uint8

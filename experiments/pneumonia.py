@@ -13,13 +13,21 @@ from cnnjax.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainC
 
 CONFIG = Config(
     workdir=Path("runs/pneumonia"),
-    data=DataConfig(size=64),
-    model=ModelConfig("resnet", width=16, depth=1),
+    data=DataConfig(size=96),
+    model=ModelConfig("resnet", width=32, depth=1, stages=3, stem=4, standardize=True),
     augment=AugmentConfig(
-        shear=0, zoom=0.1, rotate=5, shift=0.04, flip=True, contrast=0.2, brightness=0.1
+        shear=0,
+        zoom=0.2,
+        rotate=10,
+        shift=0.05,
+        flip=True,
+        contrast=0.2,
+        brightness=0.1,
+        gamma=0.3,
+        sharpness=0.5,
     ),
     train=TrainConfig(
-        epochs=20,
+        epochs=25,
         batch=32,
         optimizer="adamw",
         learning_rate=3e-3,

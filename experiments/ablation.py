@@ -1,4 +1,4 @@
-"""What each ingredient of the recipe is worth: the recipe, and the recipe without it.
+"""What each ingredient of the recipe is worth: the recipe, and the recipe without or with one.
 
     python experiments/ablation.py --data.root DIR --workdir RUN --json ablation.json
 
@@ -34,22 +34,27 @@ RECIPE, POST = "recipe", "post"
 
 
 def variants(recipe: Config) -> dict[str, Config]:
-    """Returns the recipe, the recipe without each ingredient, and the post's recipe."""
+    """Returns the recipe, the recipe without each ingredient or with one more, and the post's."""
 
-    def without(**changes: Any) -> Config:
+    def augmented(**changes: Any) -> Config:
         return replace(recipe, augment=replace(recipe.augment, **changes))
+
+    def trained(**changes: Any) -> Config:
+        return replace(recipe, train=replace(recipe.train, **changes))
 
     return {
         RECIPE: recipe,
-        "no-crops": without(crop=1.0),
-        "no-tone": without(gamma=0.0, contrast=0.0, brightness=0.0),
-        "no-sharpness-noise": without(sharpness=0.0, noise=0.0),
-        "no-erasing": without(erase=0.0),
-        "no-flips": without(flip=False),
+        "no-tone": augmented(gamma=0.0, contrast=0.0, brightness=0.0),
+        "no-sharpness": augmented(sharpness=0.0),
+        "no-geometry": augmented(zoom=0.0, rotate=0.0, shift=0.0),
+        "no-flips": augmented(flip=False),
         "no-standardizing": replace(recipe, model=replace(recipe.model, standardize=False)),
-        "no-moving-average": replace(recipe, train=replace(recipe.train, ema=0.0)),
-        "no-class-weights": replace(recipe, train=replace(recipe.train, class_weights=False)),
-        "no-smoothing": replace(recipe, train=replace(recipe.train, label_smoothing=0.0)),
+        "no-moving-average": trained(ema=0.0),
+        "no-class-weights": trained(class_weights=False),
+        "no-smoothing": trained(label_smoothing=0.0),
+        "with-crops": augmented(crop=0.5),
+        "with-erasing-and-noise": augmented(erase=0.2, noise=0.05),
+        "with-mixup": trained(mixup=0.2),
         POST: replace(baseline.CONFIG, data=replace(recipe.data, size=baseline.CONFIG.data.size)),
     }
 

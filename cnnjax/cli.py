@@ -1,4 +1,4 @@
-"""The command line: `cnnjax evaluate | predict | phantom | devices`, and the recipes' entry."""
+"""The command line: `cnnjax evaluate | predict | report | ...`, and the recipes' entry."""
 
 from __future__ import annotations
 
@@ -166,6 +166,31 @@ class Predict:
 
 
 @dataclass(frozen=True)
+class Report:
+    """Write the page that tells a run's story, as training does at its end."""
+
+    run: Path
+    """Workdir of the run."""
+    data: str | None = None
+    """Judge it on this data set instead of on its held-out images."""
+    split: Literal["train", "val", "test"] = "test"
+    """Which split of --data."""
+    out: Path | None = None
+    """Where to; report.html in the workdir by default."""
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+
+    def __call__(self) -> int:
+        """Writes the page; returns the exit status."""
+        from cnnjax import devices, report
+
+        mesh = devices.make_mesh(self.device)
+        with _writing(self.out or self.run, "--out"):
+            path = report.write(self.run, mesh, data=self.data, split=self.split, out=self.out)
+        print(path)
+        return 0
+
+
+@dataclass(frozen=True)
 class Phantom:
     """Write a tree of synthetic radiographs."""
 
@@ -223,6 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands: Any = (
         Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Predict, tyro.conf.subcommand("predict")]
+        | Annotated[Report, tyro.conf.subcommand("report")]
         | Annotated[Phantom, tyro.conf.subcommand("phantom")]
         | Annotated[Devices, tyro.conf.subcommand("devices")]
     )
@@ -240,6 +266,7 @@ def train(default: Config, description: str, arguments: Sequence[str] | None = N
 
     def run() -> int:
         config = tyro.cli(Config, default=default, description=description, args=arguments)
+        from cnnjax import devices, report
         from cnnjax.loop import fit
 
         result = fit(config)
@@ -253,8 +280,9 @@ def train(default: Config, description: str, arguments: Sequence[str] | None = N
             f"for comparison: the larger class always, accuracy {rules['majority_accuracy']:.4f};"
             f" mean brightness, AUC {rules['brightness_auc']:.4f}"
         )
+        page = report.write(config.workdir, devices.make_mesh(config.device))
         print(
-            f"\nwritten to {config.workdir}; judge it on a test split with\n"
+            f"\nwritten to {config.workdir}, the story in {page}; judge it on a test split with\n"
             f"  cnnjax evaluate --run {config.workdir} --data {config.data.root} --split test"
         )
         return 0

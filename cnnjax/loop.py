@@ -198,6 +198,10 @@ def _enter(config: Config, mesh: Mesh, stack: contextlib.ExitStack, first: bool)
     workdir.claim_data(data.decoded.fingerprint, data.classes)
     write_split(workdir.split, data.decoded.examples, data.held_out)
     write_quarantine(workdir.quarantine, data.decoded.quarantine)
+    versions = {
+        name: version(name) for name in ("cnnjax", "jax", "jaxlib", "flax", "optax", "numpy")
+    }
+    append_line(workdir.sessions, {"devices": devices.describe(mesh), "versions": versions})
     member = Member(config, data, workdir)
     stack.callback(member.checkpoints.close)
     return member

@@ -24,6 +24,7 @@ class Workdir:
         data: `data.json`, the fingerprint of the images it was trained on, and the class names.
         split: `split.csv`, each image's patient, label and role.
         quarantine: `quarantine.csv`, files that could not be decoded.
+        sessions: `sessions.jsonl`, versions and devices of each start.
         metrics: `metrics.jsonl`, an object for each epoch.
         throughput: `throughput.jsonl`, wall time for each epoch; the only file with times in it.
         checkpoints: `checkpoints/latest` and `checkpoints/best`.
@@ -38,6 +39,7 @@ class Workdir:
         self.data = root / "data.json"
         self.split = root / "split.csv"
         self.quarantine = root / "quarantine.csv"
+        self.sessions = root / "sessions.jsonl"
         self.metrics = root / "metrics.jsonl"
         self.throughput = root / "throughput.jsonl"
         self.checkpoints = root / "checkpoints"

@@ -1,0 +1,219 @@
+"""The figures of a report, as SVG that takes the page's ink and font.
+
+Lines differ in dash and marker as well as in colour (Okabe and Ito's, which nobody confuses).
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+
+from cnnjax.metrics import Evaluation
+from cnnjax.operating import reliability
+
+BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"
+_INK = "#010203"  # becomes the page's colour of text
+_INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+_STYLE = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    **dict.fromkeys((*_INKED, "legend.labelcolor", "grid.color"), _INK),
+}
+
+
+def svg(name: str, draw: Callable[[Any], None], size: tuple[float, float] = (5.2, 3.6)) -> str:
+    """Returns an SVG element; `draw` is given the axes.
+
+    Args:
+        name: of the figure, on which the identifiers inside it depend.
+        draw: what draws.
+        size: width and height, in inches of 72 pixels.
+    """
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots()
+        draw(axes)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    text = file.getvalue()
+    # Only the element: the page has a head of its own, and says in words what the figure shows.
+    text = text[text.index("<svg") :].replace(_INK, "currentColor")
+    return text.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)
+
+
+def curves(history: Sequence[dict[str, Any]], best: int) -> str:
+    """Draws the loss of training and validation, epoch by epoch."""
+    epochs = [line["epoch"] for line in history]
+
+    def draw(axes: Any) -> None:
+        for part, color, mark in (("train", BLUE, "o-"), ("validation", ORANGE, "s--")):
+            axes.plot(
+                epochs, [h[part]["loss"] for h in history], mark, color=color, label=part, ms=3
+            )
+        axes.axvline(best, color=GREEN, ls=":", label="best epoch")
+        axes.set(xlabel="epoch", ylabel="loss, nats", ylim=(0, None))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+
+    return svg("curves", draw)
+
+
+def quality(history: Sequence[dict[str, Any]], best: int) -> str:
+    """Draws AUC, sensitivity and specificity at probability 0.5 on the held-out images."""
+    epochs = [line["epoch"] for line in history]
+
+    def draw(axes: Any) -> None:
+        marks = (("auc", BLUE, "o-"), ("sensitivity", ORANGE, "s--"), ("specificity", GREEN, "^-."))
+        for metric, color, mark in marks:
+            values = [line["validation"][metric] for line in history]
+            axes.plot(epochs, values, mark, color=color, label=metric, ms=3)
+        axes.axvline(best, color="0.5", ls=":")
+        axes.set(xlabel="epoch", ylabel="on held-out images", ylim=(None, 1.005))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+
+    return svg("quality", draw)
+
+
+def roc(logits: np.ndarray, labels: np.ndarray, patients: Sequence[str], at: Evaluation) -> str:
+    """Draws the ROC curve with a 95 % band by bootstrap of patients, and the operating point."""
+    grid = np.linspace(0, 1, 101)
+
+    def sensitivity(weights: np.ndarray) -> np.ndarray:
+        false, true = _ranked(logits, labels, weights)
+        return np.interp(grid, false / false[-1], true / true[-1])
+
+    low, high = _band(sensitivity, patients)
+
+    def draw(axes: Any) -> None:
+        axes.fill_between(grid, low, high, color=BLUE, alpha=0.25, lw=0, label="95 % band")
+        false, true = _ranked(logits, labels, np.ones(len(labels)))
+        axes.plot(false / false[-1], true / true[-1], color=BLUE, label="ROC")
+        axes.plot([0, 1], [0, 1], ls=":", color="0.5", label="chance")
+        point = 1 - (at.specificity.value or 0), at.sensitivity.value or 0
+        axes.plot(*point, "D", color=ORANGE, label="operating point")
+        axes.set(xlabel="1 - specificity", ylabel="sensitivity", aspect="equal")
+
+    return svg("roc", draw, (4.4, 4.2))
+
+
+def precision_recall(
+    logits: np.ndarray, labels: np.ndarray, patients: Sequence[str], at: Evaluation
+) -> str:
+    """Draws precision against recall with a 95 % band, and the operating point."""
+    grid = np.linspace(0.01, 1, 100)
+
+    def precision(weights: np.ndarray) -> np.ndarray:
+        false, true = _ranked(logits, labels, weights)
+        whole = true > 0
+        return np.interp(grid, true[whole] / true[-1], (true / (true + false + 1e-12))[whole])
+
+    low, high = _band(precision, patients)
+
+    def draw(axes: Any) -> None:
+        axes.fill_between(grid, low, high, color=BLUE, alpha=0.25, lw=0, label="95 % band")
+        axes.plot(grid, precision(np.ones(len(labels))), color=BLUE, label="precision")
+        axes.axhline(labels.mean(), ls=":", color="0.5", label="chance")
+        axes.plot(
+            at.sensitivity.value, at.precision.value, "D", color=ORANGE, label="operating point"
+        )
+        axes.set(xlabel="recall (sensitivity)", ylabel="precision", ylim=(0, 1.02))
+
+    return svg("precision-recall", draw, (4.4, 4.2))
+
+
+def thresholds(probabilities: np.ndarray, labels: np.ndarray, threshold: float) -> str:
+    """Draws how sensitivity and specificity move with the threshold."""
+    grid = np.linspace(0, 1, 201)
+    positive, negative = probabilities[labels == 1], probabilities[labels == 0]
+
+    def draw(axes: Any) -> None:
+        rise = [np.mean(positive >= t) for t in grid]
+        axes.plot(grid, rise, color=BLUE, label="sensitivity")
+        axes.plot(
+            grid, [np.mean(negative < t) for t in grid], "--", color=ORANGE, label="specificity"
+        )
+        axes.axvline(threshold, color=GREEN, ls=":", label="operating point")
+        axes.set(xlabel="threshold on the probability", ylim=(0, 1.02))
+
+    return svg("thresholds", draw)
+
+
+def calibration(probabilities: np.ndarray, labels: np.ndarray) -> str:
+    """Draws the reliability diagram; a dot's area is the number of images in its bin."""
+    bins = reliability(probabilities, labels)
+
+    def draw(axes: Any) -> None:
+        axes.plot([0, 1], [0, 1], ls=":", color="0.5", label="perfect")
+        most = max(one.images for one in bins)
+        axes.plot([b.predicted for b in bins], [b.observed for b in bins], color=BLUE, alpha=0.5)
+        axes.scatter(
+            [b.predicted for b in bins],
+            [b.observed for b in bins],
+            s=[12 + 120 * b.images / most for b in bins],
+            color=BLUE,
+            label="held-out images, in bins",
+        )
+        axes.set(xlabel="mean probability given", ylabel="share of positives", aspect="equal")
+
+    return svg("calibration", draw, (4.4, 4.2))
+
+
+def scores(
+    probabilities: np.ndarray, labels: np.ndarray, classes: Sequence[str], threshold: float
+) -> str:
+    """Draws the histogram of probabilities of each class, on a logarithmic scale."""
+
+    def draw(axes: Any) -> None:
+        edges = np.linspace(0, 1, 31)
+        for label, color, hatch in ((0, ORANGE, "//"), (1, BLUE, "")):
+            axes.hist(
+                probabilities[labels == label],
+                edges,
+                color=color,
+                alpha=0.55,
+                hatch=hatch,
+                label=classes[label],
+            )
+        axes.axvline(threshold, color=GREEN, ls=":", label="operating point")
+        axes.set(xlabel="probability", ylabel="images", yscale="log")
+
+    return svg("scores", draw)
+
+
+def _ranked(
+    logits: np.ndarray, labels: np.ndarray, weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns false and true positives as the threshold falls past each distinct logit."""
+    order = np.argsort(-logits, kind="stable")
+    ranked = logits[order]
+    last = np.append(ranked[1:] != ranked[:-1], True)
+    false = np.cumsum((weights * (labels == 0))[order])[last]
+    true = np.cumsum((weights * (labels == 1))[order])[last]
+    return np.append(0, false), np.append(0, true)
+
+
+def _band(
+    curve: Callable[[np.ndarray], np.ndarray], patients: Sequence[str], draws: int = 300
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the 2.5th and 97.5th percentile of a curve over resampled patients."""
+    rng = np.random.default_rng(0)
+    whom, patient = np.unique(np.asarray(patients), return_inverse=True)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        drawn = [
+            curve(rng.multinomial(len(whom), np.full(len(whom), 1 / len(whom)))[patient])
+            for _ in range(draws)
+        ]
+    low, high = np.nanpercentile(drawn, (2.5, 97.5), axis=0)
+    return low, high

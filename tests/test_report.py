@@ -1,0 +1,115 @@
+"""The page is whole by itself, says what the run found, and is a page that anyone can read."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from cnnjax import cli, devices, report
+from cnnjax.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainConfig
+from cnnjax.errors import InputError
+from cnnjax.loop import fit
+
+
+@pytest.fixture(scope="module")
+def run(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workdir of a run on a tree whose name would break a page that does not escape."""
+    folder = tmp_path_factory.mktemp("reported")
+    root = folder / "films <b>&"
+    shutil.copytree(tree, root)
+    bad = root / "train" / "NORMAL" / "<i>bad.jpeg"
+    bad.write_bytes(b"nothing")
+    config = Config(
+        workdir=folder / "run",
+        data=DataConfig(root=str(root), size=20, cache=folder / "cache"),
+        model=ModelConfig("resnet", width=4, stages=2),
+        augment=AugmentConfig(0, 0.1, True),
+        train=TrainConfig(epochs=3, batch=16),
+    )
+    fit(config)
+    return folder / "run"
+
+
+class Page(HTMLParser):
+    """Collects what the tests ask of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def written(run: Path, **asked: object) -> tuple[str, Page]:
+    path = report.write(run, devices.make_mesh(Config().device), **asked)  # type: ignore[arg-type]
+    text = path.read_text("utf-8")
+    return text, Page(text)
+
+
+def test_the_page_is_whole_and_readable(run: Path) -> None:
+    text, page = written(run)
+    assert len(text) < 5 * 2**20
+    assert not re.search(r"""(?:src|href)=["'](?!data:|#)""", text)
+    assert "<script" not in text
+    assert "@import" not in text
+    names = [tag for tag, _ in page.tags]
+    assert names.count("svg") == 7
+    for tag, attributes in page.tags:
+        if tag == "img":
+            assert attributes["alt"]
+            assert str(attributes["src"]).startswith("data:image/jpeg;base64,")
+        if tag == "figure":
+            assert attributes["aria-label"]
+        if tag == "th":
+            assert attributes["scope"] in ("row", "col")
+    assert names.count("img") >= 2 * (report.SAMPLES * 2 + report.AUGMENTED)
+    assert ("html", {"lang": "en"}) in page.tags
+    assert names.count("h1") == names.count("main") == 1
+
+
+def test_the_page_says_what_the_run_found(run: Path) -> None:
+    _, page = written(run)
+    summary = json.loads((run / "summary.json").read_text())
+    assert f"AUC {summary['best']['auc']['value']:.3f}" in re.sub(r"\s+", " ", page.text)
+    assert "films <b>&" in page.text  # escaped, or it would be a tag
+    assert "<i>bad.jpeg: not a JPEG or PNG image" in page.text
+    assert "not a medical device" in page.text
+    assert "--train.learning-rate" in page.text
+
+
+def test_another_split_is_judged(run: Path, tree: Path, tmp_path: Path) -> None:
+    out = tmp_path / "page.html"
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["report", "--run", str(run), "--data", str(tree), "--out", str(out)])
+    assert ended.value.code == 0
+    assert "the test split of" in out.read_text()
+    assert "32 images of 16 patients" in re.sub(r"\s+", " ", Page(out.read_text()).text)
+
+
+def test_without_the_images_it_says_so(run: Path, tmp_path: Path) -> None:
+    gone = tmp_path / "run"
+    shutil.copytree(run, gone)
+    config = json.loads((gone / "config.json").read_text())
+    config["data"]["root"] = str(tmp_path / "moved-away")
+    (gone / "config.json").write_text(json.dumps(config))
+    _, page = written(gone)
+    assert "none are shown" in page.text
+    assert "img" not in [tag for tag, _ in page.tags]
+
+
+def test_a_run_that_has_not_ended_has_no_report(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    with pytest.raises(InputError, match="has not ended; give its training command again"):
+        written(tmp_path / "run")

@@ -30,7 +30,11 @@ def make_augment(config: AugmentConfig) -> Augment:
         sharpness, gamma, noise, erase = (jax.random.fold_in(key, k) for k in range(4))
         if any(moves):
             matrix = _random_affine(geometry, config, (image.shape[0], image.shape[1]))
-            image = affine(image[..., 0], matrix)[..., None]
+            moved = affine(image[..., 0], matrix)
+            if config.black:
+                fill = jax.random.bernoulli(jax.random.fold_in(key, 4), config.black)
+                moved = jnp.where(fill & _outside(matrix, moved.shape), 0, moved)
+            image = moved[..., None]
         if config.sharpness:
             image = _random_sharpness(sharpness, config.sharpness, image)
         if config.gamma:
@@ -64,11 +68,7 @@ def affine(image: jax.Array, matrix: jax.Array) -> jax.Array:
         float [height, width].
     """
     height, width = image.shape
-    rows, columns = jnp.meshgrid(
-        jnp.arange(height, dtype=image.dtype), jnp.arange(width, dtype=image.dtype), indexing="ij"
-    )
-    row = matrix[0, 0] * rows + matrix[0, 1] * columns + matrix[0, 2]
-    column = matrix[1, 0] * rows + matrix[1, 1] * columns + matrix[1, 2]
+    row, column = _places(matrix, image.shape)
     row = jnp.clip(row, 0, height - 1)
     column = jnp.clip(column, 0, width - 1)
     top = jnp.floor(row).astype(jnp.int32)
@@ -82,6 +82,20 @@ def affine(image: jax.Array, matrix: jax.Array) -> jax.Array:
     upper = _mix(_read(pixels, top + left), _read(pixels, top + beside), right)
     lower = _mix(_read(pixels, below + left), _read(pixels, below + beside), right)
     return _mix(upper, lower, down)
+
+
+def _places(matrix: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Returns row and column, [height, width] each, that every pixel is read from."""
+    rows, columns = jnp.meshgrid(*(jnp.arange(n, dtype=matrix.dtype) for n in shape), indexing="ij")
+    row = matrix[0, 0] * rows + matrix[0, 1] * columns + matrix[0, 2]
+    return row, matrix[1, 0] * rows + matrix[1, 1] * columns + matrix[1, 2]
+
+
+def _outside(matrix: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Returns bool [height, width], where `affine` reads from beyond the image's edge."""
+    row, column = _places(matrix, shape)
+    within = (row > -0.5) & (row < shape[0] - 0.5) & (column > -0.5) & (column < shape[1] - 0.5)
+    return ~within
 
 
 def keras_affine(

@@ -92,6 +92,9 @@ class AugmentConfig:
     """Largest rotation, in degrees either way."""
     shift: float = 0.0
     """Largest shift, as a fraction of the side, in each direction."""
+    black: float = 0.0
+    """Share of images in which what a shift, zoom or rotation brings in from beyond the edge is
+    black; in the others the edge goes on."""
     contrast: float = 0.0
     """Contrast about the image's mean is scaled by a factor in [1 - contrast, 1 + contrast]."""
     brightness: float = 0.0
@@ -114,6 +117,7 @@ class AugmentConfig:
         _require(0 <= self.zoom < 1, "--augment.zoom", "be in [0, 1)", self.zoom)
         _require(0 <= self.rotate <= 180, "--augment.rotate", "be in [0, 180]", self.rotate)
         _require(0 <= self.shift <= 1, "--augment.shift", "be in [0, 1]", self.shift)
+        _require(0 <= self.black <= 1, "--augment.black", "be in [0, 1]", self.black)
         _require(0 <= self.contrast <= 1, "--augment.contrast", "be in [0, 1]", self.contrast)
         _require(0 <= self.brightness <= 1, "--augment.brightness", "be in [0, 1]", self.brightness)
         _require(0 < self.crop <= 1, "--augment.crop", "be in (0, 1]", self.crop)

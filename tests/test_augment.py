@@ -208,3 +208,15 @@ def test_erasing_fills_a_rectangle_in_half_of_the_images() -> None:
         areas.append(changed.mean())
     assert 70 < len(areas) < 130
     assert 0.2 < max(areas) < 0.34
+
+
+def test_black_fills_what_comes_from_beyond_the_edge() -> None:
+    """White images: what is not white has come from beyond, as in scipy's constant mode."""
+    given = jnp.ones((64, 20, 20, 1))
+    config = AugmentConfig(0, 0.3, False, rotate=20, black=1.0)
+    found = np.asarray(make_augment(config)(KEY, given))[..., 0]
+    assert set(np.unique(found.round(4))) == {0, 1}
+    assert (found == 0).any((1, 2)).sum() > 32  # half of them shrink, nearly all are turned
+    assert (found[:, 6:14, 6:14] == 1).all()
+    half = make_augment(AugmentConfig(0, 0.3, False, rotate=20, black=0.5))(KEY, given)
+    assert 15 < (np.asarray(half) == 0).any((1, 2, 3)).sum() < 45

@@ -111,6 +111,7 @@ class Predict:
     def __call__(self) -> int:
         """Prints a line an image; returns the exit status."""
         from cnnjax import devices
+        from cnnjax.data import dicom
         from cnnjax.data.decode import DecodeError, decode
         from cnnjax.predict import Predictor
 
@@ -122,9 +123,15 @@ class Predict:
         if threshold is None:
             threshold = point.probability_threshold(self.prevalence)
 
+        doubts: dict[Path, list[str]] = {}
+
         def read(path: Path) -> np.ndarray | str:
             try:
-                return decode(path.read_bytes(), size)
+                encoded = path.read_bytes()
+                image = decode(encoded, size)
+                if dicom.is_dicom(encoded):
+                    doubts[path] = dicom.doubts(encoded)
+                return image
             except DecodeError as error:
                 return str(error)
             except OSError as error:
@@ -146,6 +153,8 @@ class Predict:
             label = predictor.classes[int(probability >= threshold)]
             results.append({"path": str(path), "probability": probability, "class": label})
             print(f"{path}  {probability:.4f}  {label}")
+            for doubt in doubts.get(path, ()):
+                print(f"{path}: warning: {doubt}", file=sys.stderr)
         if self.json is not None:
             with _writing(self.json, "--json"):
                 self.json.write_text("".join(json.dumps(r) + "\n" for r in results), "utf-8")

@@ -66,16 +66,18 @@ def test_broken_files_go_to_quarantine(copy: Path, tmp_path: Path) -> None:
     (copy / bad).write_bytes(b"no image")
     for _ in range(2):  # decoded, then found
         decoded = load(copy, tmp_path)
-        assert decoded.quarantine == ((bad, "not a JPEG or PNG image"),)
+        assert decoded.quarantine == ((bad, "neither JPEG nor PNG nor DICOM"),)
         assert [e.name for e in decoded.examples] == [
             e.name for e in whole.examples if e.name != bad
         ]
         np.testing.assert_array_equal(decoded.images, np.delete(whole.images, 3, axis=0))
-    with pytest.raises(InputError, match=rf"{bad} cannot be decoded \(not a JPEG or PNG image\)"):
+    with pytest.raises(
+        InputError, match=rf"{bad} cannot be decoded \(neither JPEG nor PNG nor DICOM\)"
+    ):
         load(copy, tmp_path, strict=True)
     cache.write_quarantine(tmp_path / "quarantine.csv", decoded.quarantine)
     text = (tmp_path / "quarantine.csv").read_text()
-    assert text == f"image,reason\n{bad},not a JPEG or PNG image\n"
+    assert text == f"image,reason\n{bad},neither JPEG nor PNG nor DICOM\n"
 
 
 def test_nothing_decodes(copy: Path, tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_predict_goes_on_past_a_bad_file(
     )
     assert status == 2
     screen = capsys.readouterr()
-    assert f"{bad}: not a JPEG or PNG image" in screen.err
+    assert f"{bad}: neither JPEG nor PNG nor DICOM" in screen.err
     assert f"{missing}: No such file" in screen.err
     assert len(screen.out.splitlines()) == 17
     rows = [json.loads(line) for line in out[0].read_text().splitlines()]
@@ -131,7 +131,7 @@ def test_predict_draws_heat_maps_of_what_it_can_read(run: Path, tree: Path, tmp_
             ["evaluate", "--run", "RUN", "--data", "TREE", "--json", "no/dir/x"],
             "--json no/dir/x can",
         ),
-        (["predict", "--run", "RUN", "EMPTY"], "holds no .jpeg, .jpg, .png"),
+        (["predict", "--run", "RUN", "EMPTY"], "holds no .jpeg, .jpg, .png, .dcm"),
         (["devices", "--device.platform", "gpu"], "--device.platform gpu: JAX finds none here"),
         (["devices", "--device.count", "99"], "--device.count 99: there are only 4 cpu devices"),
     ],

@@ -91,9 +91,9 @@ def test_arrays_are_resized_too() -> None:
     ("encoded", "reason"),
     [
         (b"", "empty file"),
-        (b"not an image", "not a JPEG or PNG"),
-        (encode(Image.fromarray(RAMP), "GIF"), "not a JPEG or PNG"),
-        (encode(Image.fromarray(RAMP), "TIFF"), "not a JPEG or PNG"),
+        (b"not an image", "neither JPEG nor PNG nor DICOM"),
+        (encode(Image.fromarray(RAMP), "GIF"), "neither JPEG nor PNG nor DICOM"),
+        (encode(Image.fromarray(RAMP), "TIFF"), "neither JPEG nor PNG nor DICOM"),
         (encode(Image.fromarray(RAMP), "JPEG")[:-200], "broken image"),
         (encode(Image.fromarray(RAMP))[:60], "broken"),
     ],

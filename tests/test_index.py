@@ -59,7 +59,7 @@ def test_nested_mixed_case_and_litter(make_tree: Callable[..., Path], prefix: st
         ("train", 1, "b.PnG"),
     ]
     assert dict(index.left_out) == {
-        f"{prefix}/Train/pneumonia/notes.txt": "not .jpeg, .jpg, .png",
+        f"{prefix}/Train/pneumonia/notes.txt": "not .jpeg, .jpg, .png, .dcm",
         f"{prefix}/loose.jpeg": "not in a class folder of train, val or test",
     }
     assert "2 file names tell no patient" in index.describe()

@@ -205,7 +205,7 @@ def test_broken_images_are_left_out_and_listed(tree: Path, tmp_path: Path) -> No
     result = fit(config)
     assert result.summary["train_images"] + result.summary["validation_images"] == 103
     listed = (tmp_path / "run" / "quarantine.csv").read_text()
-    assert listed == f"image,reason\n{names[5]},not a JPEG or PNG image\n"
+    assert listed == f"image,reason\n{names[5]},neither JPEG nor PNG nor DICOM\n"
     strict = replace(config, workdir=tmp_path / "strict", data=replace(config.data, strict=True))
     with pytest.raises(InputError, match=r"cannot be decoded"):
         fit(strict)

@@ -83,7 +83,7 @@ def test_the_page_says_what_the_run_found(run: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
     assert f"AUC {summary['best']['auc']['value']:.3f}" in re.sub(r"\s+", " ", page.text)
     assert "films <b>&" in page.text  # escaped, or it would be a tag
-    assert "<i>bad.jpeg: not a JPEG or PNG image" in page.text
+    assert "<i>bad.jpeg: neither JPEG nor PNG nor DICOM" in page.text
     assert "not a medical device" in page.text
     assert "--train.learning-rate" in page.text
 

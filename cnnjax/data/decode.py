@@ -8,6 +8,8 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from cnnjax.data import dicom
+
 FORMATS = ("JPEG", "PNG")
 LARGEST_PIXELS = 100_000_000  # five times the largest plain film; more is a decompression bomb
 
@@ -25,7 +27,8 @@ def decode(encoded: bytes | np.ndarray, size: int) -> np.ndarray:
     at least `size` pixels; the rest is a Hamming-windowed area filter.
 
     Args:
-        encoded: a JPEG or PNG file, or uint8 [height, width] or [height, width, 3].
+        encoded: a JPEG, PNG or DICOM file (see `cnnjax.data.dicom`), or uint8 [height, width] or
+            [height, width, 3].
         size: side of the square, in pixels.
 
     Returns:
@@ -36,13 +39,21 @@ def decode(encoded: bytes | np.ndarray, size: int) -> np.ndarray:
     """
     if isinstance(encoded, np.ndarray):
         return _to_square(Image.fromarray(encoded), size)
+    if dicom.is_dicom(encoded):
+        try:
+            levels = dicom.read(encoded, LARGEST_PIXELS)
+        except dicom.DicomError as error:
+            raise DecodeError(str(error)) from None
+        return _to_square(Image.fromarray(levels * 65535), size)
     try:
         with warnings.catch_warnings():
             # Pillow's own bomb warning: the limit below is lower, and an error.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image: Image.Image = Image.open(io.BytesIO(encoded), formats=FORMATS)
     except UnidentifiedImageError:
-        raise DecodeError("empty file" if not encoded else "not a JPEG or PNG image") from None
+        raise DecodeError(
+            "empty file" if not encoded else "neither JPEG nor PNG nor DICOM"
+        ) from None
     except Image.DecompressionBombError:
         raise DecodeError("too many pixels") from None
     except Exception as error:  # a header can break Pillow's parsers in many ways

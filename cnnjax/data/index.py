@@ -1,11 +1,12 @@
 """What lies under a data root: a class-folder tree, a zip of one, or a MedMNIST .npz.
 
-`read_index` looks at names only; no image is opened. What it returns can be counted, split by
-patient, and handed to `cnnjax.data.cache` to be decoded.
+`read_index` looks at names only, and in DICOM files at whom they show; no image is decoded. What it
+returns can be counted, split by patient, and handed to `cnnjax.data.cache` to be decoded.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import zipfile
@@ -17,10 +18,11 @@ from typing import Protocol
 
 import numpy as np
 
+from cnnjax.data import dicom
 from cnnjax.errors import InputError
 
 SPLITS = ("train", "val", "test")
-IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png")
+IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".dcm")
 
 _MEDMNIST_CLASSES = ("NORMAL", "PNEUMONIA")
 _LARGEST_FILE = 256 * 2**20  # no radiograph is near it; a zip bomb would be
@@ -284,12 +286,23 @@ def _from_names(
         root=root,
         classes=classes,
         examples=_sorted(
-            Example(name, split, classes.index(c), patient_of(name)) for _, split, c, name in found
+            Example(name, split, classes.index(c), _patient(name, source))
+            for _, split, c, name in found
         ),
         empty=tuple(sorted(f"{s}/{c}" for _, s, c in class_folders if (s, c) not in filled)),
         left_out=tuple(sorted(left_out)),
         source=source,
     )
+
+
+def _patient(name: str, source: Source) -> str:
+    """Returns whom an image shows: by its tag in a DICOM file, else by its name."""
+    if name.lower().endswith(".dcm"):
+        with contextlib.suppress(OSError, dicom.DicomError):
+            encoded = source.read(name)
+            if isinstance(encoded, bytes) and (patient := dicom.patient_of(encoded)):
+                return patient
+    return patient_of(name)
 
 
 def _from_npz(path: Path, positive: str) -> Index:

@@ -1,0 +1,146 @@
+"""Radiographs as hospitals keep them: DICOM files, read with pydicom (the extra `dicom`).
+
+A file becomes gray levels as a viewer shows them: stored values rescaled, windowed (DICOM PS3.3,
+C.11), and turned over where MONOCHROME1 has bright for little. Of the patient, nothing leaves this
+module but a hash of the identifier.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+from typing import Any
+
+import numpy as np
+
+_LATERAL = {"LL", "RL", "LLD", "RLD", "LATERAL"}  # View Position (0018,5101)
+
+
+class DicomError(Exception):
+    """The file holds no radiograph that we take; the text says why, in a few words."""
+
+
+def is_dicom(encoded: bytes) -> bool:
+    """Tells whether a file's bytes begin as DICOM files do."""
+    return encoded[128:132] == b"DICM"
+
+
+def read(encoded: bytes, largest: int) -> np.ndarray:
+    """Returns the image of a DICOM file as a viewer shows it.
+
+    Args:
+        encoded: the file.
+        largest: most pixels that are taken.
+
+    Returns:
+        float32 [height, width] in [0, 1].
+
+    Raises:
+        DicomError: it has no image, or several, or one that cannot be decoded here.
+    """
+    file = _open(encoded)
+    if "PixelData" not in file:
+        raise DicomError("a DICOM file without an image")
+    frames = int(file.get("NumberOfFrames") or 1)
+    if frames > 1:
+        raise DicomError(f"a DICOM file of {frames} frames; give the one to be judged by itself")
+    if int(file.Rows) * int(file.Columns) > largest:
+        raise DicomError(f"too many pixels: {file.Columns} x {file.Rows}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        stored = _pixels(file)
+        if stored.ndim == 3:  # colour: a secondary capture; luma of ITU-R 601
+            gray = stored.astype(np.float64) @ (0.299, 0.587, 0.114)
+            return np.asarray(gray / (2 ** int(file.BitsStored) - 1), np.float32)
+        shown = _windowed(file, stored)
+    if file.PhotometricInterpretation == "MONOCHROME1":
+        shown = 1 - shown
+    return np.asarray(shown, np.float32)
+
+
+def patient_of(encoded: bytes) -> str | None:
+    """Returns a hash of the patient's identifier, 16 hexadecimal digits; None where it is empty."""
+    identifier = str(_open(encoded, pixels=False).get("PatientID") or "").strip()
+    return hashlib.sha256(identifier.encode()).hexdigest()[:16] if identifier else None
+
+
+def doubts(encoded: bytes) -> list[str]:
+    """Returns sentences about what makes this no frontal chest radiograph, by its tags."""
+    file = _open(encoded, pixels=False)
+    found = []
+    view = str(file.get("ViewPosition") or "").upper()
+    if view in _LATERAL:
+        found.append(f"a lateral view ({view}); the network knows frontal ones alone")
+    modality = str(file.get("Modality") or "")
+    if modality not in ("", "CR", "DX", "RG", "OT", "SC"):
+        found.append(f"no radiograph by its modality ({modality})")
+    part = str(file.get("BodyPartExamined") or "").upper()
+    if part and part not in ("CHEST", "THORAX", "LUNG", "PORT CHEST"):
+        found.append(f"not of the chest ({part})")
+    return found
+
+
+def _open(encoded: bytes, *, pixels: bool = True) -> Any:
+    try:
+        import pydicom
+    except ImportError:
+        raise DicomError('a DICOM file; to read it: pip install "cnnjax[dicom]"') from None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the many ways to bend the standard
+            return pydicom.dcmread(io.BytesIO(encoded), stop_before_pixels=not pixels)
+    except Exception as error:  # a file can be broken in any way
+        raise DicomError(f"broken DICOM file: {error}") from None
+
+
+def _pixels(file: Any) -> np.ndarray:
+    from pydicom.pixels import apply_color_lut, convert_color_space
+
+    kind = str(file.PhotometricInterpretation)
+    try:
+        stored: np.ndarray = file.pixel_array
+        if kind == "PALETTE COLOR":
+            table = apply_color_lut(stored, file)[..., :3]
+            file.BitsStored = 8 * table.dtype.itemsize
+            return table
+        # pydicom has turned compressed YBR to RGB, and left the rest.
+        left = str(file.PhotometricInterpretation)
+        if stored.ndim == 3 and left.startswith("YBR_FULL"):
+            stored = convert_color_space(stored, left, "RGB")
+    except Exception as error:  # each decoder has its own
+        syntax = file.file_meta.TransferSyntaxUID.name
+        reason = str(error).splitlines()[0][:100]
+        raise DicomError(f"DICOM pixels that cannot be decoded here ({syntax}): {reason}") from None
+    return stored
+
+
+def _windowed(file: Any, stored: np.ndarray) -> np.ndarray:
+    """Returns float64 in [0, 1] of stored values, by the file's window or, without, their range."""
+    from pydicom.pixels import apply_modality_lut, apply_voi
+
+    values = np.asarray(apply_modality_lut(stored, file), np.float64)
+    table = file.get("VOILUTSequence")
+    if table:
+        shown = np.asarray(apply_voi(stored, file, index=0), np.float64)
+        return shown / (2 ** int(table[0].LUTDescriptor[2]) - 1)
+    centre, width = _first(file.get("WindowCenter")), _first(file.get("WindowWidth"))
+    if centre is None or width is None or width < 1:
+        low, high = values.min(), values.max()
+        return (values - low) / max(high - low, 1e-12)
+    function = str(file.get("VOILUTFunction") or "LINEAR").upper()
+    if function == "SIGMOID":
+        shown = 1 / (1 + np.exp(np.clip(-4 * (values - centre) / width, -700, 700)))
+    elif function == "LINEAR_EXACT":
+        shown = (values - centre) / width + 0.5
+    else:
+        shown = (values - (centre - 0.5)) / max(width - 1, 1e-12) + 0.5
+    return np.clip(shown, 0, 1)
+
+
+def _first(value: Any) -> float | None:
+    """Returns the first of one or several windows."""
+    if value is None or value == "":
+        return None
+    several = hasattr(value, "__len__") and not isinstance(value, str)
+    return float(value[0] if several else value)

@@ -1,0 +1,152 @@
+"""DICOM files as pydicom ships them and as we write them, against what the standard says."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import pytest
+from PIL import Image
+from pydicom.data import get_testdata_file
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage
+
+from cnnjax.data import dicom
+from cnnjax.data.decode import DecodeError, decode
+from cnnjax.data.index import read_index
+
+RAMP = np.add.outer(np.arange(40), 10 * np.arange(30)).astype(np.uint16)  # 0 to 329
+
+
+def file_of(pixels: np.ndarray = RAMP, **tags: Any) -> bytes:
+    """Returns the bytes of a DICOM file of one gray image."""
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID = SecondaryCaptureImageStorage
+    meta.MediaStorageSOPInstanceUID = "1.2.3"
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    file = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
+    file.SOPClassUID, file.SOPInstanceUID = SecondaryCaptureImageStorage, "1.2.3"
+    file.Rows, file.Columns = pixels.shape
+    file.SamplesPerPixel, file.PhotometricInterpretation = 1, "MONOCHROME2"
+    file.BitsAllocated = 8 * pixels.dtype.itemsize
+    file.BitsStored = file.BitsAllocated if pixels.dtype == np.uint8 else 12
+    file.HighBit, file.PixelRepresentation = file.BitsStored - 1, 0
+    file.PixelData = pixels.tobytes()
+    for name, value in tags.items():
+        setattr(file, name, value)
+    out = io.BytesIO()
+    file.save_as(out, enforce_file_format=True)
+    return out.getvalue()
+
+
+def levels(encoded: bytes) -> np.ndarray:
+    return dicom.read(encoded, 10**8)
+
+
+def test_without_a_window_the_range_of_the_image_is_shown() -> None:
+    np.testing.assert_allclose(levels(file_of()), RAMP / RAMP.max(), atol=1e-6)
+    eight = RAMP.astype(np.uint8)
+    np.testing.assert_allclose(levels(file_of(eight)), eight / eight.max(), atol=1e-6)
+
+
+def test_monochrome1_is_turned_over() -> None:
+    turned = levels(file_of(PhotometricInterpretation="MONOCHROME1"))
+    np.testing.assert_allclose(turned, 1 - RAMP / RAMP.max(), atol=1e-6)
+
+
+def test_rescale_comes_before_the_window() -> None:
+    """PS3.3, C.11.2.1.2.1: ((x - (c - 0.5)) / (w - 1) + 0.5), clipped."""
+    found = levels(
+        file_of(RescaleSlope=2, RescaleIntercept=-100, WindowCenter=[150, 9], WindowWidth=[201, 9])
+    )
+    expected = np.clip((2.0 * RAMP - 100 - 149.5) / 200 + 0.5, 0, 1)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert expected.min() == 0
+    assert expected.max() == 1
+
+
+@pytest.mark.parametrize(
+    ("function", "expected"),
+    [
+        ("LINEAR_EXACT", np.clip((RAMP - 150.0) / 200 + 0.5, 0, 1)),
+        ("SIGMOID", 1 / (1 + np.exp(-4 * (RAMP - 150.0) / 200))),
+    ],
+)
+def test_other_window_functions(function: str, expected: np.ndarray) -> None:
+    encoded = file_of(WindowCenter=150, WindowWidth=200, VOILUTFunction=function)
+    np.testing.assert_allclose(levels(encoded), expected, atol=1e-6)
+
+
+def test_a_square_of_a_dicom_file_is_that_of_the_same_png() -> None:
+    eight = np.linspace(0, 255, 64 * 48).reshape(64, 48).astype(np.uint8)
+    png = io.BytesIO()
+    Image.fromarray(eight).save(png, "PNG")
+    ours, theirs = decode(file_of(eight), 24), decode(png.getvalue(), 24)
+    assert np.abs(ours.astype(int) - theirs).max() <= 1
+
+
+SHIPPED = {
+    "CT_small.dcm": None,
+    "MR_small_RLE.dcm": None,
+    "MR_small_bigendian.dcm": None,
+    "JPEG2000.dcm": None,
+    "SC_rgb_jpeg_dcmtk.dcm": None,
+    "examples_palette.dcm": None,
+    "image_dfl.dcm": None,
+    "SC_rgb_rle_2frame.dcm": "2 frames; give the one to be judged by itself",
+    "rtplan.dcm": "without an image",
+    "MR_small_jpeg_ls_lossless.dcm": "cannot be decoded here (JPEG-LS Lossless",
+    "MR_truncated.dcm": "cannot be decoded here",
+}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_files_that_pydicom_ships(name: str) -> None:
+    path = get_testdata_file(name, download=False)
+    assert isinstance(path, str)
+    encoded, refused = Path(path).read_bytes(), SHIPPED[name]
+    if refused is not None:
+        with pytest.raises(DecodeError) as caught:
+            decode(encoded, 32)
+        assert refused in str(caught.value)
+        assert "\n" not in str(caught.value)
+        return
+    found = decode(encoded, 32)
+    assert found.shape == (32, 32)
+    assert np.ptp(found) > 100
+    file = pydicom.dcmread(path)
+    if file.PhotometricInterpretation == "MONOCHROME2" and "WindowWidth" not in file:
+        stored = file.pixel_array.astype(float)
+        assert np.corrcoef(levels(encoded).ravel(), stored.ravel())[0, 1] > 0.999
+
+
+def test_broken_and_too_large_files_are_refused() -> None:
+    with pytest.raises(DecodeError, match=r"broken DICOM file|without an image"):
+        decode(file_of()[:200], 8)
+    with pytest.raises(dicom.DicomError, match="too many pixels: 30 x 40"):
+        dicom.read(file_of(), 1000)
+
+
+def test_doubts_are_told_by_tags() -> None:
+    assert dicom.doubts(file_of(Modality="DX", ViewPosition="PA", BodyPartExamined="CHEST")) == []
+    (lateral,) = dicom.doubts(file_of(ViewPosition="LL"))
+    assert lateral.startswith("a lateral view (LL)")
+    told = dicom.doubts(file_of(Modality="CT", BodyPartExamined="HAND"))
+    assert told == ["no radiograph by its modality (CT)", "not of the chest (HAND)"]
+
+
+def test_the_patient_is_a_hash_of_the_identifier(tmp_path: Path) -> None:
+    a, b, same = (file_of(PatientID=i, PatientName="Doe^Jane") for i in ("7", "8", " 7"))
+    assert dicom.patient_of(a) == dicom.patient_of(same) != dicom.patient_of(b)
+    assert dicom.patient_of(file_of()) is None
+    for i, encoded in enumerate((a, b, same)):
+        for name in ("NORMAL", "PNEUMONIA"):
+            path = tmp_path / "train" / name / f"{name}{i}.dcm"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(encoded)
+    examples = read_index(tmp_path).examples
+    assert len({example.patient for example in examples}) == 2
+    assert all(len(example.patient) == 16 for example in examples)

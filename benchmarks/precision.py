@@ -9,6 +9,7 @@ last epoch on the held-out fold.
 
 from __future__ import annotations
 
+import runpy
 import sys
 import tempfile
 import time
@@ -24,8 +25,6 @@ from cnnjax.cli import guarded
 from cnnjax.config import Config, DeviceConfig
 from cnnjax.errors import InputError
 from cnnjax.loop import fit
-
-sys.path.insert(0, str(ROOT / "experiments"))
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,8 @@ class Options:
 
 def measure(options: Options, scratch: Path) -> list[dict[str, Any]]:
     """Trains; returns a row for each seed and precision."""
-    recipe: Config = __import__(options.recipe).CONFIG
+    script = ROOT / "experiments" / f"{options.recipe}.py"
+    recipe: Config = runpy.run_path(str(script))["CONFIG"]
     epochs = recipe.train.epochs if options.epochs is None else options.epochs
     rows: list[dict[str, Any]] = []
     for seed in options.seeds:

@@ -200,6 +200,32 @@ class Report:
 
 
 @dataclass(frozen=True)
+class Export:
+    """Write a network in a form that needs none of this project to run."""
+
+    out: Annotated[Path, tyro.conf.Positional]
+    """The file; what is to be known of it comes beside it, as .json."""
+    run: Path | None = None
+    """A run's workdir, or a folder with a release; by default the weights of the package."""
+    format: Literal["stablehlo", "safetensors"] = "stablehlo"
+    """A program for CPU, CUDA and TPU, or the weights alone."""
+    checkpoint: Literal["best", "latest"] = "best"
+    """Of a run: the best epoch by validation, or the last."""
+
+    def __call__(self) -> int:
+        """Writes the files; returns the exit status."""
+        from cnnjax import devices, export
+        from cnnjax.predict import Predictor
+
+        mesh = devices.make_mesh(DeviceConfig("cpu"))
+        predictor = Predictor.open(self.run, mesh, self.checkpoint)
+        with _writing(self.out, "the file"):
+            for path in export.export(predictor, self.format, self.out):
+                print(path)
+        return 0
+
+
+@dataclass(frozen=True)
 class Phantom:
     """Write a tree of synthetic radiographs."""
 
@@ -258,6 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Predict, tyro.conf.subcommand("predict")]
         | Annotated[Report, tyro.conf.subcommand("report")]
+        | Annotated[Export, tyro.conf.subcommand("export")]
         | Annotated[Phantom, tyro.conf.subcommand("phantom")]
         | Annotated[Devices, tyro.conf.subcommand("devices")]
     )

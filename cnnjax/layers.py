@@ -6,7 +6,10 @@ Images are NHWC and kernels HWIO throughout.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Literal
 
 import jax
@@ -16,6 +19,18 @@ from jax import lax
 from cnnjax import onednn
 
 Padding = Literal["SAME", "VALID"]
+
+_portable: ContextVar[bool] = ContextVar("portable", default=False)
+
+
+@contextlib.contextmanager
+def portable() -> Iterator[None]:
+    """Keeps what is traced in the block to forms that every platform has."""
+    token = _portable.set(True)
+    try:
+        yield
+    finally:
+        _portable.reset(token)
 
 
 def conv(
@@ -32,7 +47,7 @@ def conv(
     Returns:
         [batch, height', width', out].
     """
-    if onednn.available():
+    if onednn.available() and not _portable.get():
         return conv_onednn(x, kernel, stride, padding)
     return conv_plain(x, kernel, stride, padding)
 

@@ -13,8 +13,9 @@ from jax.sharding import Mesh
 
 from cnnjax import release
 from cnnjax.checkpoint import Checkpoints, Kind, template_of
+from cnnjax.config import DeviceConfig
 from cnnjax.data.batches import Feeder, Resident, in_batches, load
-from cnnjax.devices import divided, replicated
+from cnnjax.devices import divided, make_mesh, replicated
 from cnnjax.explain import make_grad_cam
 from cnnjax.models import make_model
 from cnnjax.operating import OperatingPoint
@@ -63,6 +64,8 @@ class Predictor:
         classes: names of labels 0 and 1.
         operating: what probability a logit means, and from which one on to call it positive.
         about: a phrase that names the weights.
+        model: the network.
+        members: the states of each.
     """
 
     def __init__(
@@ -77,18 +80,26 @@ class Predictor:
         about: str,
     ) -> None:
         self.size, self.classes, self.operating, self.about = size, classes, operating, about
-        self.members = tuple(members)
+        self.model, self.members = model, tuple(members)
         self._mesh = mesh
         self._logits = make_logits(make_eval_step(model), mesh)
         self._grad_cam = make_grad_cam(model)
 
     @classmethod
-    def open(cls, folder: Path | None, mesh: Mesh, kind: Kind = "best") -> Predictor:
+    def open(
+        cls, folder: Path | None = None, mesh: Mesh | None = None, kind: Kind = "best"
+    ) -> Predictor:
         """Returns what a folder holds, a run or a release, or the package's own weights for None.
+
+        Args:
+            folder: the workdir of a run, or a folder with a release.
+            mesh: the devices to use; all of the fastest kind when None.
+            kind: of a run, `best` by validation, or `latest`.
 
         Raises:
             InputError: it holds neither.
         """
+        mesh = make_mesh(DeviceConfig()) if mesh is None else mesh
         if folder is None:
             return cls.of_release(release.read(), mesh)
         if release.is_release(folder):

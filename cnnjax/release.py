@@ -55,7 +55,7 @@ def write(release: Release, folder: Path) -> None:
     arrays = {
         f"{i}/{name}": value
         for i, member in enumerate(release.members)
-        for name, value in _flat(member).items()
+        for name, value in flatten(member).items()
     }
     halves = {name: np.asarray(value, np.float16) for name, value in arrays.items()}
     for name, value in halves.items():
@@ -117,11 +117,12 @@ def read(folder: Path = SHIPPED) -> Release:
     return Release(model, size, (negative, positive), operating, tuple(members), about)
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the leaves of nested dicts by their path, `params/stem/kernel`."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}/")
+            flat |= flatten(value, f"{prefix}{name}/")
         else:
             flat[prefix + name] = value
     return flat

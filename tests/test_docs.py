@@ -36,6 +36,7 @@ def test_the_readme_trains(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(tree, tmp_path / "chest_xray")
+    shutil.copytree(tree / "test" / "NORMAL", tmp_path / "films")
     monkeypatch.chdir(tmp_path)
     exec(compile(snippets(ROOT / "README.md"), "README.md", "exec"), {})
     assert (tmp_path / "runs" / "mine" / "summary.json").exists()

@@ -55,6 +55,7 @@ def variants(recipe: Config) -> dict[str, Config]:
         "no-smoothing": trained(label_smoothing=0.0),
         "with-wide-moves": augmented(zoom=0.2, rotate=10.0, shift=0.05),
         "with-crops": augmented(crop=0.5),
+        "with-wide-crops": augmented(crop=0.25),
         "with-erasing-and-noise": augmented(erase=0.2, noise=0.05),
         "with-mixup": trained(mixup=0.2),
         POST: replace(baseline.CONFIG, data=replace(recipe.data, size=baseline.CONFIG.data.size)),

@@ -1,0 +1,61 @@
+"""The weights that come with the package are those that the model card speaks of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cnnjax import devices, release
+from cnnjax.config import DeviceConfig
+from cnnjax.data import cache
+from cnnjax.data.index import read_index
+from cnnjax.data.patients import grouped_folds
+from cnnjax.metrics import auc
+from cnnjax.predict import Predictor
+
+ROOT = Path(__file__).parents[1]
+DATA = ROOT.parent / "shared" / "data" / "chest_xray"
+
+
+def test_they_are_small_and_hold_no_pickles() -> None:
+    files = list(release.SHIPPED.iterdir())
+    assert sum(path.stat().st_size for path in files) < 6 * 2**20
+    released = release.read()
+    assert released.classes == ("NORMAL", "PNEUMONIA")
+    card = (ROOT / "MODEL_CARD.md").read_text("utf-8")
+    figures = released.about["figures"]
+    assert f"{figures['auc_mean']:.4f}" in card
+    for name in ("accuracy", "sensitivity", "specificity"):
+        low, high = figures["plain"][name]["ci95"]
+        assert f"{figures['plain'][name]['value']:.3f} [{low:.3f}, {high:.3f}]" in card
+
+
+def test_they_answer_on_one_image() -> None:
+    predictor = Predictor.open(None, devices.make_mesh(DeviceConfig()))
+    image = np.asarray(Image.linear_gradient("L").resize((predictor.size,) * 2))
+    (logit,) = predictor.logits(image[None])
+    assert np.isfinite(logit)
+    assert predictor.heat(image[None]).shape == (1, predictor.size, predictor.size)
+
+
+@pytest.mark.skipif(not DATA.exists(), reason=f"no radiographs in {DATA}")
+def test_each_network_has_the_recorded_figure_on_the_fold_that_it_never_saw() -> None:
+    released = release.read()
+    split = released.about["folds"]
+    assert split["validation"] == "patients"
+    index = read_index(DATA)
+    examples = index.split("train", "val")
+    fold = grouped_folds(examples, split["folds"], split["seed"])
+    decoded = cache.load(examples, index.source, released.size)
+    predictor = Predictor.of_release(released, devices.make_mesh(DeviceConfig()))
+    logits = predictor.member_logits(decoded.images)
+    recorded = released.about["figures"]["auc_by_fold"]
+    assert len(logits) == len(recorded) == split["folds"]
+    for k, area in enumerate(recorded):
+        held_out = fold == k
+        assert auc(logits[k][held_out], decoded.labels[held_out]) == pytest.approx(area, abs=3e-4)
+        # On what it was trained on it does better, or the folds are others.
+        assert (auc(logits[k][~held_out], decoded.labels[~held_out]) or 0) > area - 1e-3

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, TextIO
 
 import numpy as np
 import tyro
@@ -90,7 +91,7 @@ class Predict:
     """Give each image's probability and class; exit status 2 if one could not be read."""
 
     paths: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Image files, or folders of them."""
+    """Image files, or folders of them; `-` reads one image from standard input."""
     run: Path | None = None
     """A run's workdir, or a folder with a release; by default the weights of the package."""
     checkpoint: Literal["best", "latest"] = "best"
@@ -99,6 +100,8 @@ class Predict:
     """Images count as positive from this probability on; by default the operating point's."""
     prevalence: float | None = None
     """Share of positives where the images come from; by default that of the fit."""
+    format: Literal["auto", "table", "jsonl", "csv"] = "auto"
+    """What is printed: `auto` is a table on a terminal, else an object a line (JSON Lines)."""
     json: Path | None = None
     """Also write the predictions to this file, an object a line."""
     csv: Path | None = None
@@ -109,92 +112,101 @@ class Predict:
     device: DeviceConfig = field(default_factory=DeviceConfig)
 
     def __call__(self) -> int:
-        """Prints a line an image; returns the exit status."""
+        """Prints the predictions; returns the exit status."""
         from cnnjax import devices
         from cnnjax.data import dicom
         from cnnjax.data.decode import DecodeError, decode
         from cnnjax.predict import Predictor
 
         _check_probabilities(self.threshold, self.prevalence)
-        files = _image_files(self.paths)
+        films = _films(self.paths)
         predictor = Predictor.open(self.run, devices.make_mesh(self.device), self.checkpoint)
-        size, point = predictor.size, predictor.operating
-        threshold = self.threshold
+        point, threshold = predictor.operating, self.threshold
         if threshold is None:
             threshold = point.probability_threshold(self.prevalence)
 
-        doubts: dict[Path, list[str]] = {}
-
-        def read(path: Path) -> np.ndarray | str:
+        def read(film: _Film) -> tuple[np.ndarray | None, dict[str, Any]]:
+            row: dict[str, Any] = {"path": film.name}
             try:
-                encoded = path.read_bytes()
-                image = decode(encoded, size)
-                if dicom.is_dicom(encoded):
-                    doubts[path] = dicom.doubts(encoded)
-                return image
-            except DecodeError as error:
-                return str(error)
-            except OSError as error:
-                return error.strerror or str(error)
+                encoded = film.read()
+                image = decode(encoded, predictor.size)
+            except (DecodeError, OSError) as error:
+                reason = error.strerror if isinstance(error, OSError) else None
+                return None, row | {"error": reason or str(error)}
+            if dicom.is_dicom(encoded) and (doubts := dicom.doubts(encoded)):
+                row["warning"] = "; ".join(doubts)
+            return image, row
 
         with ThreadPoolExecutor(cpu_cores()) as pool:
-            bar = tqdm(pool.map(read, files), "decoding", len(files), unit="image", disable=None)
-            read_files = list(bar)
-        images = [image for image in read_files if not isinstance(image, str)]
-        logits = predictor.logits(np.stack(images)) if images else np.empty(0)
-        probabilities = iter(point.probabilities(logits, self.prevalence))
-        results: list[dict[str, Any]] = []
-        for path, image in zip(files, read_files, strict=True):
-            if isinstance(image, str):
-                results.append({"path": str(path), "error": image})
-                print(f"{path}: {image}", file=sys.stderr)
-                continue
-            probability = float(next(probabilities))
-            label = predictor.classes[int(probability >= threshold)]
-            results.append({"path": str(path), "probability": probability, "class": label})
-            print(f"{path}  {probability:.4f}  {label}")
-            for doubt in doubts.get(path, ()):
-                print(f"{path}: warning: {doubt}", file=sys.stderr)
+            bar = tqdm(pool.map(read, films), "decoding", len(films), unit="image", disable=None)
+            decoded = list(bar)
+        rows = [row for _, row in decoded]
+        good = [i for i, (image, _) in enumerate(decoded) if image is not None]
+        images = np.stack([decoded[i][0] for i in good]) if good else None
+        if images is not None:
+            found = point.probabilities(predictor.logits(images), self.prevalence)
+            for i, probability in zip(good, found.tolist(), strict=True):
+                positive = probability >= threshold
+                rows[i] |= {
+                    "probability": probability,
+                    "class": predictor.classes[int(positive)],
+                    "confidence": probability if positive else 1 - probability,
+                }
+        for row in rows:
+            for kind in ("error", "warning"):
+                if kind in row:
+                    print(f"{row['path']}: {kind}: {row[kind]}", file=sys.stderr)
+        form = self.format
+        if form == "auto":
+            form = "table" if sys.stdout.isatty() else "jsonl"
+        if form == "table":
+            print(_table(rows, predictor.classes[1], threshold))
+        else:
+            (_write_lines if form == "jsonl" else _write_csv)(sys.stdout, rows)
         if self.json is not None:
-            with _writing(self.json, "--json"):
-                self.json.write_text("".join(json.dumps(r) + "\n" for r in results), "utf-8")
+            with _writing(self.json, "--json"), self.json.open("w", encoding="utf-8") as file:
+                _write_lines(file, rows)
         if self.csv is not None:
             with _writing(self.csv, "--csv"), self.csv.open("w", encoding="utf-8", newline="") as f:
-                table = csv.DictWriter(f, ["path", "probability", "class", "error"])
-                table.writeheader()
-                table.writerows(results)
-        if self.heatmap is not None and images:
-            whole = [
-                path
-                for path, image in zip(files, read_files, strict=True)
-                if not isinstance(image, str)
-            ]
+                _write_csv(f, rows)
+        if self.heatmap is not None and images is not None:
             with _writing(self.heatmap, "--heatmap"):
-                _write_heatmaps(self.heatmap, whole, predictor.heat(np.stack(images)))
-        return 2 if len(images) < len(files) else 0
+                _write_heatmaps(self.heatmap, [films[i] for i in good], predictor.heat(images))
+        return 2 if len(good) < len(films) else 0
 
 
 @dataclass(frozen=True)
 class Report:
-    """Write the page that tells a run's story, as training does at its end."""
+    """Write the page that tells a run's story, or one that sets several runs side by side."""
 
-    run: Path
-    """Workdir of the run."""
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
+    """Workdirs: of several, a page compares them."""
+    run: Path | None = None
+    """Workdir of one run, as training gives its command."""
     data: str | None = None
-    """Judge it on this data set instead of on its held-out images."""
+    """Judge one run on this data set instead of on its held-out images."""
     split: Literal["train", "val", "test"] = "test"
     """Which split of --data."""
     out: Path | None = None
-    """Where to; report.html in the workdir by default."""
+    """Where to; by default report.html in the workdir, or comparison.html here."""
     device: DeviceConfig = field(default_factory=DeviceConfig)
 
     def __call__(self) -> int:
         """Writes the page; returns the exit status."""
+        runs = self.runs if self.run is None else (self.run, *self.runs)
+        if not runs:
+            raise InputError("report needs the workdir of a run; give it with --run")
+        if self.data is not None and len(runs) > 1:
+            raise InputError("--data goes with one run; several are compared on what they held out")
         from cnnjax import devices, report
 
         mesh = devices.make_mesh(self.device)
-        with _writing(self.out or self.run, "--out"):
-            path = report.write(self.run, mesh, data=self.data, split=self.split, out=self.out)
+        out = self.out or (runs[0] if len(runs) == 1 else Path("comparison.html"))
+        with _writing(out, "--out"):
+            if len(runs) > 1:
+                path = report.compare(runs, out)
+            else:
+                path = report.write(runs[0], mesh, data=self.data, split=self.split, out=self.out)
         print(path)
         return 0
 
@@ -357,40 +369,88 @@ def _check_probabilities(threshold: float | None, prevalence: float | None) -> N
         raise InputError(f"--prevalence must be between 0 and 1, got {prevalence}")
 
 
+_COLUMNS = ("path", "probability", "class", "confidence", "warning", "error")
+
+
+def _write_lines(file: TextIO, rows: Sequence[dict[str, Any]]) -> None:
+    file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def _write_csv(file: TextIO, rows: Sequence[dict[str, Any]]) -> None:
+    table = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+
+
+def _table(rows: Sequence[dict[str, Any]], positive: str, threshold: float) -> str:
+    """Returns the predictions as aligned lines, for a person."""
+    lines = [("image", f"P({positive})", "class", "confidence")]
+    for row in rows:
+        if "error" in row:
+            lines.append((row["path"], "", "not read", ""))
+        else:
+            sure = f"{100 * row['confidence']:.1f} %"
+            lines.append((row["path"], f"{row['probability']:.4f}", row["class"], sure))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    shown = [
+        f"{name:<{widths[0]}}  {p:>{widths[1]}}  {label:<{widths[2]}}  {sure:>{widths[3]}}"
+        for name, p, label, sure in lines
+    ]
+    shown.append(
+        f"{positive} from probability {threshold:.3f} on; confidence is the calibrated"
+        " probability of the class it is called."
+    )
+    return "\n".join(shown)
+
+
+class _Film(NamedTuple):
+    """An image to be judged."""
+
+    name: str
+    read: Callable[[], bytes]
+
+
 _SHOWN = 512  # pixels: side of the pictures of heat
 
 
-def _write_heatmaps(folder: Path, files: Sequence[Path], heat: np.ndarray) -> None:
-    """Writes a PNG for each file, brightest where the image has most evidence."""
+def _write_heatmaps(folder: Path, films: Sequence[_Film], heat: np.ndarray) -> None:
+    """Writes a PNG for each image, brightest where it has most evidence."""
     from PIL import Image
 
     from cnnjax.data.decode import decode
     from cnnjax.explain import normalized, overlay
 
     folder.mkdir(parents=True, exist_ok=True)
-    names = [path.stem for path in files]
-    pairs = zip(files, normalized(heat), strict=True)
-    for i, (path, one) in enumerate(tqdm(pairs, "heat maps", len(files), disable=None)):
-        twice = names.count(path.stem) > 1
+    names = [Path(film.name).stem for film in films]
+    names = ["stdin" if name == "-" else name for name in names]
+    pairs = zip(films, normalized(heat), strict=True)
+    for i, (film, one) in enumerate(tqdm(pairs, "heat maps", len(films), disable=None)):
+        twice = names.count(names[i]) > 1
         large = Image.fromarray(one).resize((_SHOWN, _SHOWN), Image.Resampling.BICUBIC)
-        shown = overlay(decode(path.read_bytes(), _SHOWN), np.clip(np.asarray(large), 0, 1))
-        Image.fromarray(shown).save(folder / f"{path.stem}{f'-{i}' if twice else ''}.png")
+        shown = overlay(decode(film.read(), _SHOWN), np.clip(np.asarray(large), 0, 1))
+        Image.fromarray(shown).save(folder / f"{names[i]}{f'-{i}' if twice else ''}.png")
 
 
-def _image_files(paths: Sequence[Path]) -> list[Path]:
+def _films(paths: Sequence[Path]) -> list[_Film]:
     """Returns the files named, and those in the folders named, sorted within each."""
     from cnnjax.data.index import IMAGE_SUFFIXES
 
-    files: list[Path] = []
+    films: list[_Film] = []
     for path in paths:
-        if not path.is_dir():
-            files.append(path)
+        if str(path) == "-":
+            if sys.stdin.isatty():
+                raise InputError("predict - reads an image from a pipe; give it one: predict - < F")
+            piped = sys.stdin.buffer.read()
+            films.append(_Film("-", functools.partial(bytes, piped)))
             continue
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        inside = [p for p in inside if not any(part.startswith(".") for part in p.parts)]
-        if not inside:
-            raise InputError(f"{path} holds no {', '.join(IMAGE_SUFFIXES)}")
-        files += inside
-    if not files:
+        inside = [path]
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+            hidden = [any(part[0] == "." for part in p.relative_to(path).parts) for p in inside]
+            inside = [p for p, passed_over in zip(inside, hidden, strict=True) if not passed_over]
+            if not inside:
+                raise InputError(f"{path} holds no {', '.join(IMAGE_SUFFIXES)}")
+        films += [_Film(str(file), file.read_bytes) for file in inside]
+    if not films:
         raise InputError("predict needs image files or folders")
-    return files
+    return films

@@ -245,14 +245,14 @@ class Config:
 # Where a run takes place does not decide what comes out of it: these may change on a resume. (The
 # data are compared by their content, not by where they lie.)
 _INCIDENTAL = {
-    "workdir",
-    "profile",
-    "data.root",
-    "data.cache",
-    "data.strict",
-    "data.resident_mib",
-    "device.platform",
-    "device.count",
+    "--workdir",
+    "--profile",
+    "--data.root",
+    "--data.cache",
+    "--data.strict",
+    "--data.resident-mib",
+    "--device.platform",
+    "--device.count",
 }
 
 
@@ -278,13 +278,19 @@ def from_json(text: str, source: str) -> Config:
     return from_dict(Config, values, source)
 
 
+def flags(config: Config) -> dict[str, Any]:
+    """Returns every flag of the command line, `--train.learning-rate`, with its value."""
+    flat = _flatten(dataclasses.asdict(config))
+    return {f"--{name.replace('_', '-')}": value for name, value in flat.items()}
+
+
 def differences(ours: Config, theirs: Config) -> list[str]:
     """Returns a line `--flag ours (was theirs)` for each difference that changes the outcome."""
-    before = _flatten(dataclasses.asdict(theirs))
+    before = flags(theirs)
     return [
-        f"--{key.replace('_', '-')} {value} (was {before[key]})"
-        for key, value in _flatten(dataclasses.asdict(ours)).items()
-        if key not in _INCIDENTAL and value != before[key]
+        f"{flag} {value} (was {before[flag]})"
+        for flag, value in flags(ours).items()
+        if flag not in _INCIDENTAL and value != before[flag]
     ]
 
 

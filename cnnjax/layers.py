@@ -47,7 +47,7 @@ def conv(
     Returns:
         [batch, height', width', out].
     """
-    if onednn.available() and not _portable.get():
+    if not _portable.get() and onednn.available():
         return conv_onednn(x, kernel, stride, padding)
     return conv_plain(x, kernel, stride, padding)
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from cnnjax import release
-from cnnjax.checkpoint import Checkpoints, Kind, template_of
+from cnnjax import layers, release
 from cnnjax.config import DeviceConfig
 from cnnjax.data.batches import Feeder, Resident, in_batches, load
 from cnnjax.devices import divided, make_mesh, replicated
@@ -30,14 +30,28 @@ from cnnjax.steps import (
 )
 from cnnjax.workdir import Workdir
 
+if TYPE_CHECKING:
+    from cnnjax.checkpoint import Kind
+
 BATCH = 64  # images per step; more only fall out of a CPU core's cache
+FEW = 8  # images up to which the wait for the compiler is longer than that for the network
 _RESIDENT_MIB = 256  # images up to this size are put on the device as a whole
 
 Logits = Callable[[TrainState, Feeder, np.ndarray], np.ndarray]
 
 
-def make_logits(eval_step: EvalStep, mesh: Mesh) -> Logits:
-    """Returns the function (state, feeder, rows) -> logits float32 [rows], which compiles once."""
+def make_logits(
+    eval_step: EvalStep, mesh: Mesh, batch: int = BATCH, *, portable: bool = False
+) -> Logits:
+    """Returns the function (state, feeder, rows) -> logits float32 [rows], which compiles once.
+
+    Args:
+        eval_step: of `cnnjax.steps`.
+        mesh: the devices.
+        batch: images per step.
+        portable: whether to keep to forms that every platform has. They can be slower, but what is
+            compiled of them is kept for the next process (see `cnnjax.onednn`).
+    """
 
     def step(state: TrainState, data: Resident | None, feed: Batch | jax.Array) -> jax.Array:
         return eval_step(state, load(data, feed))
@@ -45,10 +59,11 @@ def make_logits(eval_step: EvalStep, mesh: Mesh) -> Logits:
     compiled = jax.jit(step, out_shardings=divided(mesh))
 
     def logits(state: TrainState, feeder: Feeder, rows: np.ndarray) -> np.ndarray:
-        cut = in_batches(rows.astype(np.int32), BATCH)
-        outputs = [compiled(state, feeder.data, feed) for feed in feeder.feed(cut)]
+        cut = in_batches(rows.astype(np.int32), batch)
+        with layers.portable() if portable else contextlib.nullcontext():
+            outputs = [compiled(state, feeder.data, feed) for feed in feeder.feed(cut)]
         # Each step's output may have a few rows more, which even out the devices.
-        whole = [np.asarray(x)[:BATCH] for x in jax.device_get(outputs)]
+        whole = [np.asarray(x)[:batch] for x in jax.device_get(outputs)]
         return np.concatenate(whole)[: len(rows)]
 
     return logits
@@ -83,7 +98,8 @@ class Predictor:
         self.model, self.members = model, tuple(members)
         self._mesh = mesh
         self._logits = make_logits(make_eval_step(model), mesh)
-        self._grad_cam = make_grad_cam(model)
+        self._few_logits = make_logits(make_eval_step(model), mesh, FEW, portable=True)
+        self._grad_cam, self._few_grad_cam = make_grad_cam(model), make_grad_cam(model)
 
     @classmethod
     def open(
@@ -118,6 +134,8 @@ class Predictor:
         Raises:
             InputError: the run is not there or has no checkpoint.
         """
+        from cnnjax.checkpoint import Checkpoints, template_of  # Orbax takes half a second
+
         workdir = Workdir(run)
         config = workdir.read_config()
         model = make_model(config.model, jnp.dtype(config.train.precision))
@@ -173,9 +191,15 @@ class Predictor:
 
     def member_logits(self, images: np.ndarray) -> np.ndarray:
         """Returns float32 [members, n], those of each network."""
-        feeder = Feeder(images, np.zeros(len(images), np.int32), self._mesh, _RESIDENT_MIB)
         rows = np.arange(len(images))
-        return np.stack([self._logits(state, feeder, rows) for state in self.members])
+        if len(images) <= FEW:
+            # As many as a step takes: the program is the same for any number.
+            images = np.pad(images, ((0, FEW - len(images)), (0, 0), (0, 0)))
+            logits = self._few_logits
+        else:
+            logits = self._logits
+        feeder = Feeder(images, np.zeros(len(images), np.int32), self._mesh, _RESIDENT_MIB)
+        return np.stack([logits(state, feeder, rows) for state in self.members])
 
     def heat(self, images: np.ndarray) -> np.ndarray:
         """Returns float32 [n, size, size]: Grad-CAM of uint8 images of that shape.
@@ -183,9 +207,12 @@ class Predictor:
         It is evidence for the positive class, in logits, averaged over the networks; see
         `cnnjax.explain`.
         """
+        few = len(images) <= FEW
+        grad_cam = self._few_grad_cam if few else self._grad_cam
         chunks = []
-        for rows in in_batches(np.arange(len(images), dtype=np.int32), min(BATCH, len(images))):
+        for rows in in_batches(np.arange(len(images), dtype=np.int32), FEW if few else BATCH):
             batch = images[np.maximum(rows, 0)]
-            maps = [self._grad_cam(variables_of(s), batch) for s in self.members]
+            with layers.portable() if few else contextlib.nullcontext():
+                maps = [grad_cam(variables_of(s), batch) for s in self.members]
             chunks.append(np.mean(jax.device_get(maps), axis=0)[rows >= 0])
         return np.concatenate(chunks)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import filelock
+import numpy as np
 
 from cnnjax.config import Config, differences, from_json, to_json
 from cnnjax.data.files import write_atomically
@@ -16,8 +18,19 @@ from cnnjax.errors import InputError
 from cnnjax.operating import OperatingPoint
 
 
+class Judged(NamedTuple):
+    """A run's held-out images with what it says of them."""
+
+    names: list[str]
+    labels: np.ndarray
+    """int [n]."""
+    patients: list[str]
+    logits: np.ndarray
+    """float64 [n]."""
+
+
 class Workdir:
-    """Paths of a run's files, and the few that are read back.
+    """Paths of a run's files, and what is read back from them.
 
     Attributes:
         config: `config.json`, all that decides the run.
@@ -72,6 +85,28 @@ class Workdir:
         if not self.operating.exists():
             return OperatingPoint()
         return OperatingPoint(**json.loads(self.operating.read_text("utf-8"))[kind])
+
+    def expect_ended(self) -> None:
+        """Raises InputError where training has not come to its end."""
+        if not self.summary.exists():
+            raise InputError(
+                f"{self.root} has not ended; give its training command again, then the report"
+            )
+
+    def read_summary(self) -> dict[str, Any]:
+        """Returns what a run that has ended came to."""
+        summary: dict[str, Any] = json.loads(self.summary.read_text("utf-8"))
+        return summary
+
+    def read_validation(self, kind: Literal["best", "last"] = "best") -> Judged:
+        """Returns the held-out images of a run that has ended, judged by one of its states."""
+        rows = read_table(self.validation)
+        return Judged(
+            [row["image"] for row in rows],
+            np.array([int(row["label"]) for row in rows]),
+            [row["patient"] for row in rows],
+            np.array([float(row[f"logit_{kind}"]) for row in rows]),
+        )
 
     def claim_data(self, fingerprint: str, classes: tuple[str, str]) -> None:
         """Notes what the run is trained on, or checks that it is the same as before.
@@ -132,6 +167,17 @@ def claim(config: Config) -> Iterator[Workdir]:
             with write_atomically(workdir.config) as file:
                 file.write(to_json(config))
         yield workdir
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Returns the rows of a CSV file."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Returns the objects of a file of JSON Lines."""
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def append_line(path: Path, values: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import shutil
 import subprocess
@@ -79,9 +80,9 @@ def test_predict_goes_on_past_a_bad_file(
     )
     assert status == 2
     screen = capsys.readouterr()
-    assert f"{bad}: neither JPEG nor PNG nor DICOM" in screen.err
-    assert f"{missing}: No such file" in screen.err
-    assert len(screen.out.splitlines()) == 17
+    assert f"{bad}: error: neither JPEG nor PNG nor DICOM" in screen.err
+    assert f"{missing}: error: No such file" in screen.err
+    assert screen.out == out[0].read_text()  # no terminal: an object a line
     rows = [json.loads(line) for line in out[0].read_text().splitlines()]
     assert len(rows) == 19
     with out[1].open(newline="") as file:
@@ -93,6 +94,71 @@ def test_predict_goes_on_past_a_bad_file(
         else:
             assert row["class"] == ("PNEUMONIA" if row["probability"] >= 0.5 else "NORMAL")
             assert float(line["probability"]) == row["probability"]
+            assert row["confidence"] == max(row["probability"], 1 - row["probability"])
+
+
+def test_predict_shows_a_person_a_table(
+    run: Path, tree: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, *_ = sorted((tree / "test" / "PNEUMONIA").iterdir())
+    assert cnnjax("predict", "--run", run, "--format", "table", one, "missing.png") == 2
+    head, judged, missing, note = capsys.readouterr().out.splitlines()
+    assert head.split() == ["image", "P(PNEUMONIA)", "class", "confidence"]
+    path, probability, label, sure, percent = judged.split()
+    assert (path, percent) == (str(one), "%")
+    assert label in ("NORMAL", "PNEUMONIA")
+    expected = float(probability) if label == "PNEUMONIA" else 1 - float(probability)
+    assert float(sure) == pytest.approx(100 * expected, abs=0.1)
+    assert missing.split() == ["missing.png", "not", "read"]
+    assert note.startswith("PNEUMONIA from probability 0.")
+
+
+def test_predict_reads_a_pipe(
+    run: Path,
+    tree: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    one, *_ = sorted((tree / "test" / "PNEUMONIA").iterdir())
+    with one.open("rb") as file:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(file.read())))
+    heat = tmp_path / "heat"
+    asked = ("predict", "--run", run, "--format", "csv")
+    assert cnnjax(*asked, "-", one, "--heatmap", heat) == 0
+    piped, named = csv.DictReader(capsys.readouterr().out.splitlines())
+    assert piped["path"] == "-"
+    assert piped["probability"] == named["probability"]
+    assert {path.name for path in heat.iterdir()} == {"stdin.png", f"{one.stem}.png"}
+
+
+def test_few_images_and_many_get_the_same(
+    run: Path, tree: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Few take a program that can be kept for the next start, many one that is faster."""
+    files = sorted((tree / "test").rglob("*.jpeg"))
+    assert cnnjax("predict", "--run", run, *files) == 0
+    many = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert cnnjax("predict", "--run", run, *files[:3]) == 0
+    few = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    for a, b in zip(few, many, strict=False):
+        assert a["probability"] == pytest.approx(b["probability"], abs=1e-4)
+
+
+def test_hidden_files_are_passed_over_and_parents_are_not(
+    run: Path,
+    tree: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    films = tmp_path / "films"
+    shutil.copytree(tree / "test" / "NORMAL", films)
+    shutil.copytree(tree / "test" / "NORMAL", films / ".trash")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert cnnjax("predict", "--run", run, "../films") == 0
+    assert len(capsys.readouterr().out.splitlines()) == 16
 
 
 def test_predict_agrees_with_evaluate(run: Path, tree: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from cnnjax import cli, devices, report
 from cnnjax.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainConfig
 from cnnjax.errors import InputError
 from cnnjax.loop import fit
+from cnnjax.workdir import Workdir
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +48,9 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        self.text += " " if tag in ("td", "th") else ""
 
     def handle_data(self, data: str) -> None:
         self.text += data
@@ -113,3 +118,59 @@ def test_a_run_that_has_not_ended_has_no_report(run: Path, tmp_path: Path) -> No
     (tmp_path / "run" / "summary.json").unlink()
     with pytest.raises(InputError, match="has not ended; give its training command again"):
         written(tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def other(run: Path) -> Path:
+    """A run on the same images with another learning rate and more epochs."""
+    config = Workdir(run).read_config()
+    train = replace(config.train, learning_rate=1e-2, epochs=6)
+    fit(replace(config, workdir=run.parent / "other", train=train))
+    return run.parent / "other"
+
+
+def test_runs_are_set_side_by_side(run: Path, other: Path, tmp_path: Path) -> None:
+    out = tmp_path / "pages" / "both.html"
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["report", str(run), str(other), "--out", str(out)])
+    assert ended.value.code == 0
+    text = out.read_text("utf-8")
+    page = Page(text)
+    assert not re.search(r"""(?:src|href)=["'](?!data:|#)""", text)
+    assert [tag for tag, _ in page.tags].count("svg") == 3
+    words = re.sub(r"\s+", " ", page.text)
+    assert "All were judged on the same" in words
+    for folder in (run, other):
+        found = json.loads((folder / "summary.json").read_text())["best"]["auc"]["value"]
+        assert f"{folder.name} {found:.3f}" in words
+    assert "--train.learning-rate 0.001 0.01" in words
+    assert "--seed" not in words.partition("In what they differ")[2]
+
+
+def test_runs_on_other_images_are_not_called_comparable(run: Path, tmp_path: Path) -> None:
+    fewer = tmp_path / "fewer"
+    shutil.copytree(run, fewer)
+    lines = (fewer / "validation.csv").read_text().splitlines(keepends=True)
+    (fewer / "validation.csv").write_text("".join(lines[:-2]))
+    page = Page(report.compare([run, fewer], tmp_path / "both.html").read_text("utf-8"))
+    assert "They were judged on different held-out images" in page.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "report needs the workdir of a run"),
+        (["RUN", "nowhere"], "nowhere is no run"),
+        (["RUN", "RUN", "--data", "x"], "--data goes with one run"),
+        (["RUN"] * 9, "9 runs are too many for one page; give at most 8"),
+    ],
+)
+def test_what_cannot_be_reported_is_said_in_one_sentence(
+    run: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["report", *(str(run) if a == "RUN" else a for a in arguments)])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1

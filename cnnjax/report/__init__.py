@@ -8,26 +8,21 @@ sentence that says so, where that is gone.
 from __future__ import annotations
 
 import base64
-import csv
 import io
-import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jinja2
 import numpy as np
 from jax.sharding import Mesh
-from markupsafe import Markup
 from PIL import Image
 
 from cnnjax import metrics
 from cnnjax.augment import make_augment
-from cnnjax.config import Config, DataConfig
+from cnnjax.config import Config, DataConfig, flags
 from cnnjax.data import cache
 from cnnjax.data.files import write_atomically
 from cnnjax.data.prepare import open_index, training_data
@@ -36,8 +31,12 @@ from cnnjax.explain import normalized, overlay
 from cnnjax.metrics import Estimate, Evaluation
 from cnnjax.predict import Predictor
 from cnnjax.report import plots
+from cnnjax.report.comparison import compare
+from cnnjax.report.template import render
 from cnnjax.steps import to_float
-from cnnjax.workdir import Workdir
+from cnnjax.workdir import Judged, Workdir, read_lines, read_table
+
+__all__ = ["compare", "write"]
 
 MISTAKES, SAMPLES, AUGMENTED = 10, 6, 12
 _SHOWN = 160  # pixels: side of the pictures
@@ -48,20 +47,6 @@ _OTHERS = (
     ("the post, its own CNN, official test", "0.917", "0.956", "", ""),
     ("Kermany et al., Inception-v3, official test", "0.928", "0.932", "0.901", "0.968"),
 )
-
-
-@dataclass(frozen=True)
-class Judged:
-    """Images of a split with what the network says of them."""
-
-    where: str
-    """A phrase that names them."""
-    names: Sequence[str]
-    labels: np.ndarray
-    patients: Sequence[str]
-    logits: np.ndarray
-    images: np.ndarray | None
-    """uint8 [n, size, size]; None where they are gone."""
 
 
 def write(
@@ -84,67 +69,58 @@ def write(
     """
     workdir = Workdir(run)
     config = workdir.read_config()
-    if not workdir.summary.exists():
-        raise InputError(f"{run} has not ended; give its training command again, then the report")
+    workdir.expect_ended()
     predictor = Predictor.of_run(run, mesh)
-    judged = (
-        _held_out(workdir, config, predictor)
-        if data is None
-        else _split(predictor, DataConfig(data, config.data.size, config.data.positive), split)
-    )
-    page = _render(workdir, config, predictor, judged)
+    if data is None:
+        judged = workdir.read_validation("best")
+        where = "the held-out images, which also chose the best epoch and the operating point"
+        images = _held_out_images(config, judged.names)
+    else:
+        asked = DataConfig(data, config.data.size, config.data.positive)
+        judged, images = _split(predictor, asked, split)
+        where = f"the {split} split of {data}"
+    page = _render(workdir, config, predictor, judged, where, images)
     path = run / "report.html" if out is None else out
     with write_atomically(path) as file:
         file.write(page)
     return path
 
 
-def _held_out(workdir: Workdir, config: Config, predictor: Predictor) -> Judged:
-    """Reads what the run wrote of its held-out images, and finds the images if they are there."""
-    with workdir.validation.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    names = [row["image"] for row in rows]
-    images = None
+def _held_out_images(config: Config, names: Sequence[str]) -> np.ndarray | None:
+    """Returns uint8 [n, size, size] of a run's held-out images; None where they are gone."""
     try:
         decoded = training_data(config.data, config.seed, lambda _: None).decoded
         place = {example.name: i for i, example in enumerate(decoded.examples)}
-        images = np.asarray(decoded.images[[place[name] for name in names]])
+        return np.asarray(decoded.images[[place[name] for name in names]])
     except (InputError, KeyError):
-        pass  # the page says so
-    return Judged(
-        "the held-out images, which also chose the best epoch and the operating point",
-        names,
-        np.array([int(row["label"]) for row in rows]),
-        [row["patient"] for row in rows],
-        np.array([float(row["logit_best"]) for row in rows]),
-        images,
-    )
+        return None  # the page says so
 
 
-def _split(predictor: Predictor, config: DataConfig, split: str) -> Judged:
+def _split(predictor: Predictor, config: DataConfig, split: str) -> tuple[Judged, np.ndarray]:
     index = open_index(config, lambda _: None)
     decoded = cache.load(index.split(split), index.source, config.size, folder=config.cache)
     images = np.asarray(decoded.images)
-    return Judged(
-        f"the {split} split of {config.root}",
-        [example.name for example in decoded.examples],
-        decoded.labels,
-        [example.patient for example in decoded.examples],
-        predictor.logits(images),
-        images,
-    )
+    names = [example.name for example in decoded.examples]
+    patients = [example.patient for example in decoded.examples]
+    return Judged(names, decoded.labels, patients, predictor.logits(images)), images
 
 
-def _render(workdir: Workdir, config: Config, predictor: Predictor, judged: Judged) -> str:
+def _render(
+    workdir: Workdir,
+    config: Config,
+    predictor: Predictor,
+    judged: Judged,
+    where: str,
+    images: np.ndarray | None,
+) -> str:
     point = predictor.operating
     threshold = point.probability_threshold()
     probabilities = point.probabilities(judged.logits)
     found = metrics.evaluate(
         point.calibrated(judged.logits), judged.labels, judged.patients, threshold=threshold
     )
-    summary = _json(workdir.summary)
-    history = [json.loads(line) for line in workdir.metrics.read_text("utf-8").splitlines()]
-    speeds = [json.loads(line) for line in workdir.throughput.read_text("utf-8").splitlines()]
+    summary = workdir.read_summary()
+    history, speeds = read_lines(workdir.metrics), read_lines(workdir.throughput)
     labels, patients = judged.labels, judged.patients
     both = len(set(labels.tolist())) == 2
     figures = {
@@ -157,24 +133,18 @@ def _render(workdir: Workdir, config: Config, predictor: Predictor, judged: Judg
     if both:
         figures["roc"] = plots.roc(judged.logits, labels, patients, found)
         figures["precision_recall"] = plots.precision_recall(judged.logits, labels, patients, found)
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("cnnjax.report", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["number"] = _number
-    return environment.get_template("page.html.jinja").render(
+    return render(
+        "page.html.jinja",
+        figures,
         title=str(workdir.root),
         config=config,
-        settings=_flat(json.loads(workdir.config.read_text("utf-8"))),
-        sessions=[json.loads(line) for line in workdir.sessions.read_text("utf-8").splitlines()],
+        settings=flags(config),
+        sessions=read_lines(workdir.sessions),
         split=_counts(workdir, predictor.classes),
-        quarantine=_quarantine(workdir),
+        quarantine=read_table(workdir.quarantine),
         classes=predictor.classes,
         summary=summary,
-        judged=judged,
+        where=where,
         found=found,
         estimates=[(n, v) for n, v in vars(found).items() if isinstance(v, Estimate)],
         others=_OTHERS,
@@ -183,8 +153,7 @@ def _render(workdir: Workdir, config: Config, predictor: Predictor, judged: Judg
         history=history,
         seconds=sum(s["train_seconds"] + s["validation_seconds"] for s in speeds),
         speed=float(np.median([s["images_per_second"] for s in speeds])),
-        figures={name: Markup(figure) for name, figure in figures.items()},
-        **_pictures(config, predictor, judged, probabilities, found),
+        **_pictures(config, predictor, judged, images, probabilities, found),
     )
 
 
@@ -192,11 +161,12 @@ def _pictures(
     config: Config,
     predictor: Predictor,
     judged: Judged,
+    images: np.ndarray | None,
     probabilities: np.ndarray,
     found: Evaluation,
 ) -> dict[str, Any]:
     """Returns the pictures of mistakes, samples and augmented images; None where there are none."""
-    if judged.images is None:
+    if images is None:
         return {"mistakes": None, "samples": None, "augmented": None}
     decided = probabilities >= found.threshold
     wrong = np.flatnonzero(decided != (judged.labels == 1))
@@ -205,10 +175,10 @@ def _pictures(
     of_class = [np.flatnonzero(judged.labels == label) for label in (0, 1)]
     sample = np.concatenate([rng.permutation(rows)[:SAMPLES] for rows in of_class])
     rows = np.concatenate([surest[:MISTAKES], sample])
-    heat = normalized(predictor.heat(judged.images[rows])) if len(rows) else np.empty(0)
+    heat = normalized(predictor.heat(images[rows])) if len(rows) else np.empty(0)
 
     def picture(i: int) -> dict[str, Any]:
-        row, image = rows[i], judged.images[rows[i]]  # type: ignore[index]
+        row, image = rows[i], images[rows[i]]
         return {
             "name": judged.names[row],
             "truth": predictor.classes[judged.labels[row]],
@@ -219,7 +189,7 @@ def _pictures(
         }
 
     shown = [picture(i) for i in range(len(rows))]
-    few = np.asarray(judged.images[rng.permutation(len(judged.images))[:AUGMENTED]])
+    few = np.asarray(images[rng.permutation(len(images))[:AUGMENTED]])
     augmented = make_augment(config.augment)(
         jax.random.key(config.seed), to_float(jnp.asarray(few))
     )
@@ -242,8 +212,7 @@ def _encoded(image: np.ndarray) -> str:
 
 def _counts(workdir: Workdir, classes: Sequence[str]) -> list[dict[str, Any]]:
     """Returns images by class, and patients, of each side of the run's split."""
-    with workdir.split.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_table(workdir.split)
     sides = []
     for role in ("train", "validation"):
         mine = [row for row in rows if row["role"] == role]
@@ -256,26 +225,3 @@ def _counts(workdir: Workdir, classes: Sequence[str]) -> list[dict[str, Any]]:
             }
         )
     return sides
-
-
-def _quarantine(workdir: Workdir) -> list[dict[str, str]]:
-    with workdir.quarantine.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text("utf-8"))
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"--{prefix}{name}".replace("_", "-")] = value
-    return flat
-
-
-def _number(value: float | None, digits: int = 3) -> str:
-    return "undefined" if value is None else f"{value:.{digits}f}"

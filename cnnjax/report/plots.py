@@ -44,7 +44,7 @@ def svg(name: str, draw: Callable[[Any], None], size: tuple[float, float] = (5.2
         figure = Figure(figsize=size, layout="constrained")
         axes = figure.subplots()
         draw(axes)
-        if axes.get_legend_handles_labels()[0]:
+        if axes.get_legend() is None and axes.get_legend_handles_labels()[0]:
             axes.legend()
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
@@ -190,6 +190,60 @@ def scores(
         axes.set(xlabel="probability", ylabel="images", yscale="log")
 
     return svg("scores", draw)
+
+
+# Runs side by side: Okabe and Ito's colours but the yellow, which is too light on paper.
+_RUNS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f7f7f", "#8c564b")
+_DASHES = ("-", "--", "-.", ":")
+
+
+def rocs(runs: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> str:
+    """Draws the ROC curves of several runs: their names, logits and labels."""
+
+    def draw(axes: Any) -> None:
+        for i, (name, logits, labels) in enumerate(runs):
+            false, true = _ranked(logits, labels, np.ones(len(labels)))
+            dash = _DASHES[i % len(_DASHES)]
+            axes.plot(false / false[-1], true / true[-1], dash, color=_RUNS[i], label=name)
+        axes.plot([0, 1], [0, 1], ls=":", color="0.5", label="chance")
+        axes.set(xlabel="1 - specificity", ylabel="sensitivity", aspect="equal")
+
+    return svg("rocs", draw, (4.4, 4.2))
+
+
+def progress(runs: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> str:
+    """Draws the held-out AUC of several runs, epoch by epoch: their names and histories."""
+
+    def draw(axes: Any) -> None:
+        for i, (name, history) in enumerate(runs):
+            epochs = [line["epoch"] for line in history]
+            areas = [line["validation"]["auc"] for line in history]
+            dash = _DASHES[i % len(_DASHES)]
+            axes.plot(epochs, areas, dash, marker="o", ms=3, color=_RUNS[i], label=name)
+        axes.set(xlabel="epoch", ylabel="AUC on held-out images", ylim=(None, 1.005))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+
+    return svg("progress", draw)
+
+
+def forest(runs: Sequence[tuple[str, Evaluation]]) -> str:
+    """Draws sensitivity and specificity of several runs with their intervals."""
+
+    def draw(axes: Any) -> None:
+        marks = (("sensitivity", BLUE, "o", -0.12), ("specificity", ORANGE, "s", 0.12))
+        for metric, color, mark, aside in marks:
+            for i, (_, found) in enumerate(runs):
+                estimate = getattr(found, metric)
+                label = metric if i == 0 else None
+                axes.plot(estimate.value, i + aside, mark, color=color, ms=5, label=label)
+                if estimate.ci95:
+                    axes.plot(estimate.ci95, [i + aside] * 2, color=color, lw=1.5)
+        axes.set_yticks(range(len(runs)), [name for name, _ in runs])
+        axes.set_ylim(len(runs) - 0.5, -0.5)
+        axes.set(xlabel="at each run's operating point")
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+
+    return svg("forest", draw, (5.2, 1.4 + 0.5 * len(runs)))
 
 
 def _ranked(

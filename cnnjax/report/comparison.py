@@ -1,0 +1,118 @@
+"""One page that sets runs side by side: `compare`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cnnjax import metrics
+from cnnjax.config import flags
+from cnnjax.data.files import write_atomically
+from cnnjax.errors import InputError
+from cnnjax.metrics import Evaluation
+from cnnjax.report import plots
+from cnnjax.report.template import render
+from cnnjax.workdir import Workdir, read_lines
+
+MOST = 8  # runs whose curves can be told apart
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a finished run found, as its workdir has it."""
+
+    name: str
+    classes: tuple[str, str]
+    settings: dict[str, Any]
+    """Every flag with its value."""
+    summary: dict[str, Any]
+    history: list[dict[str, Any]]
+    images: frozenset[str]
+    """Names of the held-out images."""
+    labels: np.ndarray
+    logits: np.ndarray
+    """Of the best epoch, calibrated log-odds."""
+    found: Evaluation
+    """At the run's own operating point."""
+    seconds: float
+    speed: float
+    """Images a second in training, the median over epochs."""
+
+
+def read(folder: Path, name: str) -> Run:
+    """Returns what a workdir tells of its run.
+
+    Args:
+        folder: the workdir.
+        name: what to call it.
+
+    Raises:
+        InputError: there is no run, or it has not ended.
+    """
+    workdir = Workdir(folder)
+    config = workdir.read_config()
+    workdir.expect_ended()
+    held_out = workdir.read_validation()
+    point = workdir.read_operating("best")
+    logits = point.calibrated(held_out.logits)
+    speeds = read_lines(workdir.throughput)
+    return Run(
+        name=name,
+        classes=workdir.read_classes(),
+        settings=flags(config),
+        summary=workdir.read_summary(),
+        history=read_lines(workdir.metrics),
+        images=frozenset(held_out.names),
+        labels=held_out.labels,
+        logits=logits,
+        found=metrics.evaluate(
+            logits, held_out.labels, held_out.patients, threshold=point.probability_threshold()
+        ),
+        seconds=sum(line["train_seconds"] + line["validation_seconds"] for line in speeds),
+        speed=float(np.median([line["images_per_second"] for line in speeds])),
+    )
+
+
+def compare(folders: Sequence[Path], out: Path) -> Path:
+    """Writes a page that sets finished runs side by side, each on its own held-out images.
+
+    Args:
+        folders: their workdirs, at least two.
+        out: the page.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        InputError: a run is not there or has not ended, or there are too many for one page.
+    """
+    if len(folders) > MOST:
+        raise InputError(f"{len(folders)} runs are too many for one page; give at most {MOST}")
+    shared = Path(os.path.commonpath([folder.absolute().parent for folder in folders]))
+    runs = [read(folder, str(folder.absolute().relative_to(shared))) for folder in folders]
+    differing = [
+        flag
+        for flag in runs[0].settings
+        if flag != "--workdir" and len({str(run.settings[flag]) for run in runs}) > 1
+    ]
+    figures = {
+        "roc": plots.rocs([(run.name, run.logits, run.labels) for run in runs]),
+        "progress": plots.progress([(run.name, run.history) for run in runs]),
+        "forest": plots.forest([(run.name, run.found) for run in runs]),
+    }
+    page = render(
+        "comparison.html.jinja",
+        figures,
+        runs=runs,
+        differing=differing,
+        same_images=len({run.images for run in runs}) == 1,
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with write_atomically(out) as file:
+        file.write(page)
+    return out

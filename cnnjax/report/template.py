@@ -1,0 +1,33 @@
+"""The pages' templates: escaping on, and a name that is missing is an error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+
+def render(template: str, figures: Mapping[str, str], **values: Any) -> str:
+    """Returns a page.
+
+    Args:
+        template: its file in this package.
+        figures: SVG elements by name, which are not escaped.
+        values: what else the template names.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("cnnjax.report", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = _number
+    shown = {name: Markup(figure) for name, figure in figures.items()}
+    return environment.get_template(template).render(figures=shown, **values)
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "undefined" if value is None else f"{value:.{digits}f}"

@@ -91,7 +91,8 @@ def fit_calibration(logits: np.ndarray, labels: np.ndarray) -> tuple[float, floa
     Logistic regression on the logit by Newton's method, with Platt's targets, which stay off 0 and
     1 by what a uniform prior adds (Platt, Advances in Large Margin Classifiers, 1999). Temperature
     scaling (Guo et al., arXiv:1706.04599) is the case of bias 0; class weights and label smoothing
-    move the logits, so there is need of both.
+    move the logits, so there is need of both. The slope is positive even for a network that ranks
+    the wrong way round, whose probabilities are then all the same.
 
     Args:
         logits: float [n].
@@ -122,7 +123,12 @@ def fit_calibration(logits: np.ndarray, labels: np.ndarray) -> tuple[float, floa
         if np.abs(size * step).max() < 1e-10:
             break
     slope = fitted[0] / scale
+    if slope <= 0:  # it ranks no better than chance: then a logit says next to nothing
+        return _FLAT, math.log((n1 + 1) / (n0 + 1))
     return float(slope), float(fitted[1] - slope * centre)
+
+
+_FLAT = 1e-6  # a slope that leaves the order of the logits as it is, and little else
 
 
 def least_cost_threshold(

@@ -120,3 +120,13 @@ def test_reliability_counts_every_image_once() -> None:
 def test_survives_json() -> None:
     point = fit_operating_point(*drawn(3), OperatingConfig())
     assert OperatingPoint(**json.loads(json.dumps(point.to_json()))) == point
+
+
+def test_a_network_that_ranks_the_wrong_way_round_is_not_turned_over() -> None:
+    """The threshold lies on the logit, and a probability must rise with it."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(200) % 4 // 3
+    logits = rng.normal(size=200) - 3 * labels
+    slope, bias = fit_calibration(logits, labels)
+    assert slope > 0
+    np.testing.assert_allclose(1 / (1 + np.exp(-(slope * logits + bias))), 0.25, atol=0.01)

@@ -125,9 +125,9 @@ def precision_recall(
         axes.fill_between(grid, low, high, color=BLUE, alpha=0.25, lw=0, label="95 % band")
         axes.plot(grid, precision(np.ones(len(labels))), color=BLUE, label="precision")
         axes.axhline(labels.mean(), ls=":", color="0.5", label="chance")
-        axes.plot(
-            at.sensitivity.value, at.precision.value, "D", color=ORANGE, label="operating point"
-        )
+        if at.precision.value is not None:  # else nothing is called positive
+            point = at.sensitivity.value, at.precision.value
+            axes.plot(*point, "D", color=ORANGE, label="operating point")
         axes.set(xlabel="recall (sensitivity)", ylabel="precision", ylim=(0, 1.02))
 
     return svg("precision-recall", draw, (4.4, 4.2))

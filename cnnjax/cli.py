@@ -219,8 +219,8 @@ class Export:
     """The file; what is to be known of it comes beside it, as .json."""
     run: Path | None = None
     """A run's workdir, or a folder with a release; by default the weights of the package."""
-    format: Literal["stablehlo", "safetensors"] = "stablehlo"
-    """A program for CPU, CUDA and TPU, or the weights alone."""
+    format: Literal["stablehlo", "onnx", "safetensors"] = "stablehlo"
+    """A program for CPU, CUDA and TPU, one for ONNX Runtime, or the weights alone."""
     checkpoint: Literal["best", "latest"] = "best"
     """Of a run: the best epoch by validation, or the last."""
 

@@ -7,6 +7,7 @@ means, so that whoever loads it decodes and decides as we do.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,32 +21,39 @@ from cnnjax.predict import Predictor
 from cnnjax.release import flatten
 from cnnjax.steps import to_float, variables_of
 
-Format = Literal["stablehlo", "safetensors"]
+Format = Literal["stablehlo", "onnx", "safetensors"]
 PLATFORMS = ("cpu", "cuda", "tpu")
+
+OPSET = 18  # of ONNX, from 2022: what reads nothing newer reads this
+CLOSE = 1e-4  # by how much ONNX's logits may differ from ours, as a part of them or, below 1, whole
 
 
 def export(predictor: Predictor, form: Format, path: Path) -> list[Path]:
     """Writes the network to a file, and beside it what is to be known.
 
     `stablehlo` is a program: `jax.export.deserialize(path.read_bytes()).call(images)` takes uint8
-    [n, size, size], for any n, and gives float32 [n], logits, on CPU, CUDA or TPU. `safetensors`
-    are the weights alone, named `MEMBER/COLLECTION/LAYER/ARRAY`, in float32.
+    [n, size, size], for any n, and gives float32 [n], logits, on CPU, CUDA or TPU. `onnx` is the
+    same program for ONNX Runtime and its like, from `images` to `logits`. `safetensors` are the
+    weights alone, named `MEMBER/COLLECTION/LAYER/ARRAY`, in float32.
 
     Args:
         predictor: what to export; the logits of several networks are averaged, in either form.
-        form: one of the two.
+        form: one of the three.
         path: the file.
 
     Returns:
         The two files' paths.
 
     Raises:
-        InputError: the extra `export` is not installed.
+        InputError: the extra `export`, or `onnx`, is not installed, or what the converter to ONNX
+            made does not give our logits.
     """
     beside = path.with_name(path.name + ".json")
     document = describe(predictor) | {"format": form}
     if form == "stablehlo":
         data, document["platforms"] = stablehlo(predictor), list(PLATFORMS)
+    elif form == "onnx":
+        data, document["opset"] = onnx(predictor), OPSET
     else:
         data = safetensors(predictor)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +64,49 @@ def export(predictor: Predictor, form: Format, path: Path) -> list[Path]:
 
 def stablehlo(predictor: Predictor) -> bytes:
     """Returns the program from images to logits, its batch size left open; see `export`."""
-    _require("flatbuffers")
+    _require("flatbuffers", "export")
+    (batch,) = jax.export.symbolic_shape("batch")
+    taken = jax.ShapeDtypeStruct((batch, predictor.size, predictor.size), jnp.uint8)
+    # oneDNN's kernels are of this machine; other platforms have no such thing.
+    with layers.portable():
+        program = jax.jit(_program(predictor))
+        exported = jax.export.export(program, platforms=PLATFORMS)(taken)
+    return bytes(exported.serialize())
+
+
+def onnx(predictor: Predictor) -> bytes:
+    """Returns the same program as an ONNX model, after ONNX Runtime has given our logits by it."""
+    _require("jax2onnx", "onnx")
+    import onnxruntime
+    from jax2onnx import to_onnx
+
+    taken = jax.ShapeDtypeStruct(("batch", predictor.size, predictor.size), jnp.uint8)
+    with layers.portable():
+        model = to_onnx(
+            _program(predictor),
+            [taken],
+            model_name="cnnjax",
+            opset=OPSET,
+            input_names=["images"],
+            output_names=["logits"],
+        )
+    # The converter notes shapes in between that are those before a transposition.
+    del model.graph.value_info[:]
+    data = bytes(model.SerializeToString())
+    session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (3, predictor.size, predictor.size), dtype=np.uint8)
+    (found,) = session.run(None, {"images": images})
+    if not np.allclose(found, predictor.logits(images), rtol=CLOSE, atol=CLOSE):
+        raise InputError(
+            "what jax2onnx made of the network gives other logits than it does;"
+            " try another version of jax2onnx, or --format stablehlo"
+        )
+    return data
+
+
+def _program(predictor: Predictor) -> Callable[[jax.Array], jax.Array]:
+    """Returns the pure function from uint8 images [n, size, size] to logits float32 [n]."""
     members = [variables_of(member) for member in predictor.members]
 
     def logits(images: jax.Array) -> jax.Array:
@@ -64,17 +114,12 @@ def stablehlo(predictor: Predictor) -> bytes:
         each = [predictor.model.apply(m, pixels, train=False) for m in members]
         return jnp.stack(each).mean(0)
 
-    (batch,) = jax.export.symbolic_shape("batch")
-    taken = jax.ShapeDtypeStruct((batch, predictor.size, predictor.size), jnp.uint8)
-    # oneDNN's kernels are of this machine; other platforms have no such thing.
-    with layers.portable():
-        exported = jax.export.export(jax.jit(logits), platforms=PLATFORMS)(taken)
-    return bytes(exported.serialize())
+    return logits
 
 
 def safetensors(predictor: Predictor) -> bytes:
     """Returns the weights of all networks as the bytes of a safetensors file; see `export`."""
-    _require("safetensors")
+    _require("safetensors", "export")
     from safetensors.numpy import save
 
     return save(
@@ -112,10 +157,10 @@ def describe(predictor: Predictor) -> dict[str, Any]:
     }
 
 
-def _require(module: str) -> None:
+def _require(module: str, extra: str) -> None:
     try:
         __import__(module)
     except ImportError:
         raise InputError(
-            f"export needs {module}; install it with: pip install 'cnnjax[export]'"
+            f"this export needs {module}; install it with: pip install 'cnnjax[{extra}]'"
         ) from None

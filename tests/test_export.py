@@ -65,6 +65,48 @@ def test_stablehlo_runs_without_our_code(run: Path, tmp_path: Path) -> None:
     assert (told["slope"], told["bias"]) == (point.slope, point.bias)
 
 
+def test_onnx_runs_in_onnxruntime(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("jax2onnx", reason="the extra onnx is not installed")
+    program = tmp_path / "network.onnx"
+    about = exported(run, "onnx", program)
+    assert about["opset"] == 18
+    images = np.random.default_rng(1).integers(0, 256, (5, 24, 24), dtype=np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    foreign = (
+        "import sys, numpy as np, onnxruntime\n"
+        "sys.modules['cnnjax'] = sys.modules['jax'] = None\n"
+        "session = onnxruntime.InferenceSession('network.onnx')\n"
+        "images = np.load('images.npy')\n"
+        "found = [session.run(['logits'], {'images': images[:n]})[0][n - 1] for n in (1, 5)]\n"
+        "np.save('found.npy', found)\n"
+    )
+    subprocess.run([sys.executable, "-c", foreign], check=True, cwd=tmp_path)
+    predictor = Predictor.open(run, devices.make_mesh(DeviceConfig()))
+    expected = predictor.logits(images)[[0, 4]]
+    np.testing.assert_allclose(np.load(tmp_path / "found.npy"), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("form", "module", "extra"),
+    [("onnx", "jax2onnx", "onnx"), ("safetensors", "safetensors", "export")],
+)
+def test_what_is_not_installed_is_named(
+    run: Path,
+    tmp_path: Path,
+    form: str,
+    module: str,
+    extra: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["export", "--run", str(run), "--format", form, str(tmp_path / "x")])
+    assert ended.value.code == 2
+    assert f"pip install 'cnnjax[{extra}]'" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_safetensors_hold_every_weight(run: Path, tmp_path: Path) -> None:
     from safetensors.numpy import load_file
 

@@ -231,6 +231,8 @@ class Config:
     """Seed of the split, the initial weights, the order of images and their augmentation."""
     profile: Path | None = None
     """Write a trace of the second epoch to this folder, for Perfetto or XProf."""
+    tensorboard: bool = False
+    """Also write TensorBoard's event files to the workdir's `tensorboard`."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -247,6 +249,7 @@ class Config:
 _INCIDENTAL = {
     "--workdir",
     "--profile",
+    "--tensorboard",
     "--data.root",
     "--data.cache",
     "--data.strict",

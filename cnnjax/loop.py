@@ -30,6 +30,7 @@ from cnnjax.data.files import write_atomically
 from cnnjax.data.patients import write_split
 from cnnjax.data.prepare import TrainingData, training_data
 from cnnjax.errors import InputError
+from cnnjax.events import Events
 from cnnjax.operating import fit_operating_point
 from cnnjax.predict import make_logits
 from cnnjax.programs import Alone, Program, Task, Together
@@ -97,7 +98,7 @@ def fit_all(configs: Sequence[Config], *, together: bool | None = None) -> list[
 def _expect_alike(configs: Sequence[Config]) -> None:
     def rest(config: Config) -> Config:
         data = replace(config.data, fold=0)
-        return replace(config, workdir=Path(), seed=0, profile=None, data=data)
+        return replace(config, workdir=Path(), seed=0, profile=None, tensorboard=False, data=data)
 
     if len({rest(config) for config in configs}) != 1:
         raise ValueError("members of an ensemble may differ by workdir, seed and fold alone")
@@ -125,6 +126,7 @@ class Member(Task):
         self.checkpoints = Checkpoints(workdir.checkpoints)
         self.done = self.checkpoints.epoch("latest") or 0
         self.history = workdir.read_history(self.done)
+        self.events = Events(workdir.events, self.done) if config.tensorboard else None
 
     @property
     def ended(self) -> bool:
@@ -175,6 +177,8 @@ class Member(Task):
         self.checkpoints.save("latest", epoch, state)
         self.done = epoch
         speed = len(self.data.train) / seconds[0]
+        if self.events:
+            self.events.add(line, speed)
         append_line(
             self.workdir.throughput,
             {
@@ -185,6 +189,12 @@ class Member(Task):
             },
         )
         return _epoch_line(line, config, speed)
+
+    def close(self) -> None:
+        """Releases the files that it writes to."""
+        self.checkpoints.close()
+        if self.events:
+            self.events.close()
 
 
 def _enter(config: Config, mesh: Mesh, stack: contextlib.ExitStack, first: bool) -> Member:
@@ -203,7 +213,7 @@ def _enter(config: Config, mesh: Mesh, stack: contextlib.ExitStack, first: bool)
     }
     append_line(workdir.sessions, {"devices": devices.describe(mesh), "versions": versions})
     member = Member(config, data, workdir)
-    stack.callback(member.checkpoints.close)
+    stack.callback(member.close)
     return member
 
 

@@ -40,6 +40,7 @@ class Workdir:
         sessions: `sessions.jsonl`, versions and devices of each start.
         metrics: `metrics.jsonl`, an object for each epoch.
         throughput: `throughput.jsonl`, wall time for each epoch; the only file with times in it.
+        events: `tensorboard/`, event files where the config asks for them.
         checkpoints: `checkpoints/latest` and `checkpoints/best`.
         validation: `validation.csv`, a logit for each held-out image.
         operating: `operating.json`, the operating point of the best and the latest state.
@@ -55,6 +56,7 @@ class Workdir:
         self.sessions = root / "sessions.jsonl"
         self.metrics = root / "metrics.jsonl"
         self.throughput = root / "throughput.jsonl"
+        self.events = root / "tensorboard"
         self.checkpoints = root / "checkpoints"
         self.validation = root / "validation.csv"
         self.operating = root / "operating.json"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import shutil
+import struct
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -144,6 +146,35 @@ def test_profile_writes_a_trace(tree: Path, tmp_path: Path) -> None:
     config = replace(config_for(tree, tmp_path / "run", epochs=1), profile=tmp_path / "trace")
     fit(config)
     assert list((tmp_path / "trace").rglob("*.trace.json.gz"))
+
+
+def test_tensorboard_gets_every_epoch_once(tree: Path, tmp_path: Path, finished: Path) -> None:
+    """And the run is the one that it would be without."""
+    fit(replace(config_for(tree, tmp_path / "run"), tensorboard=True))
+    assert outcome(tmp_path / "run") == outcome(finished)
+    found: dict[tuple[str, int], float] = {}
+    for file in (tmp_path / "run" / "tensorboard").iterdir():
+        for event in events_of(file):
+            for value in event.summary.value:
+                assert (value.tag, event.step) not in found
+                found[value.tag, event.step] = value.simple_value
+    for line in read_metrics(finished):
+        for side in ("train", "validation"):
+            for name, value in line[side].items():
+                assert found[f"{side}/{name}", line["epoch"]] == pytest.approx(value, rel=1e-6)
+
+
+def events_of(file: Path) -> Iterator[Any]:
+    """Yields the events of a file of TFRecords: length, its checksum, the event, its checksum."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    data, at = file.read_bytes(), 0
+    while at < len(data):
+        (length,) = struct.unpack_from("<Q", data, at)
+        event = Event()
+        event.ParseFromString(data[at + 12 : at + 12 + length])
+        yield event
+        at += length + 16
 
 
 def test_a_finished_run_is_not_trained_again(

@@ -1,3 +1,67 @@
-"""cnnjax: a convolutional network in JAX that tells pneumonia from normal on chest radiographs."""
+"""cnnjax: a convolutional network in JAX that tells pneumonia from normal on chest radiographs.
+
+The names below are the library; `docs/api.md` shows them in use. They are imported when they are
+first asked for, so that `import cnnjax` alone starts no JAX.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cnnjax.config import (
+        AugmentConfig,
+        Config,
+        DataConfig,
+        DeviceConfig,
+        ModelConfig,
+        OperatingConfig,
+        TrainConfig,
+    )
+    from cnnjax.data.decode import DecodeError, decode
+    from cnnjax.errors import InputError
+    from cnnjax.loop import Result, fit, fit_all
+    from cnnjax.metrics import Evaluation, evaluate
+    from cnnjax.operating import OperatingPoint
+    from cnnjax.predict import Predictor
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "AugmentConfig",
+    "Config",
+    "DataConfig",
+    "DecodeError",
+    "DeviceConfig",
+    "Evaluation",
+    "InputError",
+    "ModelConfig",
+    "OperatingConfig",
+    "OperatingPoint",
+    "Predictor",
+    "Result",
+    "TrainConfig",
+    "decode",
+    "evaluate",
+    "fit",
+    "fit_all",
+]
+
+_HOMES = {
+    "cnnjax.data.decode": ("DecodeError", "decode"),
+    "cnnjax.errors": ("InputError",),
+    "cnnjax.loop": ("Result", "fit", "fit_all"),
+    "cnnjax.metrics": ("Evaluation", "evaluate"),
+    "cnnjax.operating": ("OperatingPoint",),
+    "cnnjax.predict": ("Predictor",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'cnnjax' has no attribute {name!r}")
+    return getattr(import_module(_HOME_OF.get(name, "cnnjax.config")), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

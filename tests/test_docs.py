@@ -11,8 +11,10 @@ from pathlib import Path
 import jax
 import pytest
 
+import cnnjax
+
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+DOCUMENTS = sorted([ROOT / "README.md", ROOT / "MODEL_CARD.md", *(ROOT / "docs").glob("*.md")])
 
 
 def snippets(document: Path) -> str:
@@ -43,6 +45,25 @@ def test_the_readme_trains(
     assert re.search(
         r"^0\.\d{4}  \[0\.\d{4}, [01]\.\d{4}\]$", capsys.readouterr().out, re.MULTILINE
     )
+
+
+def test_the_library_is_what_its_page_shows(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(tree, tmp_path / "chest_xray")
+    shutil.copytree(tree / "test" / "NORMAL", tmp_path / "films")
+    monkeypatch.chdir(tmp_path)
+    document = ROOT / "docs" / "api.md"
+    exec(compile(snippets(document), str(document), "exec"), {})
+    assert "neither JPEG nor PNG nor DICOM" in capsys.readouterr().out
+    for name in cnnjax.__all__:
+        assert getattr(cnnjax, name).__doc__
+        assert f"`{name}" in document.read_text("utf-8"), name
+
+
+def test_the_package_alone_starts_no_jax() -> None:
+    code = "import sys, cnnjax; cnnjax.Config(); assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -108,7 +108,7 @@ class Predict:
     """Also write the predictions to this file as a table."""
     heatmap: Path | None = None
     """Write to this folder a PNG of each image with what speaks for the positive class laid over it
-    (Grad-CAM), each by itself from nothing to most."""
+    (HiResCAM), each by itself from nothing to most."""
     device: DeviceConfig = field(default_factory=DeviceConfig)
 
     def __call__(self) -> int:

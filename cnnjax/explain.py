@@ -1,6 +1,6 @@
-"""Where in an image a network sees what it decides by: Grad-CAM, and occlusion to check it by.
+"""Where in an image a network sees what it decides by: CAMs, and occlusion to check them by.
 
-Both are pure functions of variables and images, jitted and batched. A heat map says what moved the
+All are pure functions of variables and images, jitted and batched. A heat map says what moved the
 network, not what is wrong with a lung.
 """
 
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cnnjax.models import FINAL, FINE
 from cnnjax.steps import PyTree, to_float
 
 Explain = Callable[[PyTree, jax.Array], jax.Array]
@@ -35,37 +36,94 @@ def make_grad_cam(model: Any) -> Explain:
     """
 
     def grad_cam(variables: PyTree, images: jax.Array) -> jax.Array:
-        pixels = to_float(images)
-        shape = jax.eval_shape(lambda v, x: features_of(model, v, x)[1], variables, pixels)
-
-        def logit(nudge: jax.Array) -> tuple[jax.Array, jax.Array]:
-            logits, maps = features_of(model, variables, pixels, nudge)
-            return logits.sum(), maps
-
-        nothing = jnp.zeros(shape.shape, shape.dtype)
-        gradient, maps = jax.grad(logit, has_aux=True)(nothing)
-        weights = gradient.astype(jnp.float32).mean((1, 2), keepdims=True)
-        heat = jnp.maximum((weights * maps.astype(jnp.float32)).sum(3), 0)
+        maps, gradient = _maps_and_gradient(model, variables, to_float(images), FINAL)
+        weights = gradient.mean((1, 2), keepdims=True)
+        heat = jnp.maximum((weights * maps).sum(3), 0)
         return jax.image.resize(heat, images.shape, "bilinear")
 
     return jax.jit(grad_cam)
 
 
-def features_of(
-    model: Any, variables: PyTree, images: jax.Array, nudge: jax.Array | None = None
+def make_hires_cam(model: Any) -> Explain:
+    """Returns the jitted (variables, images) -> heat of HiResCAM, at the stage before the last.
+
+    Feature maps times the logit's gradient, place by place (Draelos and Carin, arXiv:2011.08891):
+    unlike Grad-CAM's, the gradient is not averaged over places first, so that maps before the last,
+    which tell a place twice as well, can serve. The mean over the image and its mirror image, and
+    over neighbouring places, takes out what hangs on the maps' grid.
+
+    On 200 phantoms its hottest place was on the opacity in 192, Grad-CAM's in 123, the occlusion's
+    below in 109 (`experiments/pointing.py`, a run of `make train` on 2 CPU cores).
+
+    Args:
+        model: a network of `cnnjax.models`.
+
+    Returns:
+        A function as that of `make_grad_cam`.
+    """
+
+    def hires_cam(variables: PyTree, images: jax.Array) -> jax.Array:
+        pixels = to_float(images)
+        both = jnp.concatenate([pixels, pixels[:, :, ::-1]])
+        maps, gradient = _maps_and_gradient(model, variables, both, FINE)
+        heat, mirrored = jnp.split((maps * gradient).sum(3), 2)
+        heat = jnp.maximum(heat, 0) + jnp.maximum(mirrored[:, :, ::-1], 0)
+        for axis in (1, 2):
+            heat = _smoothed(heat, axis)
+        return jax.image.resize(heat / 2, images.shape, "bilinear")
+
+    return jax.jit(hires_cam)
+
+
+def _smoothed(heat: jax.Array, axis: int) -> jax.Array:
+    """Averages neighbours along an axis with the weights 1 2 1; the edge goes on beyond itself."""
+    ends = [(1, 1) if i == axis else (0, 0) for i in range(heat.ndim)]
+    wide = jnp.pad(heat, ends, mode="edge")
+    before, here, after = (
+        jax.lax.slice_in_dim(wide, k, k + heat.shape[axis], axis=axis) for k in range(3)
+    )
+    return (before + 2 * here + after) / 4
+
+
+def _maps_and_gradient(
+    model: Any, variables: PyTree, images: jax.Array, name: str
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns logits [batch] and the last feature maps [batch, height', width', channels].
+    """Returns feature maps and the logit's gradient by them, float32 [batch, h, w, channels]."""
+    shape = jax.eval_shape(lambda v, x: features_of(model, v, x, name=name)[1], variables, images)
+
+    def logit(nudge: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits, maps = features_of(model, variables, images, nudge, name)
+        return logits.sum(), maps
+
+    nothing = jnp.zeros(shape.shape, shape.dtype)
+    gradient, maps = jax.grad(logit, has_aux=True)(nothing)
+    return maps.astype(jnp.float32), gradient.astype(jnp.float32)
+
+
+def features_of(
+    model: Any,
+    variables: PyTree,
+    images: jax.Array,
+    nudge: jax.Array | None = None,
+    name: str = FINAL,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns logits [batch] and feature maps [batch, height', width', channels].
 
     Args:
         model: a network of `cnnjax.models`.
         variables: its variables.
         images: float32 [batch, height, width, 1] in [0, 1].
         nudge: added to the maps; the logits' gradient by it is that by the maps.
+        name: which maps, `FINAL` or `FINE` of `cnnjax.models`.
     """
     logits, kept = model.apply(
-        variables, images, train=False, nudge=nudge, mutable=["intermediates"]
+        variables,
+        images,
+        train=False,
+        nudge=None if nudge is None else {name: nudge},
+        mutable=["intermediates"],
     )
-    (maps,) = kept["intermediates"]["features"]
+    (maps,) = kept["intermediates"][name]
     return logits, maps
 
 

@@ -3,12 +3,12 @@
 Every network is called as `model.apply(variables, images, train=..., mask=...)` with float images
 [batch, height, width, 1] in [0, 1], and returns logits [batch]. `mask` [batch] is false on rows
 that fill up a batch and must not count in batch statistics. `nudge` is for `cnnjax.explain`: it is
-added to the last feature maps.
+added to the feature maps `FINAL` or `FINE`, by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +17,9 @@ import jax.numpy as jnp
 
 from cnnjax import layers
 from cnnjax.config import ModelConfig
+
+FINAL, FINE = "final", "fine"
+"""The last feature maps, and those of the stage before, which tell a place twice as well."""
 
 STEM_SIZES = {2: 3, 4: 7}  # side of the ResNet's first kernel, by its stride
 
@@ -124,14 +127,14 @@ class BaselineCNN(nn.Module):
         *,
         train: bool = False,
         mask: jax.Array | None = None,
-        nudge: jax.Array | None = None,
+        nudge: Mapping[str, jax.Array] | None = None,
     ) -> jax.Array:
         """Returns logits [batch] of images [batch, height, width, 1]; see the module."""
         glorot = nn.initializers.glorot_uniform()
         images = standardized(images) if self.standardize else images
         x = ConvPool(32, repeat=self.channels, dtype=self.dtype, name="conv1")(images)
         x = ConvPool(32, dtype=self.dtype, name="conv2")(x)
-        x = _exposed(self, x, nudge)
+        x = _exposed(self, FINAL, _exposed(self, FINE, x, nudge), nudge)
         x = x.reshape(x.shape[0], -1)
         x = nn.relu(nn.Dense(128, kernel_init=glorot, dtype=self.dtype, name="dense1")(x))
         x = nn.Dense(1, kernel_init=glorot, dtype=self.dtype, name="dense2")(x)
@@ -185,7 +188,7 @@ class ResNet(nn.Module):
         *,
         train: bool = False,
         mask: jax.Array | None = None,
-        nudge: jax.Array | None = None,
+        nudge: Mapping[str, jax.Array] | None = None,
     ) -> jax.Array:
         """Returns logits [batch] of images [batch, height, width, 1]; see the module."""
         images = standardized(images) if self.standardize else images
@@ -206,16 +209,21 @@ class ResNet(nn.Module):
                     dtype=self.dtype,
                     name=f"stage{stage + 1}_block{block + 1}",
                 )(x, train=train, mask=mask)
-        x = _exposed(self, x, nudge)
+            if stage == max(0, self.stages - 2):
+                x = _exposed(self, FINE, x, nudge)
+        x = _exposed(self, FINAL, x, nudge)
         x = x.mean((1, 2), dtype=jnp.float32)
         return nn.Dense(1, dtype=jnp.float32, name="head")(x)[:, 0]
 
 
-def _exposed(network: nn.Module, maps: jax.Array, nudge: jax.Array | None) -> jax.Array:
-    """Lets `cnnjax.explain` see the last feature maps, and take gradients by them."""
-    maps = maps if nudge is None else maps + nudge
+def _exposed(
+    network: nn.Module, name: str, maps: jax.Array, nudge: Mapping[str, jax.Array] | None
+) -> jax.Array:
+    """Lets `cnnjax.explain` see feature maps, and take gradients by them."""
+    if nudge is not None and name in nudge:
+        maps = maps + nudge[name]
     if not network.is_initializing():  # they are no variables of the network
-        network.sow("intermediates", "features", maps)
+        network.sow("intermediates", name, maps)
     return maps
 
 

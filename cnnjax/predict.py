@@ -16,7 +16,7 @@ from cnnjax import layers, release
 from cnnjax.config import DeviceConfig
 from cnnjax.data.batches import Feeder, Resident, in_batches, load
 from cnnjax.devices import divided, make_mesh, replicated
-from cnnjax.explain import make_grad_cam
+from cnnjax.explain import make_hires_cam
 from cnnjax.models import make_model
 from cnnjax.operating import OperatingPoint
 from cnnjax.steps import (
@@ -99,7 +99,7 @@ class Predictor:
         self._mesh = mesh
         self._logits = make_logits(make_eval_step(model), mesh)
         self._few_logits = make_logits(make_eval_step(model), mesh, FEW, portable=True)
-        self._grad_cam, self._few_grad_cam = make_grad_cam(model), make_grad_cam(model)
+        self._cam, self._few_cam = make_hires_cam(model), make_hires_cam(model)
 
     @classmethod
     def open(
@@ -202,17 +202,17 @@ class Predictor:
         return np.stack([logits(state, feeder, rows) for state in self.members])
 
     def heat(self, images: np.ndarray) -> np.ndarray:
-        """Returns float32 [n, size, size]: Grad-CAM of uint8 images of that shape.
+        """Returns float32 [n, size, size]: HiResCAM of uint8 images of that shape.
 
         It is evidence for the positive class, in logits, averaged over the networks; see
         `cnnjax.explain`.
         """
         few = len(images) <= FEW
-        grad_cam = self._few_grad_cam if few else self._grad_cam
+        cam = self._few_cam if few else self._cam
         chunks = []
         for rows in in_batches(np.arange(len(images), dtype=np.int32), FEW if few else BATCH):
             batch = images[np.maximum(rows, 0)]
             with layers.portable() if few else contextlib.nullcontext():
-                maps = [grad_cam(variables_of(s), batch) for s in self.members]
+                maps = [cam(variables_of(s), batch) for s in self.members]
             chunks.append(np.mean(jax.device_get(maps), axis=0)[rows >= 0])
         return np.concatenate(chunks)

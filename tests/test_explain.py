@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.ndimage import convolve1d
 
-from cnnjax import explain
-from cnnjax.models import BaselineCNN, ResNet
+from cnnjax import devices, explain
+from cnnjax.config import DeviceConfig
+from cnnjax.loop import fit
+from cnnjax.models import FINE, BaselineCNN, ResNet
+from cnnjax.predict import Predictor
 from cnnjax.steps import to_float
 
 NETWORKS = {"baseline": BaselineCNN(), "resnet": ResNet(width=4, stages=2)}
@@ -76,7 +82,53 @@ def test_occlusion_is_the_fall_of_the_logit(images: np.ndarray) -> None:
     np.testing.assert_allclose(found, np.broadcast_to(fall[:, None, None], found.shape), rtol=1e-4)
 
 
-@pytest.mark.parametrize("make", [explain.make_grad_cam, explain.make_occlusion])
+def test_hires_cam_by_hand_and_by_mirror(images: np.ndarray) -> None:
+    model = NETWORKS["resnet"]
+    variables = variables_of(model)
+    run = explain.make_hires_cam(model)
+    found = np.asarray(run(variables, images))
+    assert found.shape == images.shape
+    turned = np.asarray(run(variables, np.ascontiguousarray(images[:, :, ::-1])))
+    np.testing.assert_allclose(found, turned[:, :, ::-1], atol=1e-5)
+
+    # The maps before the last stage, times the gradient of what follows them.
+    def evidence(pixels: jax.Array) -> np.ndarray:
+        _, maps = explain.features_of(model, variables, pixels, name=FINE)
+
+        def logit(nudge: jax.Array) -> jax.Array:
+            return explain.features_of(model, variables, pixels, nudge, FINE)[0].sum()
+
+        return np.maximum(np.asarray((jax.grad(logit)(0 * maps) * maps).sum(3)), 0)
+
+    pixels = to_float(jnp.asarray(images))
+    heat = (evidence(pixels) + evidence(pixels[:, :, ::-1])[:, :, ::-1]) / 2
+    for axis in (1, 2):
+        heat = convolve1d(heat, np.array([1, 2, 1]) / 4, axis, mode="nearest")
+    assert heat.shape[1] == images.shape[1] // 2  # the stem's; the last maps are half as fine
+    enlarged = jax.image.resize(heat, images.shape, "bilinear")
+    np.testing.assert_allclose(found, enlarged, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_heat_falls_on_the_opacity(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The pointing game on phantoms, whose opacities are known; chance is one in nine."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "experiments")
+    import pneumonia
+    import pointing
+
+    fit(replace(pneumonia.CONFIG, workdir=tmp_path / "run"))
+    predictor = Predictor.open(tmp_path / "run", devices.make_mesh(DeviceConfig()))
+    images, opacity = pointing.draw(200, predictor.size)
+    found = pointing.score(predictor.heat(images), opacity)
+    assert found["hit_rate"] >= 0.9
+    assert found["ratio"] > 2
+    nowhere = np.random.default_rng(0).random(images.shape)
+    assert pointing.score(nowhere, opacity)["hit_rate"] < 0.25
+
+
+@pytest.mark.parametrize(
+    "make", [explain.make_grad_cam, explain.make_hires_cam, explain.make_occlusion]
+)
 def test_other_weights_give_another_map(make: Any, images: np.ndarray) -> None:
     """The sanity check of Adebayo et al., NeurIPS 2018: a map that stays is no explanation."""
     model = NETWORKS["resnet"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -174,3 +175,36 @@ def test_what_cannot_be_reported_is_said_in_one_sentence(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+_ASK = """<script>
+addEventListener("load", () => {
+  const asked = performance.getEntriesByType("resource").filter(e => !e.name.startsWith("data:"));
+  Object.assign(document.body.dataset, {
+    pictures: document.images.length,
+    broken: [...document.images].filter(image => !image.naturalWidth).length,
+    requests: asked.length,
+    overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+  });
+});
+</script></body>"""
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+@pytest.mark.parametrize("width", [500, 800, 1400])
+def test_a_browser_shows_the_page(run: Path, tmp_path: Path, width: int) -> None:
+    """Every picture, without a request, a console message, or a page wider than its window."""
+    assert BROWSER is not None
+    text, _ = written(run, out=tmp_path / "page.html")
+    asking = tmp_path / "asking.html"
+    asking.write_text(text.replace("</body>", _ASK), "utf-8")
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    command += ["--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += [f"--window-size={width},900", "--virtual-time-budget=5000", asking.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert "CONSOLE" not in done.stderr
+    found = dict(re.findall(r'data-(\w+)="(-?\d+)"', done.stdout))
+    assert int(found["pictures"]) >= 2 * (report.SAMPLES * 2 + report.AUGMENTED)
+    assert (found["broken"], found["requests"], found["overflow"]) == ("0", "0", "0")

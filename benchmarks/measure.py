@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import runpy
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from cnnjax import devices
-from cnnjax.config import DeviceConfig
+from cnnjax.config import Config, DeviceConfig
 from cnnjax.errors import InputError
 from cnnjax.machine import cache_folder
 
@@ -23,6 +24,12 @@ ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENTS = cache_folder() / "peers"  # each peer's, made by `peers.py --setup`
 
 Run = Callable[[], None]
+
+
+def recipe_of(name: str) -> Config:
+    """Returns the config of a script of `experiments/`."""
+    config: Config = runpy.run_path(str(ROOT / "experiments" / f"{name}.py"))["CONFIG"]
+    return config
 
 
 def in_turn(runs: Mapping[str, Run], rounds: int) -> dict[str, list[float]]:

@@ -27,6 +27,9 @@ class Ours:
             problem.network,  # type: ignore[arg-type]
             channels=problem.channels,
             width=problem.width,
+            stages=problem.stages,
+            stem=problem.stem,  # type: ignore[arg-type]
+            standardize=problem.standardize,
         )
         model = make_model(config, jnp.dtype(problem.precision))
         size = problem.images.shape[2]

@@ -36,8 +36,16 @@ def baseline(size: int, channels: int) -> Any:
     )
 
 
-def resnet(size: int, channels: int, width: int) -> Any:
+def standardized(x: Any) -> Any:
+    """Brings each image to mean 0 and deviation 1."""
+    x = keras.ops.cast(x, "float32")
+    x = x - keras.ops.mean(x, (1, 2, 3), keepdims=True)
+    return x * keras.ops.rsqrt(keras.ops.mean(x * x, (1, 2, 3), keepdims=True) + 1e-6)
+
+
+def resnet(size: int, problem: Problem) -> Any:
     """The residual network with one block a stage."""
+    width = problem.width
 
     def norm(x: Any, name: str) -> Any:
         return layers.BatchNormalization(momentum=0.9, epsilon=1e-5, name=name)(x)
@@ -45,9 +53,11 @@ def resnet(size: int, channels: int, width: int) -> Any:
     def conv(x: Any, filters: int, window: int, stride: int, name: str) -> Any:
         return layers.Conv2D(filters, window, stride, padding="same", use_bias=False, name=name)(x)
 
-    images = layers.Input((size, size, channels))
-    x = layers.ReLU()(norm(conv(images, width, 3, 2, "stem"), "stem_norm"))
-    for stage in range(4):
+    images = layers.Input((size, size, problem.channels))
+    x = layers.Lambda(standardized)(images) if problem.standardize else images
+    window = {2: 3, 4: 7}[problem.stem]
+    x = layers.ReLU()(norm(conv(x, width, window, problem.stem, "stem"), "stem_norm"))
+    for stage in range(problem.stages):
         filters, stride = width * 2**stage, 1 if stage == 0 else 2
         at = f"stage{stage + 1}_block1-"
         y = layers.ReLU()(norm(conv(x, filters, 3, stride, at + "conv1"), at + "norm1"))
@@ -98,7 +108,7 @@ class Keras:
         if problem.network == "baseline":
             self._model = baseline(size, problem.channels)
         else:
-            self._model = resnet(size, problem.channels, problem.width)
+            self._model = resnet(size, problem)
         names = {"scale": "gamma", "bias": "beta"}
         for path, value in problem.params.items():
             *inside, leaf = path.split("/")

@@ -37,8 +37,8 @@ class Baseline(nn.Module):
 class Same(nn.Conv2d):
     """A convolution without bias, padded to ceil(size / stride).
 
-    With a stride, PyTorch pads both sides where TensorFlow and Flax pad the end. `exact` pads as
-    they do, which costs PyTorch a copy; timed is what its users write, `padding=1`.
+    With a stride, PyTorch pads both sides alike where TensorFlow and Flax pad the end more. `exact`
+    pads as they do, which costs PyTorch a copy; timed is what its users write, `padding=size // 2`.
     """
 
     exact = False
@@ -48,8 +48,11 @@ class Same(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns [batch, out, height', width']."""
-        if Same.exact and self.stride[0] == 2 and self.kernel_size[0] == 3:
-            x = functional.pad(x, (0, 1, 0, 1))
+        size, stride = self.kernel_size[0], self.stride[0]
+        if Same.exact and stride > 1 and size > 1:
+            side = x.shape[-1]
+            pad = max(0, (-(-side // stride) - 1) * stride + size - side)
+            x = functional.pad(x, (pad // 2, pad - pad // 2) * 2)
             return functional.conv2d(x, self.weight, stride=self.stride)
         return super().forward(x)
 
@@ -74,20 +77,28 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """The residual network with one block a stage."""
 
-    def __init__(self, channels: int, width: int) -> None:
+    def __init__(self, problem: Problem) -> None:
         super().__init__()
-        self.stem, self.stem_norm = Same(channels, width, 3, 2), nn.BatchNorm2d(width)
-        self.stage1_block1 = Block(width, width, 1)
-        self.stage2_block1 = Block(width, 2 * width, 2)
-        self.stage3_block1 = Block(2 * width, 4 * width, 2)
-        self.stage4_block1 = Block(4 * width, 8 * width, 2)
-        self.head = nn.Linear(8 * width, 1)
+        width = problem.width
+        self._standardize = problem.standardize
+        self.stem = Same(problem.channels, width, {2: 3, 4: 7}[problem.stem], problem.stem)
+        self.stem_norm = nn.BatchNorm2d(width)
+        self._blocks = []
+        for stage in range(problem.stages):
+            into, stride = (width, 1) if stage == 0 else (width * 2 ** (stage - 1), 2)
+            block = Block(into, width * 2**stage, stride)
+            self.add_module(f"stage{stage + 1}_block1", block)
+            self._blocks.append(block)
+        self.head = nn.Linear(width * 2 ** (problem.stages - 1), 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns logits [batch]."""
+        if self._standardize:
+            x = x - x.mean((1, 2, 3), keepdim=True)
+            x = x * torch.rsqrt(x.square().mean((1, 2, 3), keepdim=True) + 1e-6)
         x = functional.relu(self.stem_norm(self.stem(x)))
-        x = self.stage2_block1(self.stage1_block1(x))
-        x = self.stage4_block1(self.stage3_block1(x))
+        for block in self._blocks:
+            x = block(x)
         return self.head(x.mean((2, 3)))[:, 0]
 
 
@@ -159,9 +170,11 @@ class Torch:
 
     def _reset(self) -> None:
         problem = self._problem
-        channels, width, size = problem.channels, problem.width, problem.images.shape[2]
-        model = Baseline(channels, size) if problem.network == "baseline" else None
-        self._model: nn.Module = model or ResNet(channels, width)
+        self._model: nn.Module = (
+            Baseline(problem.channels, problem.images.shape[2])
+            if problem.network == "baseline"
+            else ResNet(problem)
+        )
         names = {"kernel": "weight", "scale": "weight", "bias": "bias"}
         state = self._model.state_dict()
         for path, value in problem.params.items():

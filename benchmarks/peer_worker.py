@@ -44,6 +44,9 @@ class Problem:
         labels: int32 [batches, batch].
         channels: how often the network repeats the gray image.
         width: channels of the ResNet's first stage.
+        stages: of the ResNet, each of one block.
+        stem: stride of the ResNet's first convolution, which is 3x3 with 2 and 7x7 with 4.
+        standardize: whether the network brings each image to mean 0 and deviation 1 first.
         params: parameters by their path in Flax, such as `conv1/kernel`.
         rate: learning rate.
         decay: decoupled weight decay of kernels; 0 means plain Adam.
@@ -59,6 +62,9 @@ class Problem:
         self.device: str = settings["device"]
         self.channels: int = settings["channels"]
         self.width: int = settings["width"]
+        self.stages: int = settings["stages"]
+        self.stem: int = settings["stem"]
+        self.standardize: bool = settings["standardize"]
         self.rate: float = settings["rate"]
         self.decay: float = settings["decay"]
         self.epsilon: float = settings["epsilon"]

@@ -7,7 +7,8 @@ Every library starts from the same weights and takes the same batches, resident 
 without augmentation. First each must give the same logits (within 1e-4) and the same losses over
 ten steps (within 1e-3) as ours, in float32; then all take steps in turn, in rounds A B C A B C. The
 ratio is our throughput over theirs, in each round: its median, least and largest are printed. The
-baseline takes Adam, the ResNet AdamW with the weight decay of `experiments/pneumonia.py`.
+networks are those of `experiments/baseline.py`, with Adam, and of `experiments/pneumonia.py`, with
+AdamW, at the sizes of their recipes.
 """
 
 from __future__ import annotations
@@ -20,17 +21,25 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import numpy as np
 import tyro
-from measure import ENVIRONMENTS, circumstances, headline, print_table, python_of, write_json
+from measure import (
+    ENVIRONMENTS,
+    circumstances,
+    headline,
+    print_table,
+    python_of,
+    recipe_of,
+    write_json,
+)
 
 from cnnjax.cli import guarded
-from cnnjax.config import DeviceConfig, ModelConfig
+from cnnjax.config import DeviceConfig
 from cnnjax.errors import InputError
 from cnnjax.models import make_model
 
@@ -48,12 +57,10 @@ FORMS = {
     "torch": ("eager", "eager channels_last", "compiled"),
     "keras": ("default", "graph"),
 }
-# Keras adds Adam's epsilon before the correction of the second moment, the others after it: with a
-# negligible one they take the same steps.
-NETWORKS: dict[str, dict[str, Any]] = {
-    "baseline": {"channels": 3, "width": 16, "rate": 1e-3, "decay": 0.0, "epsilon": 1e-10},
-    "resnet": {"channels": 1, "width": 16, "rate": 1e-3, "decay": 0.02, "epsilon": 1e-10},
-}
+# Both networks as their recipes have them. Keras adds Adam's epsilon before the correction of the
+# second moment, the others after it: with a negligible one they take the same steps.
+RATE, EPSILON = 1e-3, 1e-10
+RECIPES = {"baseline": "baseline", "resnet": "pneumonia"}
 # By default both JAX and TensorFlow take nearly all of a GPU's memory when they start.
 _SHARE = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_FORCE_GPU_ALLOW_GROWTH": "true"}
 _PROOF = 10  # steps over which the losses must agree
@@ -74,8 +81,8 @@ class Options:
     """What the networks compute in."""
     batches: tuple[int, ...] = (32,)
     """Images per step."""
-    size: int = 64
-    """Side of the images, in pixels."""
+    size: int | None = None
+    """Side of the images, in pixels; the recipes' by default."""
     width: int | None = None
     """Channels of the ResNet's first stage; the recipe's by default."""
     rounds: int = 9
@@ -151,20 +158,23 @@ def set_up(options: Options) -> None:
 
 def write_problem(path: Path, options: Options, network: str, batch: int) -> None:
     """Writes the weights that all start from and the batches that all take."""
-    settings = NETWORKS[network] | {"network": network, "device": options.device}
+    recipe = recipe_of(RECIPES[network])
+    config, size = recipe.model, options.size or recipe.data.size
     if options.width is not None:
-        settings["width"] = options.width
-    config = ModelConfig(
-        network,  # type: ignore[arg-type]
-        channels=int(settings["channels"]),
-        width=int(settings["width"]),
-    )
-    images = np.zeros((1, options.size, options.size, 1), np.float32)
+        config = replace(config, width=options.width)
+    settings = asdict(config) | {
+        "network": network,
+        "device": options.device,
+        "rate": RATE,
+        "decay": recipe.train.weight_decay,
+        "epsilon": EPSILON,
+    }
+    images = np.zeros((1, size, size, 1), np.float32)
     variables = jax.jit(make_model(config).init)(jax.random.key(0), images)
     leaves = jax.tree_util.tree_leaves_with_path(variables["params"])
     rng = np.random.default_rng(0)
     # Random labels, but learnable: the sum of a patch decides.
-    pixels = rng.integers(0, 256, (_PROOF, batch, options.size, options.size), dtype=np.uint8)
+    pixels = rng.integers(0, 256, (_PROOF, batch, size, size), dtype=np.uint8)
     labels = (pixels[..., :8, :8].mean((2, 3)) > 127.5).astype(np.int32)
     arrays: dict[str, Any] = {
         "/".join(key.key for key in where): np.asarray(leaf) for where, leaf in leaves

@@ -9,7 +9,6 @@ last epoch on the held-out fold.
 
 from __future__ import annotations
 
-import runpy
 import sys
 import tempfile
 import time
@@ -19,10 +18,10 @@ from typing import Any, Literal
 
 import numpy as np
 import tyro
-from measure import ROOT, circumstances, headline, print_table, write_json
+from measure import circumstances, headline, print_table, recipe_of, write_json
 
 from cnnjax.cli import guarded
-from cnnjax.config import Config, DeviceConfig
+from cnnjax.config import DeviceConfig
 from cnnjax.errors import InputError
 from cnnjax.loop import fit
 
@@ -51,8 +50,7 @@ class Options:
 
 def measure(options: Options, scratch: Path) -> list[dict[str, Any]]:
     """Trains; returns a row for each seed and precision."""
-    script = ROOT / "experiments" / f"{options.recipe}.py"
-    recipe: Config = runpy.run_path(str(script))["CONFIG"]
+    recipe = recipe_of(options.recipe)
     epochs = recipe.train.epochs if options.epochs is None else options.epochs
     rows: list[dict[str, Any]] = []
     for seed in options.seeds:

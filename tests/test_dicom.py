@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from pydicom.data import get_testdata_file
 from pydicom.dataset import FileDataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage
 
+from cnnjax import cli
 from cnnjax.data import dicom
 from cnnjax.data.decode import DecodeError, decode
 from cnnjax.data.index import read_index
@@ -150,3 +152,21 @@ def test_the_patient_is_a_hash_of_the_identifier(tmp_path: Path) -> None:
     examples = read_index(tmp_path).examples
     assert len({example.patient for example in examples}) == 2
     assert all(len(example.patient) == 16 for example in examples)
+
+
+def test_predict_judges_a_dicom_file_and_passes_its_doubts_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    film, lateral = tmp_path / "film.dcm", tmp_path / "lateral.dcm"
+    film.write_bytes(file_of(Modality="DX", PatientID="7", PatientName="Doe^Jane"))
+    lateral.write_bytes(file_of(ViewPosition="LL"))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["predict", str(film), str(lateral)])
+    assert ended.value.code == 0
+    screen = capsys.readouterr()
+    plain, doubted = (json.loads(line) for line in screen.out.splitlines())
+    assert "warning" not in plain
+    assert doubted["warning"].startswith("a lateral view (LL)")
+    assert f"{lateral}: warning: a lateral view (LL)" in screen.err
+    assert plain["probability"] == pytest.approx(doubted["probability"])  # of the same pixels
+    assert "Doe" not in screen.out + screen.err

@@ -117,7 +117,9 @@ def evaluate(
 
     Accuracy, sensitivity, specificity and precision get Wilson's score interval (J. Am. Stat.
     Assoc. 22, 1927), which takes images as independent; F1, AUC, Brier score and calibration error
-    get the percentile interval of a bootstrap that draws whole patients.
+    get the percentile interval of a bootstrap that draws whole patients. That of the calibration
+    error is moved by the bootstrap's bias: each draw adds noise, and an average of absolute values
+    rises with it.
 
     Args:
         logits: float [n].
@@ -169,6 +171,8 @@ def evaluate(
         if value is None or not len(draws):
             return Estimate(value, None)
         low, high = np.percentile(draws, (2.5, 97.5))
+        if name == "ece":
+            low, high = np.maximum(np.array([low, high]) + value - np.median(draws), 0)
         return Estimate(value, (float(low), float(high)))
 
     return Evaluation(

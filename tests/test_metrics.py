@@ -128,4 +128,5 @@ def test_calibration_error_is_that_of_the_reliability_diagram() -> None:
     expected = sum(abs(b.predicted - b.observed) * b.images for b in bins) / len(labels)
     assert found.ece.value == pytest.approx(expected)
     assert found.ece.ci95 is not None
+    assert found.ece.ci95[0] <= found.ece.value <= found.ece.ci95[1]
     assert found.ece.ci95[0] < found.ece.ci95[1]

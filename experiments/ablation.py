@@ -165,7 +165,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
     names = list(dict.fromkeys(row["variant"] for row in rows))
     validations = list(dict.fromkeys(row["validation"] for row in rows))
-    figure, axes = plt.subplots(figsize=(7, 0.5 + 0.45 * len(names)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 0.9 + 0.45 * len(names)), layout="constrained")
     height = 0.8 / len(validations)
     for k, (validation, color) in enumerate(zip(validations, ("#0072b2", "#e69f00"), strict=False)):
         for i, name in enumerate(names):
@@ -182,7 +182,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.set_xlabel("1 - AUC, mean over re-renderings (smaller is better; dots are seeds)")
-    axes.legend()
+    figure.legend(loc="outside upper center", ncols=len(validations))
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 

@@ -173,7 +173,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     mpl.rcParams["svg.hashsalt"] = "cnnjax"
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 0.6 + 0.28 * len(rows)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 1 + 0.28 * len(rows)), layout="constrained")
     colors = dict(zip(dict.fromkeys(row["images"] for row in rows), COLORS, strict=False))
     for i, row in enumerate(rows):
         low, high = row["ci95"]
@@ -184,7 +184,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0.5, 1)
     axes.set_xlabel("AUC (0.5: tells nothing), with 95 % interval")
-    axes.legend(loc="lower right")
+    figure.legend(loc="outside upper center", ncols=len(colors))
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 

@@ -156,8 +156,8 @@ def set_up(options: Options) -> None:
         subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
 
 
-def write_problem(path: Path, options: Options, network: str, batch: int) -> None:
-    """Writes the weights that all start from and the batches that all take."""
+def write_problem(path: Path, options: Options, network: str, batch: int) -> int:
+    """Writes the weights and the batches that all start from; returns the images' side."""
     recipe = recipe_of(RECIPES[network])
     config, size = recipe.model, options.size or recipe.data.size
     if options.width is not None:
@@ -183,6 +183,7 @@ def write_problem(path: Path, options: Options, network: str, batch: int) -> Non
         if name.endswith("/scale"):  # some start at zero, and would hide what comes before them
             arrays[name] = rng.uniform(0.5, 1.5, value.shape).astype(np.float32)
     np.savez(path, settings=json.dumps(settings), images=pixels, labels=labels, **arrays)
+    return size
 
 
 @contextlib.contextmanager
@@ -239,7 +240,7 @@ def measure(options: Options) -> dict[str, Any]:
         for network in options.networks:
             for batch in options.batches:
                 problem = Path(folder) / f"{network}-{batch}.npz"
-                write_problem(problem, options, network, batch)
+                size = write_problem(problem, options, network, batch)
                 for precision in options.precisions:
                     with workers(options, problem, precision) as (ours, *peers):
                         versions |= {ours.version, *(peer.version for peer in peers)}
@@ -250,6 +251,7 @@ def measure(options: Options) -> dict[str, Any]:
                             ]
                         took = _in_turn([ours, *peers], options)
                     named = {"network": network, "precision": precision, "batch": batch}
+                    named["pixels"] = size
                     rows += [
                         named | {"peer": peer.name} | _compare(took[ours.name], took[peer.name])
                         for peer in peers
@@ -288,7 +290,7 @@ def main() -> int:
     measured = measure(options)
     print(headline(found))
     print(*measured["versions"], sep="\n")
-    keys = ["network", "peer", "precision", "batch", "ours_ms", "theirs_ms"]
+    keys = ["network", "peer", "precision", "batch", "pixels", "ours_ms", "theirs_ms"]
     keys += ["ratio", "ratio_min", "ratio_max"]
     print_table(keys, [[row[key] for key in keys] for row in measured["rows"]])
     if options.json is not None:

@@ -165,13 +165,13 @@ def _throughput(rows: list[dict[str, Any]], plots: Path) -> str:
 def _peers(document: dict[str, Any], plots: Path) -> str:
     rows = [
         [
-            *(row["network"], row["peer"], row["precision"], row["batch"]),
+            *(row["network"], row["peer"], row["precision"], row["batch"], row["pixels"]),
             *(row["ours_ms"], row["theirs_ms"]),
             f"{row['ratio']:.2f} ({row['ratio_min']:.2f} to {row['ratio_max']:.2f})",
         ]
         for row in document["rows"]
     ]
-    columns = ["network", "peer", "precision", "batch", "ours, ms", "theirs, ms"]
+    columns = ["network", "peer", "precision", "batch", "pixels", "ours, ms", "theirs, ms"]
     columns += ["our throughput over theirs (least to most)"]
     proofs = document["proofs"]
     logits = max((proof["logits"] for proof in proofs), default=0.0)

@@ -423,12 +423,13 @@ def _write_heatmaps(folder: Path, films: Sequence[_Film], heat: np.ndarray) -> N
     folder.mkdir(parents=True, exist_ok=True)
     names = [Path(film.name).stem for film in films]
     names = ["stdin" if name == "-" else name for name in names]
-    pairs = zip(films, normalized(heat), strict=True)
-    for i, (film, one) in enumerate(tqdm(pairs, "heat maps", len(films), disable=None)):
-        twice = names.count(names[i]) > 1
+    if len(set(names)) < len(names):  # numbered, so that none is written over another
+        names = [f"{name}-{i}" for i, name in enumerate(names)]
+    pairs = zip(names, films, normalized(heat), strict=True)
+    for name, film, one in tqdm(pairs, "heat maps", len(films), disable=None):
         large = Image.fromarray(one).resize((_SHOWN, _SHOWN), Image.Resampling.BICUBIC)
         shown = overlay(decode(film.read(), _SHOWN), np.clip(np.asarray(large), 0, 1))
-        Image.fromarray(shown).save(folder / f"{names[i]}{f'-{i}' if twice else ''}.png")
+        Image.fromarray(shown).save(folder / f"{name}.png")
 
 
 def _films(paths: Sequence[Path]) -> list[_Film]:

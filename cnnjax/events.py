@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +13,18 @@ from cnnjax.errors import InputError
 class Events:
     """Writes what `metrics.jsonl` has of each epoch, by epoch, under `train/` and `validation/`.
 
+    Epochs that the run has behind it are written anew, so that the files are whole wherever it was
+    stopped, and from whichever start on they were asked for.
+
     Args:
-        folder: where to.
-        done: epochs that the run has behind it; what a killed run wrote beyond them is hidden.
+        folder: where to; what is there is replaced.
+        history: the lines of `metrics.jsonl` so far.
 
     Raises:
         InputError: the extra is not installed.
     """
 
-    def __init__(self, folder: Path, done: int) -> None:
+    def __init__(self, folder: Path, history: Sequence[dict[str, Any]]) -> None:
         try:
             from tensorboardX import SummaryWriter
         except ImportError:
@@ -27,16 +32,18 @@ class Events:
                 "--tensorboard needs tensorboardX; install it with:"
                 " pip install 'cnnjax[tensorboard]'"
             ) from None
-        self._writer = SummaryWriter(str(folder), purge_step=done + 1 if done else None)
+        shutil.rmtree(folder, ignore_errors=True)
+        self._writer = SummaryWriter(str(folder))
+        for line in history:
+            self.add(line)
 
-    def add(self, line: dict[str, Any], images_per_second: float) -> None:
-        """Adds an epoch: a line of `metrics.jsonl`, and its speed."""
+    def add(self, line: dict[str, Any]) -> None:
+        """Adds an epoch, a line of `metrics.jsonl`."""
         epoch = line["epoch"]
         for side in ("train", "validation"):
             for name, value in line[side].items():
                 self._writer.add_scalar(f"{side}/{name}", value, epoch)
         self._writer.add_scalar("learning_rate", line["learning_rate"], epoch)
-        self._writer.add_scalar("images_per_second", images_per_second, epoch)
         self._writer.flush()
 
     def close(self) -> None:

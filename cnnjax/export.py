@@ -75,15 +75,17 @@ def stablehlo(predictor: Predictor) -> bytes:
 
 
 def onnx(predictor: Predictor) -> bytes:
-    """Returns the same program as an ONNX model, after ONNX Runtime has given our logits by it."""
+    """Returns the program in float32 as an ONNX model, held against ONNX Runtime."""
     _require("jax2onnx", "onnx")
+    _require("onnxruntime", "onnx")
     import onnxruntime
     from jax2onnx import to_onnx
 
     taken = jax.ShapeDtypeStruct(("batch", predictor.size, predictor.size), jnp.uint8)
     with layers.portable():
+        program = _program(predictor, jnp.float32)  # runtimes lack convolutions in bfloat16
         model = to_onnx(
-            _program(predictor),
+            program,
             [taken],
             model_name="cnnjax",
             opset=OPSET,
@@ -97,7 +99,7 @@ def onnx(predictor: Predictor) -> bytes:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (3, predictor.size, predictor.size), dtype=np.uint8)
     (found,) = session.run(None, {"images": images})
-    if not np.allclose(found, predictor.logits(images), rtol=CLOSE, atol=CLOSE):
+    if not np.allclose(found, jax.jit(program)(jnp.asarray(images)), rtol=CLOSE, atol=CLOSE):
         raise InputError(
             "what jax2onnx made of the network gives other logits than it does;"
             " try another version of jax2onnx, or --format stablehlo"
@@ -105,13 +107,19 @@ def onnx(predictor: Predictor) -> bytes:
     return data
 
 
-def _program(predictor: Predictor) -> Callable[[jax.Array], jax.Array]:
-    """Returns the pure function from uint8 images [n, size, size] to logits float32 [n]."""
+def _program(predictor: Predictor, dtype: Any = None) -> Callable[[jax.Array], jax.Array]:
+    """Returns the pure function from uint8 images [n, size, size] to logits float32 [n].
+
+    Args:
+        predictor: whose networks.
+        dtype: what they compute in; as they were trained when None.
+    """
+    model = predictor.model if dtype is None else predictor.model.clone(dtype=dtype)
     members = [variables_of(member) for member in predictor.members]
 
     def logits(images: jax.Array) -> jax.Array:
         pixels = to_float(images)
-        each = [predictor.model.apply(m, pixels, train=False) for m in members]
+        each = [model.apply(m, pixels, train=False) for m in members]
         return jnp.stack(each).mean(0)
 
     return logits

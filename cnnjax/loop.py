@@ -126,7 +126,7 @@ class Member(Task):
         self.checkpoints = Checkpoints(workdir.checkpoints)
         self.done = self.checkpoints.epoch("latest") or 0
         self.history = workdir.read_history(self.done)
-        self.events = Events(workdir.events, self.done) if config.tensorboard else None
+        self.events = Events(workdir.events, self.history) if config.tensorboard else None
 
     @property
     def ended(self) -> bool:
@@ -178,7 +178,7 @@ class Member(Task):
         self.done = epoch
         speed = len(self.data.train) / seconds[0]
         if self.events:
-            self.events.add(line, speed)
+            self.events.add(line)
         append_line(
             self.workdir.throughput,
             {

@@ -19,7 +19,7 @@ from cnnjax import layers
 from cnnjax.config import ModelConfig
 
 FINAL, FINE = "final", "fine"
-"""The last feature maps, and those of the stage before, which tell a place twice as well."""
+"""The last feature maps; and those of the stage before, twice as fine, where there is one."""
 
 STEM_SIZES = {2: 3, 4: 7}  # side of the ResNet's first kernel, by its stride
 

@@ -210,7 +210,9 @@ class Predictor:
         few = len(images) <= FEW
         cam = self._few_cam if few else self._cam
         chunks = []
-        for rows in in_batches(np.arange(len(images), dtype=np.int32), FEW if few else BATCH):
+        for rows in in_batches(
+            np.arange(len(images), dtype=np.int32), FEW if few else min(BATCH, len(images))
+        ):
             batch = images[np.maximum(rows, 0)]
             with layers.portable() if few else contextlib.nullcontext():
                 maps = [cam(variables_of(s), batch) for s in self.members]

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import filelock
 import numpy as np
@@ -100,14 +100,14 @@ class Workdir:
         summary: dict[str, Any] = json.loads(self.summary.read_text("utf-8"))
         return summary
 
-    def read_validation(self, kind: Literal["best", "last"] = "best") -> Judged:
-        """Returns the held-out images of a run that has ended, judged by one of its states."""
+    def read_validation(self) -> Judged:
+        """Returns the held-out images of a run that has ended, as its best epoch judges them."""
         rows = read_table(self.validation)
         return Judged(
             [row["image"] for row in rows],
             np.array([int(row["label"]) for row in rows]),
             [row["patient"] for row in rows],
-            np.array([float(row[f"logit_{kind}"]) for row in rows]),
+            np.array([float(row["logit_best"]) for row in rows]),
         )
 
     def claim_data(self, fingerprint: str, classes: tuple[str, str]) -> None:

@@ -122,6 +122,7 @@ def judge(run: Config) -> dict[str, Any]:
         "plain": found["sets"][shifted.PLAIN],
         "mean": found["mean"],
         "worst": found["worst"],
+        "sets": found["sets"],
     }
 
 

@@ -155,6 +155,11 @@ def test_runs_on_other_images_are_not_called_comparable(run: Path, tmp_path: Pat
     (fewer / "validation.csv").write_text("".join(lines[:-2]))
     page = Page(report.compare([run, fewer], tmp_path / "both.html").read_text("utf-8"))
     assert "They were judged on different held-out images" in page.text
+    data = json.loads((fewer / "data.json").read_text())
+    data["classes"].reverse()
+    (fewer / "data.json").write_text(json.dumps(data))
+    with pytest.raises(InputError, match="the runs tell different classes apart"):
+        report.compare([run, fewer], tmp_path / "both.html")
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def write(
     workdir.expect_ended()
     predictor = Predictor.of_run(run, mesh)
     if data is None:
-        judged = workdir.read_validation("best")
+        judged = workdir.read_validation()
         where = "the held-out images, which also chose the best epoch and the operating point"
         images = _held_out_images(config, judged.names)
     else:

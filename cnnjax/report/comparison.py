@@ -28,12 +28,13 @@ class Run:
 
     name: str
     classes: tuple[str, str]
+    """Names of labels 0 and 1."""
     settings: dict[str, Any]
     """Every flag with its value."""
     summary: dict[str, Any]
     history: list[dict[str, Any]]
-    images: frozenset[str]
-    """Names of the held-out images."""
+    held_out: frozenset[tuple[str, int]]
+    """Names and labels of the held-out images."""
     labels: np.ndarray
     logits: np.ndarray
     """Of the best epoch, calibrated log-odds."""
@@ -67,7 +68,7 @@ def read(folder: Path, name: str) -> Run:
         settings=flags(config),
         summary=workdir.read_summary(),
         history=read_lines(workdir.metrics),
-        images=frozenset(held_out.names),
+        held_out=frozenset(zip(held_out.names, held_out.labels.tolist(), strict=True)),
         labels=held_out.labels,
         logits=logits,
         found=metrics.evaluate(
@@ -89,12 +90,15 @@ def compare(folders: Sequence[Path], out: Path) -> Path:
         The page's path.
 
     Raises:
-        InputError: a run is not there or has not ended, or there are too many for one page.
+        InputError: a run is not there or has not ended, they have other classes, or there are too
+            many for one page.
     """
     if len(folders) > MOST:
         raise InputError(f"{len(folders)} runs are too many for one page; give at most {MOST}")
     shared = Path(os.path.commonpath([folder.absolute().parent for folder in folders]))
     runs = [read(folder, str(folder.absolute().relative_to(shared))) for folder in folders]
+    if len({run.classes for run in runs}) > 1:
+        raise InputError("the runs tell different classes apart, so they cannot be compared")
     differing = [
         flag
         for flag in runs[0].settings
@@ -110,7 +114,7 @@ def compare(folders: Sequence[Path], out: Path) -> Path:
         figures,
         runs=runs,
         differing=differing,
-        same_images=len({run.images for run in runs}) == 1,
+        same_images=len({run.held_out for run in runs}) == 1,
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     with write_atomically(out) as file:

@@ -54,8 +54,10 @@ def test_each_network_has_the_recorded_figure_on_the_fold_that_it_never_saw() ->
     logits = predictor.member_logits(decoded.images)
     recorded = released.about["figures"]["auc_by_fold"]
     assert len(logits) == len(recorded) == split["folds"]
+    trained = []
     for k, area in enumerate(recorded):
         held_out = fold == k
         assert auc(logits[k][held_out], decoded.labels[held_out]) == pytest.approx(area, abs=3e-4)
-        # On what it was trained on it does better, or the folds are others.
-        assert (auc(logits[k][~held_out], decoded.labels[~held_out]) or 0) > area - 1e-3
+        trained.append(auc(logits[k][~held_out], decoded.labels[~held_out]))
+    # On what they were trained on they do better, or the folds are others.
+    assert np.mean(trained) > np.mean(recorded)

@@ -14,9 +14,11 @@ from PIL import Image
 
 from cnnjax.devices import keep_compiled_programs
 
-# Keeps the tests, and the processes that they start, out of the user's cache folder.
-_CACHE = tempfile.TemporaryDirectory(prefix="cnnjax-tests-")
-os.environ["XDG_CACHE_HOME"] = _CACHE.name
+# Keeps the tests, and the processes that they start, out of the user's cache folder. Those that
+# pytest-xdist starts share the one of the process that started them, and what is compiled in it.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _CACHE = tempfile.TemporaryDirectory(prefix="cnnjax-tests-")
+    os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 # Before JAX is first used: more devices than this machine may have cores, so that every test of a
 # step is also a test of dividing a batch.

@@ -111,7 +111,7 @@ print(*losses, *np.asarray(steps.make_eval_step(model)(state, batch)))
 
 
 @needs_onednn
-@pytest.mark.parametrize("network", ["baseline", "resnet"])
+@pytest.mark.parametrize("network", ["baseline", pytest.param("resnet", marks=pytest.mark.slow)])
 def test_a_process_of_its_own_trains_the_same_with_onednn(network: str) -> None:
     def numbers(form: str) -> list[float]:
         done = subprocess.run(

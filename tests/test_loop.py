@@ -285,9 +285,8 @@ def test_resnet_with_every_option_resumes_on_other_devices(tree: Path, tmp_path:
     assert resumed["brier"]["value"] == pytest.approx(whole["brier"]["value"], abs=0.02)
 
 
-@pytest.mark.parametrize(
-    ("name", "devices"), [("baseline", 3), pytest.param("resnet", 2, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "devices"), [("baseline", 3), ("resnet", 2)])
 def test_members_trained_together_are_those_trained_alone(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, devices: int
 ) -> None:

@@ -122,7 +122,7 @@ def test_conv_pool_drops_an_odd_row() -> None:
     assert ConvPool(2).apply(variables, x).shape == (1, 14, 14, 2)
 
 
-@pytest.mark.parametrize("name", ["baseline", "resnet"])
+@pytest.mark.parametrize("name", ["baseline", pytest.param("resnet", marks=pytest.mark.slow)])
 def test_bfloat16_computes_nearly_the_same_with_float32_parameters(name: str) -> None:
     images = jax.random.uniform(jax.random.key(1), (8, 32, 32, 1))
     config = ModelConfig(name, width=8)  # type: ignore[arg-type]

@@ -17,6 +17,7 @@ import functools
 import json
 import platform
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -40,24 +41,45 @@ def available() -> bool:
     return _works()
 
 
-def convolution(x: jax.Array, kernel: jax.Array, pads: Pads, stride: int) -> jax.Array:
+@functools.cache
+def avx512() -> bool:
+    """Tells whether this CPU has AVX-512, with which oneDNN takes other kernels."""
+    return " avx512f " in Path("/proc/cpuinfo").read_text()
+
+
+def convolution(
+    x: jax.Array,
+    kernel: jax.Array,
+    pads: Pads,
+    stride: int,
+    dilation: int = 1,
+    axes: str = "HWIO",
+) -> jax.Array:
     """Returns the cross-correlation of images with filters.
 
     Args:
         x: float32 or bfloat16 [batch, height, width, in].
-        kernel: [kernel height, kernel width, in, out], of x's dtype.
+        kernel: the filters, of x's dtype.
         pads: rows of zeros (above, below) and columns of zeros (left, right).
         stride: step of the filters in both directions, in pixels.
+        dilation: from one of a filter's rows, or columns, to the next, in pixels.
+        axes: those of `kernel`, named as in `jax.lax.conv_general_dilated`. (Images must have the
+            channels last: with their axes in another order oneDNN takes a hundred times as long.)
 
     Returns:
         [batch, height', width', out].
     """
+    sizes = dict(zip(axes, kernel.shape, strict=True))
     height, width = (
-        (size + sum(pad) - window) // stride + 1
-        for size, pad, window in zip(x.shape[1:3], pads, kernel.shape[:2], strict=True)
+        (size + sum(pad) - (window - 1) * dilation - 1) // stride + 1
+        for size, pad, window in zip(x.shape[1:3], pads, (sizes["H"], sizes["W"]), strict=True)
     )
     images = {"data": {"batch_dim": "0", "feature_dim": "3", "spatial_dims": ["1", "2"]}}
-    filters = {"input_feature_dim": "2", "output_feature_dim": "3", "spatial_dims": ["0", "1"]}
+    filters = {
+        "input_feature_dim": str(axes.index("I")),
+        "output_feature_dim": str(axes.index("O")),
+        "spatial_dims": [str(axes.index("H")), str(axes.index("W"))],
+    }
     config = {
         "dims": "4",
         "feature_groups": "1",
@@ -68,10 +90,10 @@ def convolution(x: jax.Array, kernel: jax.Array, pads: Pads, stride: int) -> jax
             "pad_left": [str(before) for before, _ in pads],
             "pad_right": [str(after) for _, after in pads],
             "strides": [str(stride)] * 2,
-            "window_dilations": ["1", "1"],
+            "window_dilations": [str(dilation)] * 2,
         },
     }
-    shape = (x.shape[0], height, width, kernel.shape[3])
+    shape = (x.shape[0], height, width, sizes["O"])
     return _call("convolution", {"onednn_conv_config": config}, shape, x, kernel)
 
 

@@ -108,6 +108,42 @@ class ConvPool(nn.Module):
         return nn.relu(layers.max_pool(x) + bias.astype(self.dtype))
 
 
+class BatchNorm(nn.Module):
+    """Batch norm over the rows that count (Ioffe and Szegedy, arXiv:1502.03167).
+
+    Variables, momentum and variance, E[x^2] - E[x]^2, are those of `flax.linen.BatchNorm`, whose
+    masked mean counts the rows once for each pixel and channel. As a x + b, with two numbers for
+    each channel, it takes two sums over the batch forward and two backward. The statistics are
+    float32 whatever the dtype.
+    """
+
+    scale_init: Initializer = nn.initializers.ones
+    dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None) -> jax.Array:
+        """Maps [batch, height, width, channels] to the same; `mask` is bool [batch]."""
+        channels = x.shape[3:]
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
+        running_variance = self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32)
+        scale = self.param("scale", self.scale_init, channels)
+        bias = self.param("bias", nn.initializers.zeros, channels)
+        x = x.astype(jnp.float32)
+        if train:
+            rows = jnp.ones(x.shape[:1], x.dtype) if mask is None else mask.astype(x.dtype)
+            counted = x * rows.reshape(-1, 1, 1, 1)
+            number = rows.sum() * (x.shape[1] * x.shape[2])
+            mean = counted.sum((0, 1, 2)) / number
+            variance = jnp.maximum(0, (counted * x).sum((0, 1, 2)) / number - jnp.square(mean))
+            if not self.is_initializing():
+                running_mean.value = 0.9 * running_mean.value + 0.1 * mean
+                running_variance.value = 0.9 * running_variance.value + 0.1 * variance
+        else:
+            mean, variance = running_mean.value, running_variance.value
+        a = scale * jax.lax.rsqrt(variance + 1e-5)
+        return (x * a + (bias - mean * a)).astype(self.dtype)
+
+
 class BaselineCNN(nn.Module):
     """The blog post's Keras network, layer by layer.
 
@@ -157,12 +193,13 @@ class ResidualBlock(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None) -> jax.Array:
         """Maps [batch, height, width, in] to [batch, height', width', features]."""
         y = Conv(self.features, stride=self.stride, dtype=self.dtype, name="conv1")(x)
-        y = nn.relu(_norm(y, "norm1", train, mask, self.dtype))
+        y = nn.relu(BatchNorm(dtype=self.dtype, name="norm1")(y, train=train, mask=mask))
         y = Conv(self.features, dtype=self.dtype, name="conv2")(y)
-        y = _norm(y, "norm2", train, mask, self.dtype, scale_init=nn.initializers.zeros)
+        last = BatchNorm(nn.initializers.zeros, self.dtype, name="norm2")
+        y = last(y, train=train, mask=mask)
         if x.shape != y.shape:
             shortcut = Conv(self.features, 1, self.stride, dtype=self.dtype, name="conv3")
-            x = _norm(shortcut(x), "norm3", train, mask, self.dtype)
+            x = BatchNorm(dtype=self.dtype, name="norm3")(shortcut(x), train=train, mask=mask)
         return nn.relu(x + y)
 
 
@@ -200,7 +237,7 @@ class ResNet(nn.Module):
             dtype=self.dtype,
             name="stem",
         )(images)
-        x = nn.relu(_norm(x, "stem_norm", train, mask, self.dtype))
+        x = nn.relu(BatchNorm(dtype=self.dtype, name="stem_norm")(x, train=train, mask=mask))
         for stage in range(self.stages):
             for block in range(self.depth):
                 x = ResidualBlock(
@@ -230,22 +267,3 @@ def _exposed(
 def _merge_equal(kernel: jax.Array, channels: int) -> jax.Array:
     """Adds up filters over equal channels: they see what their sum sees in one channel."""
     return kernel.sum(2, keepdims=True) if channels > 1 else kernel
-
-
-def _norm(
-    x: jax.Array,
-    name: str,
-    train: bool,
-    mask: jax.Array | None,
-    dtype: Dtype,
-    scale_init: Initializer = nn.initializers.ones,
-) -> jax.Array:
-    """Batch norm over the rows that count; statistics in float32 whatever the dtype."""
-    norm = nn.BatchNorm(
-        use_running_average=not train, momentum=0.9, dtype=dtype, scale_init=scale_init, name=name
-    )
-    if mask is not None:
-        mask = mask.reshape(-1, 1, 1, 1)
-    # Flax mixes float32 statistics with inputs of `dtype`, which strict promotion would refuse.
-    with jax.numpy_dtype_promotion("standard"):
-        return norm(x, mask=mask)

@@ -75,12 +75,13 @@ def affine(image: jax.Array, matrix: jax.Array) -> jax.Array:
     left = jnp.floor(column).astype(jnp.int32)
     down = row - top.astype(image.dtype)
     right = column - left.astype(image.dtype)
-    pixels = jnp.asarray(image).reshape(-1)
-    below = jnp.minimum(top + 1, height - 1) * width
-    beside = jnp.minimum(left + 1, width - 1)
-    top = top * width
-    upper = _mix(_read(pixels, top + left), _read(pixels, top + beside), right)
-    lower = _mix(_read(pixels, below + left), _read(pixels, below + beside), right)
+    below = jnp.minimum(top + 1, height - 1)
+    # One read of a complex number brings a pixel and its right neighbour.
+    pairs = jax.lax.complex(image, jnp.pad(image[:, 1:], ((0, 0), (0, 1)), mode="edge")).reshape(-1)
+    upper = _read(pairs, top * width + left)
+    lower = _read(pairs, below * width + left)
+    upper = _mix(upper.real, upper.imag, right)
+    lower = _mix(lower.real, lower.imag, right)
     return _mix(upper, lower, down)
 
 

@@ -47,7 +47,7 @@ def conv(
     Returns:
         [batch, height', width', out].
     """
-    if not _portable.get() and onednn.available():
+    if not _portable.get() and onednn.available() and onednn.takes(x.dtype):
         return conv_onednn(x, kernel, stride, padding)
     return conv_plain(x, kernel, stride, padding)
 

@@ -41,6 +41,11 @@ def available() -> bool:
     return _works()
 
 
+def takes(dtype: Any) -> bool:
+    """Tells whether oneDNN computes in a type here; in bfloat16 only where AVX-512 is."""
+    return bool(dtype == jnp.float32) or avx512()
+
+
 @functools.cache
 def avx512() -> bool:
     """Tells whether this CPU has AVX-512, with which oneDNN takes other kernels."""

@@ -29,7 +29,7 @@ CONFIG = Config(
         sharpness=0.5,
     ),
     train=TrainConfig(
-        epochs=20,
+        epochs=30,
         batch=32,
         optimizer="adamw",
         learning_rate=3e-3,

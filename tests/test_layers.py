@@ -148,3 +148,27 @@ def test_a_process_of_its_own_trains_the_same_with_onednn(network: str) -> None:
         return [float(x) for x in done.stdout.split()]
 
     np.testing.assert_allclose(numbers("onednn"), numbers("plain"), rtol=2e-3, atol=2e-3)
+
+
+_BFLOAT16 = """
+import jax
+import jax.numpy as jnp
+from cnnjax import devices, layers, onednn
+from cnnjax.config import DeviceConfig
+
+devices.make_mesh(DeviceConfig("cpu"))
+assert onednn.available()
+x, kernel = jnp.ones((2, 6, 6, 8), jnp.bfloat16), jnp.ones((3, 3, 8, 4), jnp.bfloat16)
+y, pull = jax.vjp(jax.jit(layers.conv), x, kernel)
+print(y[0, 2, 2, 0], *(g.dtype for g in pull(y)))
+"""
+
+
+@needs_onednn
+def test_bfloat16_runs_where_onednn_has_none() -> None:
+    """oneDNN ends the process on a CPU that it has no bfloat16 for."""
+    done = subprocess.run(
+        [sys.executable, "-c", _BFLOAT16], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["72", "bfloat16", "bfloat16"]

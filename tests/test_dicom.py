@@ -12,7 +12,8 @@ import pydicom
 import pytest
 from PIL import Image
 from pydicom.data import get_testdata_file
-from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage
 
 from cnnjax import cli
@@ -130,6 +131,30 @@ def test_broken_and_too_large_files_are_refused() -> None:
         decode(file_of()[:200], 8)
     with pytest.raises(dicom.DicomError, match="too many pixels: 30 x 40"):
         dicom.read(file_of(), 1000)
+
+
+@pytest.mark.parametrize("tag", ["Rows", "BitsStored", "PhotometricInterpretation"])
+def test_a_file_without_a_tag_that_it_needs_is_refused(tag: str) -> None:
+    with pytest.raises(DecodeError, match="DICOM"):
+        decode(file_of(**{tag: None}), 8)
+
+
+def test_a_lookup_table_is_of_rescaled_values() -> None:
+    table = Dataset()
+    table.LUTDescriptor = [100, 500, 12]  # from 500 on
+    table.LUTData = np.arange(4000, 3900, -1, np.uint16).tobytes()
+    rescale = {"RescaleSlope": 1, "RescaleIntercept": 500}
+    shown = levels(file_of(RAMP[:8, :8], VOILUTSequence=Sequence([table]), **rescale))
+    np.testing.assert_allclose(shown, (4000 - RAMP[:8, :8]) / 4095, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("age", "known"), [("003Y", True), ("067Y", False), ("018M", True), ("002W", False), ("", True)]
+)
+def test_other_ages_are_doubted(age: str, known: bool) -> None:
+    told = dicom.doubts(file_of(PatientAge=age))
+    assert (told == []) is known
+    assert known or told[0].startswith(f"of a patient aged {age}")
 
 
 def test_doubts_are_told_by_tags() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 import warnings
 from typing import Any
 
@@ -39,7 +40,15 @@ def read(encoded: bytes, largest: int) -> np.ndarray:
     Raises:
         DicomError: it has no image, or several, or one that cannot be decoded here.
     """
-    file = _open(encoded)
+    try:
+        return _read(_open(encoded), largest)
+    except DicomError:
+        raise
+    except Exception as error:  # a tag can be wrong in any way
+        raise DicomError(f"a DICOM file with broken tags: {_reason(error)}") from None
+
+
+def _read(file: Any, largest: int) -> np.ndarray:
     if "PixelData" not in file:
         raise DicomError("a DICOM file without an image")
     frames = int(file.get("NumberOfFrames") or 1)
@@ -78,6 +87,11 @@ def doubts(encoded: bytes) -> list[str]:
     part = str(file.get("BodyPartExamined") or "").upper()
     if part and part not in ("CHEST", "THORAX", "LUNG", "PORT CHEST"):
         found.append(f"not of the chest ({part})")
+    age = str(file.get("PatientAge") or "").strip().upper()
+    if match := re.fullmatch(r"(\d{3})([DWMY])", age):
+        years = int(match[1]) / {"D": 365.25, "W": 52.18, "M": 12, "Y": 1}[match[2]]
+        if not 1 <= years < 6:
+            found.append(f"of a patient aged {age}; the network knows children of 1 to 5 years")
     return found
 
 
@@ -91,7 +105,12 @@ def _open(encoded: bytes, *, pixels: bool = True) -> Any:
             warnings.simplefilter("ignore")  # of the many ways to bend the standard
             return pydicom.dcmread(io.BytesIO(encoded), stop_before_pixels=not pixels)
     except Exception as error:  # a file can be broken in any way
-        raise DicomError(f"broken DICOM file: {error}") from None
+        raise DicomError(f"broken DICOM file: {_reason(error)}") from None
+
+
+def _reason(error: Exception) -> str:
+    """Returns the first line of what an exception says, or its name where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:100]
 
 
 def _pixels(file: Any) -> np.ndarray:
@@ -110,8 +129,9 @@ def _pixels(file: Any) -> np.ndarray:
             stored = convert_color_space(stored, left, "RGB")
     except Exception as error:  # each decoder has its own
         syntax = file.file_meta.TransferSyntaxUID.name
-        reason = str(error).splitlines()[0][:100]
-        raise DicomError(f"DICOM pixels that cannot be decoded here ({syntax}): {reason}") from None
+        raise DicomError(
+            f"DICOM pixels that cannot be decoded here ({syntax}): {_reason(error)}"
+        ) from None
     return stored
 
 
@@ -122,7 +142,8 @@ def _windowed(file: Any, stored: np.ndarray) -> np.ndarray:
     values = np.asarray(apply_modality_lut(stored, file), np.float64)
     table = file.get("VOILUTSequence")
     if table:
-        shown = np.asarray(apply_voi(stored, file, index=0), np.float64)
+        rescaled = np.rint(values).astype(np.int64)
+        shown = np.asarray(apply_voi(rescaled, file, index=0), np.float64)
         return shown / (2 ** int(table[0].LUTDescriptor[2]) - 1)
     centre, width = _first(file.get("WindowCenter")), _first(file.get("WindowWidth"))
     if centre is None or width is None or width < 1:

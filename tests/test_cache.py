@@ -80,6 +80,21 @@ def test_broken_files_go_to_quarantine(copy: Path, tmp_path: Path) -> None:
     assert text == f"image,reason\n{bad},neither JPEG nor PNG nor DICOM\n"
 
 
+def test_a_link_to_nowhere_goes_to_quarantine(copy: Path, tmp_path: Path) -> None:
+    bad = load(copy, tmp_path).examples[3].name
+    (copy / bad).unlink()
+    (copy / bad).symlink_to(tmp_path / "gone.jpeg")
+    ((name, reason),) = load(copy, tmp_path).quarantine
+    assert (name, reason) == (bad, "cannot be read: No such file or directory")
+
+
+def test_others_may_read_the_cache(copy: Path, tmp_path: Path) -> None:
+    load(copy, tmp_path)
+    (home,) = tmp_path.glob("images-*")
+    (tmp_path / "plain").mkdir()
+    assert home.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_nothing_decodes(copy: Path, tmp_path: Path) -> None:
     for path in copy.rglob("*.jpeg"):
         path.write_bytes(b"")

@@ -110,6 +110,9 @@ def test_medmnist(tmp_path: Path) -> None:
     for split, n in (("train", 6), ("test", 4)):
         arrays[f"{split}_images"] = rng.integers(0, 255, (n, 28, 28), dtype=np.uint8)
         arrays[f"{split}_labels"] = np.arange(n)[:, None] % 2
+    np.savez(tmp_path / "deep.npz", **{k: v[..., None] for k, v in arrays.items()})
+    deep = read_index(tmp_path / "deep.npz").source
+    np.testing.assert_array_equal(deep.read("test/00003"), arrays["test_images"][3])
     np.savez_compressed(tmp_path / "pneumoniamnist.npz", **arrays)
     index = read_index(tmp_path / "pneumoniamnist.npz")
     assert [e.label for e in index.examples] == [0, 1, 0, 1, 0, 1, 0, 1, 0, 1]

@@ -92,6 +92,16 @@ def test_blocks_are_runs_of_the_numbering_and_the_last_holds_the_other_series() 
         assert sizes.max() - sizes.min() <= 6  # a patient or two
 
 
+def test_blocks_of_names_of_no_known_scheme() -> None:
+    names = [f"img{number:04d}.jpeg" for number in range(100)]
+    given = [Example(f"train/{name}", "train", i % 2, name) for i, name in enumerate(names)]
+    fold = block_folds(given, 5)
+    np.testing.assert_array_equal(fold, np.arange(100) // 20)
+    # One file of another series is no block of its own.
+    stray = [*given, Example("train/zzz1.jpeg", "train", 0, "zzz1.jpeg")]
+    assert np.bincount(block_folds(stray, 5)).min() > 10
+
+
 def test_too_few_patients_for_blocks() -> None:
     with pytest.raises(InputError, match="1 patients of class 0 are too few for 5 folds"):
         block_folds(examples(4), 5)

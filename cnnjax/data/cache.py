@@ -129,8 +129,10 @@ def _decode_into(
         except OSError as error:
             return f"cannot be read: {error.strerror or error}"
 
-    work = Path(tempfile.mkdtemp(dir=home.parent, prefix=f".{home.name}."))
+    private = Path(tempfile.mkdtemp(dir=home.parent, prefix=f".{home.name}."))
     try:
+        work = private / "images"  # with the usual rights: others may share the cache
+        work.mkdir()
         images = np.lib.format.open_memmap(
             work / "images.npy", mode="w+", dtype=np.uint8, shape=(len(examples), size, size)
         )
@@ -165,7 +167,7 @@ def _decode_into(
             if not (home / "done.json").exists():
                 raise
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(private, ignore_errors=True)
 
 
 def _shorten(path: Path, rows: int) -> None:

@@ -13,7 +13,10 @@ from typing import TextIO
 @contextmanager
 def write_atomically(path: Path) -> Iterator[TextIO]:
     """Opens a text file that replaces `path` when the block ends well, and never otherwise."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:  # name the file that was asked for
+        raise type(error)(error.errno, error.strerror, str(path)) from None
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as file:
             yield file

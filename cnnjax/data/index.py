@@ -170,7 +170,10 @@ class _Tree:
         return path.read_bytes()
 
     def signature(self, name: str) -> tuple[int, int]:
-        status = (self.root / name).stat()
+        try:
+            status = (self.root / name).stat()
+        except OSError:  # a link to nowhere: decoding it will say so
+            return -1, 0
         return status.st_size, status.st_mtime_ns
 
 
@@ -221,7 +224,7 @@ class _Arrays:
     def read(self, name: str) -> np.ndarray:
         split, number = name.split("/")
         pixels: np.ndarray = self.array(f"{split}_images")[int(number)]
-        return pixels
+        return pixels[..., 0] if pixels.shape[2:] == (1,) else pixels
 
     def signature(self, name: str) -> tuple[int, int]:
         return self.members[f"{name.partition('/')[0]}_images.npy"]
@@ -320,10 +323,10 @@ def _from_npz(path: Path, positive: str) -> Index:
             raise InputError(f"{path}: {len(labels)} {split}_labels for {len(images)} images")
         if not np.isin(labels, (0, 1)).all():
             raise InputError(f"{path}: {split}_labels holds values other than 0 and 1")
-        if images.dtype != np.uint8 or images.ndim not in (3, 4):
+        if images.dtype != np.uint8 or images.shape[3:] not in ((), (1,), (3,)) or images.ndim < 3:
             shape = f"{images.dtype} {list(images.shape)}"
             raise InputError(
-                f"{path}: {split}_images is {shape}, not uint8 [n, height, width(, 3)]"
+                f"{path}: {split}_images is {shape}, not uint8 [n, height, width(, 1 or 3)]"
             )
         for number, label in enumerate(labels):
             name = f"{split}/{number:05d}"

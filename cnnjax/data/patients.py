@@ -18,7 +18,7 @@ import csv
 import re
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
@@ -81,7 +81,8 @@ def block_folds(examples: Sequence[Example], folds: int) -> np.ndarray:
     Numbers follow the order in which a hospital took or kept its images, so that a block differs
     from the rest as one season or one exporter does from another. Each class is cut by itself, into
     runs of about equally many images. Where the names of a class form several series (`IM-...` and
-    `NORMAL2-IM-...`), its last fold is the whole of the last series, and the others share the rest.
+    `NORMAL2-IM-...`), its last fold is the whole of the last series, unless that is small, and the
+    others share the rest.
 
     Args:
         examples: n images.
@@ -105,10 +106,11 @@ def block_folds(examples: Sequence[Example], folds: int) -> np.ndarray:
         series = {_place_in_numbering(group)[0] for group in ranked}
         runs = folds
         if len(series) > 1 and folds > 2:
-            last = max(series)
-            rest = [group for group in ranked if _place_in_numbering(group)[0] != last]
-            if len(rest) >= folds - 1:
-                fold_of |= {group: folds - 1 for group in ranked if group not in set(rest)}
+            of_last = [g for g in ranked if _place_in_numbering(g)[0] == max(series)]
+            rest = [g for g in ranked if g not in set(of_last)]
+            large = 2 * folds * sum(sizes[g] for g in of_last) >= sizes.total()
+            if large and len(rest) >= folds - 1:
+                fold_of |= dict.fromkeys(of_last, folds - 1)
                 ranked, runs = rest, folds - 1
         images = np.array([sizes[group] for group in ranked])
         middle = (np.cumsum(images) - images / 2) / images.sum()
@@ -120,8 +122,9 @@ def block_folds(examples: Sequence[Example], folds: int) -> np.ndarray:
 
 def _place_in_numbering(group: str) -> tuple[str, int]:
     """Returns the series that a name belongs to, and its number there."""
-    match = re.search(r"\d+$", group)
-    return (group[: match.start()], int(match[0])) if match else (group, 0)
+    name = PurePosixPath(group).stem  # a name of no known scheme is its own patient, suffix and all
+    match = re.search(r"\d+$", name)
+    return (name[: match.start()], int(match[0])) if match else (name, 0)
 
 
 def _enough_patients(label: int, patients: int, folds: int) -> None:

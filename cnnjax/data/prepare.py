@@ -47,7 +47,7 @@ def open_index(config: DataConfig, say: Say) -> Index:
     Raises:
         InputError: see `read_index`.
     """
-    root = Path(config.root)
+    root = Path(config.root).expanduser()  # not every shell does after a =
     if config.root == "phantom":
         from cnnjax.data import phantom
 

@@ -170,8 +170,10 @@ def load(decoded: Decoded, size: int, folder: Path | None = None) -> dict[str, n
 
 def _render_into(home: Path, decoded: Decoded, size: int) -> None:
     home.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(dir=home.parent, prefix="making-"))
+    private = Path(tempfile.mkdtemp(dir=home.parent, prefix="making-"))
     try:
+        work = private / "images"  # with the usual rights: others may share the cache
+        work.mkdir()
         with ThreadPoolExecutor(cpu_cores()) as pool:
             renderings = list(product(CHANGES, STRENGTHS))
             for change, strength in tqdm(renderings, "re-rendering", unit="set", disable=None):
@@ -188,4 +190,4 @@ def _render_into(home: Path, decoded: Decoded, size: int) -> None:
             if not home.is_dir():  # else another process was first, with the same
                 raise
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(private, ignore_errors=True)

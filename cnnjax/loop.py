@@ -285,16 +285,8 @@ def _profiled(folder: Path | None) -> Iterator[None]:
 def _validate(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Returns the metrics that each epoch is followed by; intervals wait for the end."""
     logits = logits.astype(np.float64)
-    positive, decided = labels == 1, logits >= 0
-    area = metrics.auc(logits, labels)
-    assert area is not None, "training_data() sees to it that both classes validate"
-    return {
-        "loss": float(np.mean(np.logaddexp(0, np.where(positive, -logits, logits)))),
-        "auc": area,
-        "accuracy": float(np.mean(decided == positive)),
-        "sensitivity": float(np.mean(decided[positive])),
-        "specificity": float(np.mean(~decided[~positive])),
-    }
+    wrong_way = np.where(labels == 1, -logits, logits)
+    return {"loss": float(np.mean(np.logaddexp(0, wrong_way))), **metrics.at_zero(logits, labels)}
 
 
 def _score(judged: dict[str, float], config: TrainConfig) -> float:

@@ -191,6 +191,24 @@ def evaluate(
     )
 
 
+def at_zero(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Returns AUC, accuracy, sensitivity and specificity where logits from 0 on are positive.
+
+    Args:
+        logits: float [n].
+        labels: int [n], 0 and 1, both of them.
+    """
+    positive, decided = labels == 1, logits >= 0
+    area = auc(logits, labels)
+    assert area is not None, "training_data() sees to it that both classes validate"
+    return {
+        "auc": area,
+        "accuracy": float(np.mean(decided == positive)),
+        "sensitivity": float(np.mean(decided[positive])),
+        "specificity": float(np.mean(~decided[~positive])),
+    }
+
+
 def auc(scores: np.ndarray, labels: np.ndarray) -> float | None:
     """Returns the area under the ROC curve: P(positive scores higher) + P(tie) / 2.
 

@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from cnnjax.checkpoint import Kind
 from cnnjax.config import OperatingConfig
 from cnnjax.data import cache, rerender
 from cnnjax.data.prepare import TrainingData, open_index, training_data
 from cnnjax.errors import InputError
-from cnnjax.metrics import auc, evaluate
+from cnnjax.metrics import at_zero, evaluate
 from cnnjax.operating import OperatingPoint, fit_operating_point
 from cnnjax.predict import Predictor
 from cnnjax.workdir import Workdir
@@ -42,17 +41,14 @@ class HeldOut:
     """float32 [n] by rendering; `PLAIN` is one of them."""
 
 
-def held_out_logits(
-    run: Path, mesh: Mesh, kind: Kind = "latest", *, renderings: bool = True
-) -> HeldOut:
-    """Returns what a finished run says of its held-out images, in every rendering.
+def held_out_logits(run: Path, mesh: Mesh, *, renderings: bool = True) -> HeldOut:
+    """Returns what a finished run's last state says of its held-out images, in every rendering.
 
     It is written to the run's `shifted.npz`, and read from there the next time.
 
     Args:
         run: its workdir.
         mesh: the devices to use.
-        kind: which of its states.
         renderings: whether the changed ones are wanted too.
 
     Raises:
@@ -71,7 +67,7 @@ def held_out_logits(
             sets = {name: file[name] for name in file.files}
         if np.array_equal(sets.pop("images"), names) and (len(sets) > 1 or not renderings):
             return HeldOut(labels, patients, sets)
-    predictor = Predictor.of_run(run, mesh, kind)
+    predictor = Predictor.of_run(run, mesh, "latest")
     sets = {PLAIN: predictor.logits(np.asarray(data.decoded.images[rows]))}
     for name, images in (_renderings(run, data) if renderings else {}).items():
         sets[name] = predictor.logits(np.asarray(images[rows]))
@@ -138,7 +134,7 @@ def judge(held_out: HeldOut, parts: np.ndarray, config: OperatingConfig) -> dict
         for name, logits in held_out.sets.items():
             # In log-odds from the threshold, which makes parts of different networks comparable.
             moved[name][inside] = point.slope * (logits[inside] - point.threshold)
-    sets = {name: _metrics(logits, labels) for name, logits in moved.items()}
+    sets = {name: at_zero(logits, labels) for name, logits in moved.items()}
     plain = evaluate(moved[PLAIN], labels, held_out.patients).to_json()
     probabilities = evaluate(calibrated, labels, held_out.patients).to_json()
     document: dict[str, Any] = {
@@ -152,18 +148,6 @@ def judge(held_out: HeldOut, parts: np.ndarray, config: OperatingConfig) -> dict
         document["mean"] = {m: float(np.mean([each[m] for each in changed])) for m in METRICS}
         document["worst"] = {m: float(np.min([each[m] for each in changed])) for m in METRICS}
     return document
-
-
-def _metrics(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    positive, decided = labels == 1, logits >= 0
-    area = auc(logits, labels)
-    assert area is not None, "training_data() sees to it that both classes validate"
-    return {
-        "auc": area,
-        "accuracy": float(np.mean(decided == positive)),
-        "sensitivity": float(np.mean(decided[positive])),
-        "specificity": float(np.mean(~decided[~positive])),
-    }
 
 
 def together(held_out: Mapping[int, HeldOut]) -> tuple[HeldOut, np.ndarray]:

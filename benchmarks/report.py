@@ -76,12 +76,12 @@ def page(plots: Path = RESULTS) -> str:
                 versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items())
                 parts.append(
                     f"*Commit {found['commit']}; Python {found['python']}, {versions};"
-                    f" {found['device']}; load before {load[0]:.1f}.*\n"
+                    f" {found['device']}; load before {load[0] or 0:.1f}.*\n"
                 )
             else:
                 parts.append(f"### {_NAMES[name]}\n\nNot yet measured on this device.\n")
     if not any("gpu" in section for section in _platforms()):
-        parts.append("## GPU\n\nNot yet measured; every script takes `--device gpu`.\n")
+        parts.append("## GPU\n\nNot yet measured; the scripts take the fastest device there is.\n")
     return "\n".join(parts)
 
 

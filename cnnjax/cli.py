@@ -60,11 +60,7 @@ class Evaluate:
         positive = predictor.classes[1]
         config = DataConfig(self.data, predictor.size, positive, cache=self.cache)
         index = open_index(config, print)
-        if index.classes != predictor.classes:
-            raise InputError(
-                f"{self.data} has the classes {' and '.join(index.classes)},"
-                f" but the network was trained on {' and '.join(predictor.classes)}"
-            )
+        predictor.expect_classes(index)
         print(index.describe())
         decoded = cache.load(index.split(self.split), index.source, config.size, folder=self.cache)
         for name, reason in decoded.quarantine:
@@ -346,12 +342,17 @@ def guarded(command: Callable[[], int]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the last epoch", file=sys.stderr)
+        print("\nstopped; a training goes on when its command is given again", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader of our output has left, as `head` does; it wants no traceback.
         sys.stdout = None
         return 141
+    except OSError as error:
+        if error.filename is None:  # no file of the user's
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
 
 
 @contextlib.contextmanager

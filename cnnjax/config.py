@@ -1,7 +1,8 @@
 """The configuration of a run: frozen dataclasses, one per concern.
 
 A run is a function of (config, data, seed). Every field is a command-line flag of every recipe
-(`--train.epochs 30`), stands in the run's `config.json`, and is compared when a run is resumed.
+(`--train.epochs 30`), stands in the run's `config.json`, and is compared when a run is resumed,
+unless it only says where the run takes place.
 """
 
 from __future__ import annotations
@@ -242,6 +243,10 @@ class Config:
 
     def __post_init__(self) -> None:
         _require(0 <= self.seed < 2**32, "--seed", "be between 0 and 2**32 - 1", self.seed)
+        if self.model.name == "baseline" and self.data.size < 10:
+            raise InputError(
+                f"--data.size must be at least 10 for --model.name baseline, got {self.data.size}"
+            )
 
 
 # Where a run takes place does not decide what comes out of it: these may change on a resume. (The

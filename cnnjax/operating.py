@@ -157,7 +157,7 @@ def least_cost_threshold(
     between = np.append(True, np.append(ranked[1:] > ranked[:-1], True))  # no cut between equals
     least = cost[between].min()
     best = np.flatnonzero(between & (cost <= least + 1e-9 * (alarm + missed)))
-    edges = np.concatenate([[-np.inf], ranked, [np.inf]])
+    edges = np.concatenate([[ranked[0] - 2], ranked, [ranked[-1] + 2]])
     k = best[len(best) // 2]
     return float((edges[k] + edges[k + 1]) / 2)
 

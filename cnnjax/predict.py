@@ -15,7 +15,9 @@ from jax.sharding import Mesh
 from cnnjax import layers, release
 from cnnjax.config import DeviceConfig
 from cnnjax.data.batches import Feeder, Resident, in_batches, load
+from cnnjax.data.index import Index
 from cnnjax.devices import divided, make_mesh, replicated
+from cnnjax.errors import InputError
 from cnnjax.explain import make_hires_cam
 from cnnjax.models import make_model
 from cnnjax.operating import OperatingPoint
@@ -185,12 +187,25 @@ class Predictor:
             about=about,
         )
 
+    def expect_classes(self, index: Index) -> None:
+        """Raises InputError if a data set has other classes than the networks tell apart."""
+        if index.classes != self.classes:
+            raise InputError(
+                f"{index.root} has the classes {' and '.join(index.classes)},"
+                f" but the network was trained on {' and '.join(self.classes)}"
+            )
+
     def logits(self, images: np.ndarray) -> np.ndarray:
         """Returns float32 [n], the logits of uint8 images [n, size, size]."""
         return self.member_logits(images).mean(0)
 
     def member_logits(self, images: np.ndarray) -> np.ndarray:
-        """Returns float32 [members, n], those of each network."""
+        """Returns float32 [members, n], those of each network.
+
+        Raises:
+            ValueError: the images are not uint8 [n, size, size].
+        """
+        self._check(images)
         rows = np.arange(len(images))
         if len(images) <= FEW:
             # As many as a step takes: the program is the same for any number.
@@ -207,6 +222,7 @@ class Predictor:
         It is evidence for the positive class, in logits, averaged over the networks; see
         `cnnjax.explain`.
         """
+        self._check(images)
         few = len(images) <= FEW
         cam = self._few_cam if few else self._cam
         chunks = []
@@ -218,3 +234,11 @@ class Predictor:
                 maps = [cam(variables_of(s), batch) for s in self.members]
             chunks.append(np.mean(jax.device_get(maps), axis=0)[rows >= 0])
         return np.concatenate(chunks)
+
+    def _check(self, images: np.ndarray) -> None:
+        shape = (len(images), self.size, self.size)
+        if images.dtype != np.uint8 or images.shape != shape:
+            raise ValueError(
+                f"images must be uint8 [n, {self.size}, {self.size}],"
+                f" got {images.dtype} {list(images.shape)}"
+            )

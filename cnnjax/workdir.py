@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -183,9 +184,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def append_line(path: Path, values: Mapping[str, Any]) -> None:
-    """Adds one JSON object as a line."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(values) + "\n")
+    """Adds one JSON object as a line, in place of a line that was left unfinished."""
+    with path.open("ab+") as file:
+        file.seek(0)
+        whole = file.read().rfind(b"\n") + 1
+        file.truncate(whole)
+        file.write(json.dumps(values).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

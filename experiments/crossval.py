@@ -25,6 +25,7 @@ import tyro
 from cnnjax import devices, release, shifted
 from cnnjax.cli import guarded
 from cnnjax.config import Config
+from cnnjax.errors import InputError
 from cnnjax.loop import fit_all
 from cnnjax.metrics import auc
 from cnnjax.predict import Predictor
@@ -41,6 +42,10 @@ class Options:
     """Judge the held-out images in every re-rendering too (docs/shifted-validation.md)."""
     release: Path | None = None
     """Write the networks of all folds to this folder as one ensemble, for evaluate and predict."""
+
+    def __post_init__(self) -> None:
+        if self.config.data.validation == "official":
+            raise InputError("--data.validation official has no folds; take patients or blocks")
 
 
 def crossvalidate(options: Options) -> None:

@@ -67,6 +67,7 @@ def test_no_json() -> None:
         (lambda: TrainConfig(weight_decay=0.1), "--train.weight-decay needs"),
         (lambda: DeviceConfig(count=-1), "--device.count"),
         (lambda: Config(seed=-1), "--seed"),
+        (lambda: Config(data=DataConfig(size=8)), "--data.size must be at least 10"),
     ],
 )
 def test_values_out_of_range_name_their_flag(make: object, flag: str) -> None:

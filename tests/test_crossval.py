@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 
 from cnnjax import cli, devices, release, shifted
-from cnnjax.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainConfig
+from cnnjax.config import (
+    AugmentConfig,
+    Config,
+    DataConfig,
+    DeviceConfig,
+    ModelConfig,
+    TrainConfig,
+)
 from cnnjax.data import cache
 from cnnjax.data.index import read_index
 from cnnjax.data.rerender import CHANGES
@@ -77,6 +84,21 @@ def test_the_release_gives_each_held_out_fold_the_logits_of_its_run(
         expected = [float(line.split(",")[-1]) for line in lines]
         # float16 has eleven bits
         np.testing.assert_allclose(logits[fold][rows], expected, atol=0.02, rtol=0.02)
+
+
+def test_images_of_another_size_or_type_are_refused(made: tuple[Path, Path]) -> None:
+    predictor = Predictor.open(made[1], devices.make_mesh(DeviceConfig()))
+    for images in (np.zeros((2, 25, 24), np.uint8), np.zeros((2, 24, 24), np.float32)):
+        with pytest.raises(ValueError, match=r"must be uint8 \[n, 24, 24\], got"):
+            predictor.logits(images)
+
+
+def test_the_official_split_is_no_cross_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(EXPERIMENTS)
+    import crossval
+
+    with pytest.raises(InputError, match="official has no folds"):
+        crossval.Options(Config(data=DataConfig(validation="official")))
 
 
 def test_evaluate_takes_a_release(

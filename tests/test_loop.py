@@ -19,6 +19,7 @@ from cnnjax import loop, programs
 from cnnjax.config import Config, DataConfig, DeviceConfig, ModelConfig, TrainConfig
 from cnnjax.errors import InputError
 from cnnjax.loop import fit
+from cnnjax.workdir import append_line, read_lines
 
 EPOCHS = 4
 
@@ -371,3 +372,12 @@ def test_members_may_differ_by_seed_and_fold_alone(tree: Path, tmp_path: Path) -
         loop.fit_all([config, replace(config, train=TrainConfig(batch=8), workdir=tmp_path / "b")])
     with pytest.raises(ValueError, match="a workdir of its own"):
         loop.fit_all([config, replace(config, seed=1)])
+
+
+def test_a_line_that_was_left_unfinished_is_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    append_line(path, {"epoch": 1})
+    with path.open("a") as file:
+        file.write('{"epo')
+    append_line(path, {"epoch": 2})
+    assert read_lines(path) == [{"epoch": 1}, {"epoch": 2}]

@@ -40,8 +40,8 @@ def test_no_threshold_costs_less(seed: int, missed: float) -> None:
 
 
 def test_all_of_one_class() -> None:
-    assert least_cost_threshold(np.array([1.0, 2.0]), np.array([1, 1])) == -np.inf
-    assert least_cost_threshold(np.array([1.0, 2.0]), np.array([0, 0])) == np.inf
+    assert -np.inf < least_cost_threshold(np.array([1.0, 2.0]), np.array([1, 1])) < 1
+    assert 2 < least_cost_threshold(np.array([1.0, 2.0]), np.array([0, 0])) < np.inf
 
 
 @pytest.mark.parametrize("wanted", [0.5, 0.9, 0.95, 1.0])

@@ -76,7 +76,7 @@ def write(
         where = "the held-out images, which also chose the best epoch and the operating point"
         images = _held_out_images(config, judged.names)
     else:
-        asked = DataConfig(data, config.data.size, config.data.positive)
+        asked = DataConfig(data, config.data.size, config.data.positive, cache=config.data.cache)
         judged, images = _split(predictor, asked, split)
         where = f"the {split} split of {data}"
     page = _render(workdir, config, predictor, judged, where, images)
@@ -98,6 +98,7 @@ def _held_out_images(config: Config, names: Sequence[str]) -> np.ndarray | None:
 
 def _split(predictor: Predictor, config: DataConfig, split: str) -> tuple[Judged, np.ndarray]:
     index = open_index(config, lambda _: None)
+    predictor.expect_classes(index)
     decoded = cache.load(index.split(split), index.source, config.size, folder=config.cache)
     images = np.asarray(decoded.images)
     names = [example.name for example in decoded.examples]

@@ -1,7 +1,7 @@
 """The configuration of a run: frozen dataclasses, one per concern.
 
 A run is a function of (config, data, seed). Every field is a command-line flag of every recipe
-(`--train.epochs 30`), stands in the run's `config.json`, and is compared when a run is resumed,
+(`--train.epochs 40`), stands in the run's `config.json`, and is compared when a run is resumed,
 unless it only says where the run takes place.
 """
 

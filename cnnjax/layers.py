@@ -103,7 +103,7 @@ def _pads(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> one
 
 
 _FEW = 8  # channels below which all patches of an image are small
-_WIDE = 28  # side from which on the output's gradient is slow as a filter
+_WIDE = 32  # side from which on the output's gradient is slow as a filter
 
 
 def _filter_gradient(

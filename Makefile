@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 .PHONY: help install train test test-slow lint lock clean
 
 help:
-	@echo "make train [DATA=DIR|ZIP|NPZ] [RUN=DIR] [ARGS='--train.epochs 30']"
+	@echo "make train [DATA=DIR|ZIP|NPZ] [RUN=DIR] [ARGS='--train.epochs 40']"
 	@echo "make test | test-slow | lint | install | lock | clean"
 
 install: $(VENV)/installed

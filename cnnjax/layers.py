@@ -109,7 +109,7 @@ _WIDE = 32  # side from which on the output's gradient is slow as a filter
 def _filter_gradient(
     x: jax.Array, g: jax.Array, shape: tuple[int, ...], pads: onednn.Pads, stride: int
 ) -> jax.Array:
-    """Takes the fastest form, by what was measured with AVX2 (Zen 1) and with AVX-512 (Xeon)."""
+    """Takes the form that was fastest with AVX2 (Zen 1); with AVX-512 (Xeon), of the products."""
     if max(g.shape[1:3]) < _WIDE and shape[:2] != (1, 1) and not onednn.avx512():
         return _filter_gradient_by_convolution(x, g, shape, pads, stride)
     if stride > 1 or x.shape[3] < _FEW:

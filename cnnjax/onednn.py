@@ -69,7 +69,7 @@ def convolution(
         stride: step of the filters in both directions, in pixels.
         dilation: from one of a filter's rows, or columns, to the next, in pixels.
         axes: those of `kernel`, named as in `jax.lax.conv_general_dilated`. (Images must have the
-            channels last: with their axes in another order oneDNN takes a hundred times as long.)
+            channels last: with their axes in another order oneDNN takes hundreds of times as long.)
 
     Returns:
         [batch, height', width', out].

@@ -146,8 +146,8 @@ def least_cost_threshold(
         missed: cost of a positive called negative.
 
     Returns:
-        Midway between two neighbouring logits; of equally good places the middle one. Infinite if
-        it is best to call all images negative, or all positive.
+        Midway between two neighbouring logits; of equally good places the middle one. One
+        beyond them all if it is best to call all images negative, or all positive.
     """
     order = np.argsort(logits, kind="stable")
     ranked, positive = np.asarray(logits, np.float64)[order], np.asarray(labels)[order] == 1

@@ -17,6 +17,7 @@ from PIL import Image
 from cnnjax import cli
 from cnnjax.config import Config, DataConfig, DeviceConfig, TrainConfig
 from cnnjax.loop import fit
+from cnnjax.workdir import write_json
 
 ROOT = Path(__file__).parent.parent
 
@@ -265,3 +266,15 @@ def test_a_recipe_from_the_shell(tree: Path, tmp_path: Path) -> None:
     subprocess.run(command("killed"), capture_output=True, check=True)
     for name in ("metrics.jsonl", "summary.json", "validation.csv"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_file_that_cannot_be_written_is_one_sentence_and_status_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def study() -> int:
+        write_json(tmp_path / "nowhere" / "rows.json", {})
+        return 0
+
+    assert cli.guarded(study) == 2
+    screen = capsys.readouterr().err
+    assert screen == f"error: {tmp_path / 'nowhere' / 'rows.json'}: No such file or directory\n"

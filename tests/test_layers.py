@@ -97,7 +97,7 @@ def test_onednn_is_the_plain_convolution(
     y_plain, expected = differentiated(layers.conv_plain)(x, kernel, g)
     np.testing.assert_allclose(y, y_plain, atol=1e-4)
     for gradient, plain in zip(gradients, expected, strict=True):
-        np.testing.assert_allclose(gradient, plain, rtol=1e-4, atol=2e-3)
+        np.testing.assert_allclose(gradient, plain, rtol=1e-4, atol=1e-3)
 
 
 _TWO_STEPS = """

@@ -10,8 +10,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cnnjax.data.decode import DecodeError, decode
-from cnnjax.data.files import write_atomically
+from cnnjax.data.files import work_folder, write_atomically
 from cnnjax.data.index import Example, Source
 from cnnjax.errors import InputError
 from cnnjax.machine import cache_folder, cpu_cores
@@ -129,10 +127,7 @@ def _decode_into(
         except OSError as error:
             return f"cannot be read: {error.strerror or error}"
 
-    private = Path(tempfile.mkdtemp(dir=home.parent, prefix=f".{home.name}."))
-    try:
-        work = private / "images"  # with the usual rights: others may share the cache
-        work.mkdir()
+    with work_folder(home) as work:
         images = np.lib.format.open_memmap(
             work / "images.npy", mode="w+", dtype=np.uint8, shape=(len(examples), size, size)
         )
@@ -166,8 +161,6 @@ def _decode_into(
             # Another process was first; what it made is what we made.
             if not (home / "done.json").exists():
                 raise
-    finally:
-        shutil.rmtree(private, ignore_errors=True)
 
 
 def _shorten(path: Path, rows: int) -> None:

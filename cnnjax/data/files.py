@@ -1,8 +1,9 @@
-"""Files that are there whole or not at all."""
+"""Files and folders that are there whole or not at all."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,3 +31,19 @@ def write_atomically(path: Path) -> Iterator[TextIO]:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def work_folder(home: Path) -> Iterator[Path]:
+    """Makes an empty folder with the usual rights beside `home`, for the block to rename to it.
+
+    What is left of it is removed in the end. (`mkdtemp` alone makes folders that no other user can
+    read.)
+    """
+    private = Path(tempfile.mkdtemp(dir=home.parent, prefix=f".{home.name}."))
+    try:
+        work = private / home.name
+        work.mkdir()
+        yield work
+    finally:
+        shutil.rmtree(private, ignore_errors=True)

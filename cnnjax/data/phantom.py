@@ -24,8 +24,6 @@ residual network of four blocks, 64 px, 12 epochs, two seeds           0.994
 from __future__ import annotations
 
 import math
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -37,6 +35,7 @@ from joblib import Parallel, delayed
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from cnnjax.data.files import work_folder
 from cnnjax.machine import cpu_cores
 
 VERSION = 1
@@ -143,9 +142,7 @@ def write_tree(
     _check_size(size)
     _check_free(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(dir=directory.parent, prefix=f".{directory.name}."))
-    try:
-        root = beside / directory.name  # made with the usual permissions, unlike mkdtemp's
+    with work_folder(directory) as root:
         for folder in {film.name.parent for film in films}:
             (root / folder).mkdir(parents=True)
 
@@ -160,8 +157,6 @@ def write_tree(
         except OSError:
             _check_free(directory)  # another process may have been quicker
             raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 class _Film(NamedTuple):

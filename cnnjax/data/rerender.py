@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import shutil
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
@@ -24,6 +22,7 @@ from tqdm import tqdm
 
 from cnnjax.data.cache import Decoded
 from cnnjax.data.decode import decode
+from cnnjax.data.files import work_folder
 from cnnjax.errors import InputError
 from cnnjax.machine import cache_folder, cpu_cores
 
@@ -170,10 +169,7 @@ def load(decoded: Decoded, size: int, folder: Path | None = None) -> dict[str, n
 
 def _render_into(home: Path, decoded: Decoded, size: int) -> None:
     home.parent.mkdir(parents=True, exist_ok=True)
-    private = Path(tempfile.mkdtemp(dir=home.parent, prefix="making-"))
-    try:
-        work = private / "images"  # with the usual rights: others may share the cache
-        work.mkdir()
+    with work_folder(home) as work:
         with ThreadPoolExecutor(cpu_cores()) as pool:
             renderings = list(product(CHANGES, STRENGTHS))
             for change, strength in tqdm(renderings, "re-rendering", unit="set", disable=None):
@@ -189,5 +185,3 @@ def _render_into(home: Path, decoded: Decoded, size: int) -> None:
         except OSError:
             if not home.is_dir():  # else another process was first, with the same
                 raise
-    finally:
-        shutil.rmtree(private, ignore_errors=True)

@@ -7,13 +7,12 @@ all cores, the CPU is one device; elsewhere every core is made a device of its o
 from __future__ import annotations
 
 import contextlib
-import warnings
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cnnjax import onednn
+from cnnjax import ffi, onednn
 from cnnjax.config import DeviceConfig
 from cnnjax.errors import InputError
 from cnnjax.machine import cache_folder, cpu_cores, keep_freed_memory
@@ -34,7 +33,7 @@ def make_mesh(config: DeviceConfig) -> Mesh:
     if jax.config.values["jax_num_cpu_devices"] < 1:  # the user, or a test, has not chosen a number
         # JAX refuses once it is in use, as in a notebook: then take the devices there are.
         with contextlib.suppress(RuntimeError):
-            devices = config.count or (1 if onednn.expected() else cpu_cores())
+            devices = config.count or (1 if onednn.library() else cpu_cores())
             jax.config.update("jax_num_cpu_devices", devices)
     if config.platform == "cpu":
         jax.config.update("jax_platforms", "cpu")
@@ -71,10 +70,6 @@ def keep_compiled_programs() -> None:
         return  # a home that cannot be written to costs compile time, nothing else
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    # JAX tries to keep programs that call oneDNN too, and would say each time that it cannot.
-    warnings.filterwarnings(
-        "ignore", "Error writing persistent compilation cache entry.*bad_alloc", UserWarning
-    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -97,6 +92,6 @@ def describe(mesh: Mesh) -> str:
     """Returns a phrase such as `1 x cpu (2 cores, oneDNN)`."""
     first = mesh.devices.flat[0]
     if platform(mesh) == "cpu":
-        kernels = ", oneDNN" if onednn.available() else ""
+        kernels = ", oneDNN" if ffi.available() else ""
         return f"{mesh.size} x cpu ({cpu_cores()} cores{kernels})"
     return f"{mesh.size} x {first.platform} ({first.device_kind})"

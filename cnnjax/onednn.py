@@ -1,140 +1,237 @@
-"""oneDNN's convolution and matrix product, as jaxlib carries them for x86 CPUs.
+"""oneDNN's convolutions on an x86 CPU, by its C API.
 
-XLA's own convolution on a CPU is Eigen's, and several times slower than oneDNN's. jaxlib's builds
-for x86 link oneDNN in, and XLA's CPU backend makes calls to it out of the custom calls
-`__onednn$convolution` and `__onednn$matmul`. They are meant for a rewriting pass of XLA's
-(xla/service/cpu/onednn_contraction_rewriter.cc), which does not run in the way that JAX compiles,
-and are not documented. So `available` finds out by trial, once a process, and `cnnjax.layers` falls
-back on XLA's own.
+XLA's own convolution on a CPU is Eigen's, and its gradients are several times slower than oneDNN's
+(https://uxlfoundation.github.io/oneDNN). The package onednn-cpu-gomp brings that library, on Linux,
+and OpenMP's threads come from the system's libgomp. `cnnjax.ffi` lets XLA call what is here.
 
-The calls are for one device: XLA would not divide them among several. Nor can a program with such
-a call be kept in JAX's persistent compilation cache.
+Images are NHWC and filters HWIO in memory. A primitive, in oneDNN's words, is a kernel made for
+given sizes; it is found once a process and keeps the filters' order in memory that is fastest.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
-import json
 import platform
 import sys
+from collections.abc import Iterator, Sequence
+from ctypes import POINTER, byref, c_int, c_int64, c_size_t, c_void_p
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax import lax
+PACKAGE = "onednn-cpu-gomp"
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
+Kind = Literal["forward", "input gradient", "filter gradient"]
+
+# From oneDNN's dnnl_types.h and dnnl_common_types.h, version 3.
+_CPU, _IN_ORDER, _DIRECT, _TRAINING, _ANY = 1, 1, 1, 64, 1
+_TYPES = {"bfloat16": 2, "float32": 3}
+_SRC, _DST, _WEIGHTS = 1, 17, 33
+_DIFF_SRC, _DIFF_DST, _DIFF_WEIGHTS = 129, 145, 161
+_WEIGHTS_MD, _DIFF_WEIGHTS_MD = 131, 132
+_ALLOCATE = 2**64 - 1  # in place of an address: memory of oneDNN's own
+_Dims = c_int64 * 12
 
 
-def expected() -> bool:
-    """Tells, before JAX is first used, whether this jaxlib should have oneDNN in it."""
-    return sys.platform == "linux" and platform.machine() == "x86_64"
+class Convolution(NamedTuple):
+    """A convolution or one of its gradients, with all that a kernel is made for.
+
+    Attributes:
+        kind: `forward` maps images and filters to feature maps; `input gradient` the maps' gradient
+            and the filters to the images'; `filter gradient` images and the maps' gradient to the
+            filters'.
+        dtype: of all arrays, float32 or bfloat16.
+        images: [batch, height, width, in].
+        filters: [kernel height, kernel width, in, out].
+        maps: [batch, height', width', out].
+        stride: step of the filters in both directions, in pixels.
+        pads: rows of zeros (above, below) and columns of zeros (left, right).
+    """
+
+    kind: Kind
+    dtype: str
+    images: tuple[int, ...]
+    filters: tuple[int, ...]
+    maps: tuple[int, ...]
+    stride: int
+    pads: Pads
 
 
 @functools.cache
-def available() -> bool:
-    """Tells whether this process computes on one CPU device whose programs can call oneDNN."""
-    if not expected() or jax.default_backend() != "cpu" or jax.device_count() > 1:
-        return False
-    return _works()
-
-
-def takes(dtype: Any) -> bool:
-    """Tells whether oneDNN computes in a type here; in bfloat16 only where AVX-512 is."""
-    return bool(dtype == jnp.float32) or avx512()
+def library() -> ctypes.CDLL | None:
+    """Returns the library; None where it is not installed or does not load."""
+    if not sys.platform.startswith("linux") or platform.machine() != "x86_64":
+        return None
+    try:
+        files = metadata.files(PACKAGE) or []
+        found = [Path(str(file.locate())) for file in files if file.name == "libdnnl.so.3"]
+        return ctypes.CDLL(str(found[0])) if found else None
+    except (metadata.PackageNotFoundError, OSError):
+        return None
 
 
 @functools.cache
-def avx512() -> bool:
-    """Tells whether this CPU has AVX-512, with which oneDNN takes other kernels."""
+def has_bfloat16() -> bool:
+    """Tells whether this CPU has AVX-512, without which oneDNN has no kernels for bfloat16."""
     return " avx512f " in Path("/proc/cpuinfo").read_text()
 
 
-def convolution(
-    x: jax.Array,
-    kernel: jax.Array,
-    pads: Pads,
-    stride: int,
-    dilation: int = 1,
-    axes: str = "HWIO",
-) -> jax.Array:
-    """Returns the cross-correlation of images with filters.
+class Primitive:
+    """The kernels of a convolution: itself, and one that puts its filters in order.
 
-    Args:
-        x: float32 or bfloat16 [batch, height, width, in].
-        kernel: the filters, of x's dtype.
-        pads: rows of zeros (above, below) and columns of zeros (left, right).
-        stride: step of the filters in both directions, in pixels.
-        dilation: from one of a filter's rows, or columns, to the next, in pixels.
-        axes: those of `kernel`, named as in `jax.lax.conv_general_dilated`. (Images must have the
-            channels last: with their axes in another order oneDNN takes hundreds of times as long.)
-
-    Returns:
-        [batch, height', width', out].
+    Raises:
+        RuntimeError: oneDNN has no such kernel.
     """
-    sizes = dict(zip(axes, kernel.shape, strict=True))
-    height, width = (
-        (size + sum(pad) - (window - 1) * dilation - 1) // stride + 1
-        for size, pad, window in zip(x.shape[1:3], pads, (sizes["H"], sizes["W"]), strict=True)
-    )
-    images = {"data": {"batch_dim": "0", "feature_dim": "3", "spatial_dims": ["1", "2"]}}
-    filters = {
-        "input_feature_dim": str(axes.index("I")),
-        "output_feature_dim": str(axes.index("O")),
-        "spatial_dims": [str(axes.index("H")), str(axes.index("W"))],
-    }
-    config = {
-        "dims": "4",
-        "feature_groups": "1",
-        "input": images,
-        "kernel": {"filter": filters},
-        "output": images,
-        "window": {
-            "pad_left": [str(before) for before, _ in pads],
-            "pad_right": [str(after) for _, after in pads],
-            "strides": [str(stride)] * 2,
-            "window_dilations": [str(dilation)] * 2,
-        },
-    }
-    shape = (x.shape[0], height, width, sizes["O"])
-    return _call("convolution", {"onednn_conv_config": config}, shape, x, kernel)
+
+    def __init__(self, convolution: Convolution) -> None:
+        height, width, channels, features = convolution.filters
+        filters = (features, channels, height, width)
+        images, maps = (
+            _described((batch, channels, height, width), convolution.dtype, (0, 2, 3, 1))
+            for batch, height, width, channels in (convolution.images, convolution.maps)
+        )
+        ours = _described(filters, convolution.dtype, (2, 3, 1, 0))
+        any_order = _described(filters, convolution.dtype, None)
+        stride = convolution.stride
+        (top, bottom), (left, right) = convolution.pads
+        geometry = (_Dims(stride, stride), _Dims(), _Dims(top, left), _Dims(bottom, right))
+        forward = _new(
+            "dnnl_convolution_forward_primitive_desc_create",
+            _engine(), _TRAINING, _DIRECT, images, any_order, None, maps, *geometry, None,
+        )  # fmt: skip
+        if convolution.kind == "forward":
+            kernel = forward
+            roles, sides = (_SRC, _WEIGHTS, _DST), (images, ours, maps)
+        elif convolution.kind == "input gradient":
+            kernel = _new(
+                "dnnl_convolution_backward_data_primitive_desc_create",
+                _engine(), _DIRECT, images, any_order, maps, *geometry, forward, None,
+            )  # fmt: skip
+            roles, sides = (_DIFF_DST, _WEIGHTS, _DIFF_SRC), (maps, ours, images)
+        else:
+            kernel = _new(
+                "dnnl_convolution_backward_weights_primitive_desc_create",
+                _engine(), _DIRECT, images, any_order, None, maps, *geometry, forward, None,
+            )  # fmt: skip
+            roles, sides = (_SRC, _DIFF_DST, _DIFF_WEIGHTS), (images, maps, ours)
+        self._sides = [_memory(side, None) for side in sides]
+        is_result = convolution.kind == "filter gradient"
+        at = 2 if is_result else 1  # which of the three are the filters
+        query = _api().dnnl_primitive_desc_query_md
+        theirs = c_void_p(query(kernel, _DIFF_WEIGHTS_MD if is_result else _WEIGHTS_MD, 0))
+        inner = _memory(theirs, _ALLOCATE)
+        own = [inner if i == at else side for i, side in enumerate(self._sides)]
+        main = _Kernel(kernel, zip(roles, own, strict=True))
+        ends = (inner, self._sides[at]) if is_result else (self._sides[at], inner)
+        orders = (theirs, ours) if is_result else (ours, theirs)
+        with _one_thread():  # filters are small: waking a second takes longer
+            reorder = _Kernel(
+                _new(
+                    "dnnl_reorder_primitive_desc_create",
+                    orders[0], _engine(), orders[1], _engine(), None,
+                ),
+                zip((_SRC, _DST), ends, strict=True),
+            )  # fmt: skip
+        self._kernels = (main, reorder) if is_result else (reorder, main)
+
+    def __call__(self, first: int, second: int, result: int) -> None:
+        """Computes, from two arrays to a third, given by their addresses.
+
+        Not to be called by two threads at once.
+
+        Raises:
+            RuntimeError: oneDNN failed.
+        """
+        handle = _api().dnnl_memory_set_data_handle
+        for memory, address in zip(self._sides, (first, second, result), strict=True):
+            _check("dnnl_memory_set_data_handle", handle(memory, address))
+        for kernel in self._kernels:
+            kernel()
 
 
-def transposed_product(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Returns a.T @ b, [k, m], of float32 or bfloat16 a [n, k] and b [n, m]."""
-    config = {"onednn_matmul_config": {"transpose_a": True, "transpose_b": False}}
-    return _call("matmul", config, (a.shape[1], b.shape[1]), a, b)
+class _Argument(ctypes.Structure):
+    _fields_ = (("role", c_int), ("memory", c_void_p))
 
 
-def _call(name: str, config: Any, shape: tuple[int, ...], *operands: jax.Array) -> jax.Array:
-    call = jax.ffi.ffi_call(
-        f"__onednn${name}",
-        jax.ShapeDtypeStruct(shape, operands[0].dtype),
-        vmap_method="sequential",
-        custom_call_api_version=2,
-        legacy_backend_config=json.dumps(config),
-    )
-    result: jax.Array = call(*operands)
-    return result
+class _Kernel:
+    """A primitive with its arguments."""
+
+    def __init__(self, description: c_void_p, arguments: Any) -> None:
+        self._primitive = _new("dnnl_primitive_create", description)
+        found = [_Argument(role, memory) for role, memory in arguments]
+        self._arguments = (_Argument * len(found))(*found)
+
+    def __call__(self) -> None:
+        name = "dnnl_primitive_execute"
+        number, arguments = len(self._arguments), self._arguments
+        _check(name, _api().dnnl_primitive_execute(self._primitive, _stream(), number, arguments))
 
 
-def _works() -> bool:
-    """Compiles both calls and compares what they give with NumPy's and XLA's own."""
-    rng = np.random.default_rng(0)
-    pads = ((1, 0), (0, 1))
+@functools.cache
+def _api() -> ctypes.CDLL:
+    found = library()
+    if found is None:
+        raise RuntimeError(f"no {PACKAGE} here")
+    found.dnnl_primitive_desc_query_md.restype = c_void_p
+    found.dnnl_primitive_desc_query_md.argtypes = (c_void_p, c_int, c_int)
+    found.dnnl_memory_set_data_handle.argtypes = (c_void_p, c_void_p)
+    found.dnnl_primitive_execute.argtypes = (c_void_p, c_void_p, c_int, POINTER(_Argument))
+    return found
+
+
+@functools.cache
+def _engine() -> c_void_p:
+    return _new("dnnl_engine_create", _CPU, c_size_t(0))
+
+
+@functools.cache
+def _stream() -> c_void_p:
+    return _new("dnnl_stream_create", _engine(), _IN_ORDER)
+
+
+def _described(sizes: Sequence[int], dtype: str, order: Sequence[int] | None) -> c_void_p:
+    """Returns the description of an array: its axes from the outermost in memory; None for any."""
+    number, dims = len(sizes), _Dims(*sizes)
+    if order is None:
+        name = "dnnl_memory_desc_create_with_tag"
+        return _new(name, number, dims, _TYPES[dtype], _ANY)
+    strides, step = _Dims(), 1
+    for axis in reversed(order):
+        strides[axis] = step
+        step *= sizes[axis]
+    return _new("dnnl_memory_desc_create_with_strides", number, dims, _TYPES[dtype], strides)
+
+
+def _memory(description: c_void_p, address: int | None) -> c_void_p:
+    return _new("dnnl_memory_create", description, _engine(), c_void_p(address))
+
+
+def _new(name: str, *arguments: Any) -> c_void_p:
+    """Calls a function that creates something; kept as long as the process lives."""
+    created = c_void_p()
+    _check(name, getattr(_api(), name)(byref(created), *arguments))
+    return created
+
+
+def _check(name: str, status: int) -> None:
+    if status:
+        raise RuntimeError(f"{name} failed with status {status}")
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Makes what oneDNN creates in the block compute on the calling thread alone."""
+    threads = _openmp().omp_get_max_threads()
+    _openmp().omp_set_num_threads(1)
     try:
-        with jax.ensure_compile_time_eval():  # also when asked while a program is traced
-            x = jnp.asarray(rng.normal(size=(2, 6, 5, 4)), jnp.float32)
-            kernel = jnp.asarray(rng.normal(size=(3, 3, 4, 8)), jnp.float32)
-            rows = x.reshape(-1, 4)
-            found = jax.jit(convolution, static_argnums=(2, 3))(x, kernel, pads, 2)
-            product = jax.jit(transposed_product)(rows, rows)
-            plain = lax.conv_general_dilated(
-                x, kernel, (2, 2), pads, dimension_numbers=("NHWC", "HWIO", "NHWC")
-            )
-            right = jnp.allclose(found, plain, atol=1e-4)
-            return bool(right & jnp.allclose(product, rows.T @ rows, atol=1e-4))
-    except Exception:  # whatever it is, XLA's own convolution will serve
-        return False
+        yield
+    finally:
+        _openmp().omp_set_num_threads(threads)
+
+
+@functools.cache
+def _openmp() -> ctypes.CDLL:
+    return ctypes.CDLL("libgomp.so.1")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from cnnjax import layers, release
+from cnnjax import release
 from cnnjax.config import DeviceConfig
 from cnnjax.data.batches import Feeder, Resident, in_batches, load
 from cnnjax.data.index import Index
@@ -36,23 +35,19 @@ if TYPE_CHECKING:
     from cnnjax.checkpoint import Kind
 
 BATCH = 64  # images per step; more only fall out of a CPU core's cache
-FEW = 8  # images up to which the wait for the compiler is longer than that for the network
+FEW = 8  # up to so many images take a smaller step
 _RESIDENT_MIB = 256  # images up to this size are put on the device as a whole
 
 Logits = Callable[[TrainState, Feeder, np.ndarray], np.ndarray]
 
 
-def make_logits(
-    eval_step: EvalStep, mesh: Mesh, batch: int = BATCH, *, portable: bool = False
-) -> Logits:
+def make_logits(eval_step: EvalStep, mesh: Mesh, batch: int = BATCH) -> Logits:
     """Returns the function (state, feeder, rows) -> logits float32 [rows], which compiles once.
 
     Args:
         eval_step: of `cnnjax.steps`.
         mesh: the devices.
         batch: images per step.
-        portable: whether to keep to forms that every platform has. They can be slower, but what is
-            compiled of them is kept for the next process (see `cnnjax.onednn`).
     """
 
     def step(state: TrainState, data: Resident | None, feed: Batch | jax.Array) -> jax.Array:
@@ -62,8 +57,7 @@ def make_logits(
 
     def logits(state: TrainState, feeder: Feeder, rows: np.ndarray) -> np.ndarray:
         cut = in_batches(rows.astype(np.int32), batch)
-        with layers.portable() if portable else contextlib.nullcontext():
-            outputs = [compiled(state, feeder.data, feed) for feed in feeder.feed(cut)]
+        outputs = [compiled(state, feeder.data, feed) for feed in feeder.feed(cut)]
         # Each step's output may have a few rows more, which even out the devices.
         whole = [np.asarray(x)[:batch] for x in jax.device_get(outputs)]
         return np.concatenate(whole)[: len(rows)]
@@ -100,8 +94,8 @@ class Predictor:
         self.model, self.members = model, tuple(members)
         self._mesh = mesh
         self._logits = make_logits(make_eval_step(model), mesh)
-        self._few_logits = make_logits(make_eval_step(model), mesh, FEW, portable=True)
-        self._cam, self._few_cam = make_hires_cam(model), make_hires_cam(model)
+        self._few_logits = make_logits(make_eval_step(model), mesh, FEW)
+        self._cam = make_hires_cam(model)
 
     @classmethod
     def open(
@@ -223,15 +217,11 @@ class Predictor:
         `cnnjax.explain`.
         """
         self._check(images)
-        few = len(images) <= FEW
-        cam = self._few_cam if few else self._cam
+        batch = FEW if len(images) <= FEW else min(BATCH, len(images))
         chunks = []
-        for rows in in_batches(
-            np.arange(len(images), dtype=np.int32), FEW if few else min(BATCH, len(images))
-        ):
-            batch = images[np.maximum(rows, 0)]
-            with layers.portable() if few else contextlib.nullcontext():
-                maps = [cam(variables_of(s), batch) for s in self.members]
+        for rows in in_batches(np.arange(len(images), dtype=np.int32), batch):
+            taken = images[np.maximum(rows, 0)]
+            maps = [self._cam(variables_of(state), taken) for state in self.members]
             chunks.append(np.mean(jax.device_get(maps), axis=0)[rows >= 0])
         return np.concatenate(chunks)
 

@@ -1,0 +1,266 @@
+"""oneDNN's convolutions as calls that XLA makes from within its programs, on one CPU device.
+
+XLA calls a foreign function with the address of a call frame, which names the arrays
+(https://docs.jax.dev/en/latest/ffi.html; `xla/ffi/api/c_api.h` in jaxlib). The function here is
+Python's, which takes 20 microseconds of the fraction of a millisecond that a small convolution
+takes, and waits for the interpreter's lock. Programs with such calls can be kept in JAX's
+compilation cache.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+import threading
+from ctypes import POINTER, c_char_p, c_int, c_int64, c_size_t, c_uint32, c_void_p
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cnnjax import onednn
+
+_TARGET = "cnnjax_convolution"
+
+
+@functools.cache
+def available() -> bool:
+    """Tells whether this process computes on one CPU device whose programs can call oneDNN.
+
+    XLA would not divide the calls among several devices.
+    """
+    if onednn.library() is None or jax.default_backend() != "cpu" or jax.device_count() > 1:
+        return False
+    return _works()
+
+
+def takes(dtype: Any) -> bool:
+    """Tells whether oneDNN computes in a type here."""
+    return bool(dtype == jnp.float32) or (dtype == jnp.bfloat16 and onednn.has_bfloat16())
+
+
+def convolution(x: jax.Array, kernel: jax.Array, pads: onednn.Pads, stride: int) -> jax.Array:
+    """Returns the cross-correlation of images with filters.
+
+    Args:
+        x: float32 or bfloat16 [batch, height, width, in].
+        kernel: [kernel height, kernel width, in, out], of x's dtype.
+        pads: rows of zeros (above, below) and columns of zeros (left, right).
+        stride: step of the filters in both directions, in pixels.
+
+    Returns:
+        [batch, height', width', out].
+    """
+    sides = zip(x.shape[1:3], pads, kernel.shape[:2], strict=True)
+    height, width = ((side + sum(pad) - window) // stride + 1 for side, pad, window in sides)
+    maps = (x.shape[0], height, width, kernel.shape[3])
+    return _call("forward", x, kernel, (x.shape, kernel.shape, maps), maps, pads, stride)
+
+
+def input_gradient(
+    g: jax.Array, kernel: jax.Array, images: tuple[int, ...], pads: onednn.Pads, stride: int
+) -> jax.Array:
+    """Returns the gradient of `convolution` by images of a shape, from that by its result."""
+    shapes = images, kernel.shape, g.shape
+    return _call("input gradient", g, kernel, shapes, images, pads, stride)
+
+
+def filter_gradient(
+    x: jax.Array, g: jax.Array, filters: tuple[int, ...], pads: onednn.Pads, stride: int
+) -> jax.Array:
+    """Returns the gradient of `convolution` by filters of a shape, from that by its result."""
+    return _call("filter gradient", x, g, (x.shape, filters, g.shape), filters, pads, stride)
+
+
+def _call(
+    kind: onednn.Kind,
+    a: jax.Array,
+    b: jax.Array,
+    shapes: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
+    result: tuple[int, ...],
+    pads: onednn.Pads,
+    stride: int,
+) -> jax.Array:
+    _register()
+    wanted = onednn.Convolution(kind, a.dtype.name, *shapes, stride, pads)
+    call = jax.ffi.ffi_call(
+        _TARGET, jax.ShapeDtypeStruct(result, a.dtype), vmap_method="sequential"
+    )
+    found: jax.Array = call(a, b, convolution=json.dumps(wanted))
+    return found
+
+
+class _Buffer(ctypes.Structure):
+    _fields_ = (
+        ("struct_size", c_size_t),
+        ("extension", c_void_p),
+        ("dtype", c_int),
+        ("data", c_void_p),
+        ("rank", c_int64),
+        ("dims", c_void_p),
+    )
+
+
+class _Buffers(ctypes.Structure):
+    """XLA_FFI_Args and XLA_FFI_Rets."""
+
+    _fields_ = (
+        ("struct_size", c_size_t),
+        ("extension", c_void_p),
+        ("size", c_int64),
+        ("types", c_void_p),
+        ("buffers", POINTER(POINTER(_Buffer))),
+    )
+
+
+class _Text(ctypes.Structure):
+    _fields_ = (("start", c_void_p), ("length", c_size_t))
+
+
+class _Attributes(ctypes.Structure):
+    _fields_ = (
+        ("struct_size", c_size_t),
+        ("extension", c_void_p),
+        ("size", c_int64),
+        ("types", c_void_p),
+        ("names", c_void_p),
+        ("texts", POINTER(POINTER(_Text))),
+    )
+
+
+class _Version(ctypes.Structure):
+    _fields_ = (
+        ("struct_size", c_size_t),
+        ("extension", c_void_p),
+        ("major", c_int),
+        ("minor", c_int),
+    )
+
+
+class _Metadata(ctypes.Structure):
+    """The beginning of XLA_FFI_Metadata."""
+
+    _fields_ = (("struct_size", c_size_t), ("version", _Version), ("traits", c_uint32))
+
+
+class _Extension(ctypes.Structure):
+    _fields_ = (
+        ("struct_size", c_size_t),
+        ("type", c_int),
+        ("next", c_void_p),
+        ("metadata", POINTER(_Metadata)),
+    )
+
+
+class _Failure(ctypes.Structure):
+    """XLA_FFI_Error_Create_Args."""
+
+    _fields_ = (
+        ("struct_size", c_size_t),
+        ("extension", c_void_p),
+        ("message", c_char_p),
+        ("code", c_int),
+    )
+
+
+class _Api(ctypes.Structure):
+    """The beginning of XLA_FFI_Api."""
+
+    _fields_ = (
+        ("struct_size", c_size_t),
+        ("extension", c_void_p),
+        ("version", _Version),
+        ("internal", c_void_p),
+        ("create_error", ctypes.CFUNCTYPE(c_void_p, POINTER(_Failure))),
+    )
+
+
+class _CallFrame(ctypes.Structure):
+    _fields_ = (
+        ("struct_size", c_size_t),
+        ("extension", POINTER(_Extension)),
+        ("api", POINTER(_Api)),
+        ("context", c_void_p),
+        ("stage", c_int),
+        ("arguments", _Buffers),
+        ("results", _Buffers),
+        ("attributes", _Attributes),
+    )
+
+
+_METADATA, _EXECUTE, _INTERNAL = 1, 3, 13  # of XLA_FFI_Extension_Type, _ExecutionStage, _Error_Code
+
+
+@ctypes.CFUNCTYPE(c_void_p, POINTER(_CallFrame))
+def _handler(frame: Any) -> int | None:
+    """Serves XLA: returns None, or the address of an error of XLA's."""
+    try:
+        _serve(frame.contents)
+        return None
+    except Exception as error:
+        failure = _Failure(ctypes.sizeof(_Failure), None, f"oneDNN: {error}".encode(), _INTERNAL)
+        address: int = frame.contents.api.contents.create_error(ctypes.byref(failure))
+        return address
+
+
+def _serve(frame: _CallFrame) -> None:
+    if frame.extension and frame.extension.contents.type == _METADATA:
+        # XLA asks which version of the interface this is made for. What is read here has been as it
+        # is since the first, and may only grow at the end.
+        version = frame.extension.contents.metadata.contents.version
+        runtime = frame.api.contents.version
+        version.major, version.minor = runtime.major, runtime.minor
+        return
+    if frame.stage != _EXECUTE:
+        return
+    text = frame.attributes.texts[0].contents
+    first, second = (frame.arguments.buffers[i].contents.data for i in range(2))
+    with _one_at_a_time:
+        compute = _primitive(ctypes.string_at(text.start, text.length))
+        compute(first, second, frame.results.buffers[0].contents.data)
+
+
+@functools.cache
+def _register() -> None:
+    jax.ffi.register_ffi_target(_TARGET, jax.ffi.pycapsule(_handler), platform="cpu")
+
+
+# One call uses all cores; and a primitive holds the addresses of one call.
+_one_at_a_time = threading.Lock()
+
+
+@functools.cache
+def _primitive(text: bytes) -> onednn.Primitive:
+    fields = json.loads(text)
+    return onednn.Primitive(onednn.Convolution(*fields))
+
+
+def _works() -> bool:
+    """Computes with all three calls and compares with what XLA's own convolution gives."""
+    pads, stride = ((1, 0), (0, 1)), 2
+    rng = np.random.default_rng(0)
+
+    def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(
+            x, kernel, (stride, stride), pads, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    def ours(x: jax.Array, kernel: jax.Array, g: jax.Array) -> tuple[jax.Array, ...]:
+        return (
+            convolution(x, kernel, pads, stride),
+            input_gradient(g, kernel, x.shape, pads, stride),
+            filter_gradient(x, g, kernel.shape, pads, stride),
+        )
+
+    try:
+        with jax.ensure_compile_time_eval():  # also when asked while a program is traced
+            x = jnp.asarray(rng.normal(size=(2, 6, 5, 4)), jnp.float32)
+            kernel = jnp.asarray(rng.normal(size=(3, 3, 4, 8)), jnp.float32)
+            y, pull = jax.vjp(plain, x, kernel)
+            found = jax.jit(ours)(x, kernel, y)
+            pairs = zip(found, (y, *pull(y)), strict=True)
+            return all(bool(jnp.allclose(a, b, rtol=1e-4, atol=1e-3)) for a, b in pairs)
+    except Exception:  # whatever it is, XLA's own convolution will serve
+        return False

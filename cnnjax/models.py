@@ -131,10 +131,11 @@ class BatchNorm(nn.Module):
         x = x.astype(jnp.float32)
         if train:
             rows = jnp.ones(x.shape[:1], x.dtype) if mask is None else mask.astype(x.dtype)
-            counted = x * rows.reshape(-1, 1, 1, 1)
-            number = rows.sum() * (x.shape[1] * x.shape[2])
-            mean = counted.sum((0, 1, 2)) / number
-            variance = jnp.maximum(0, (counted * x).sum((0, 1, 2)) / number - jnp.square(mean))
+            # The mask meets sums, not pixels: XLA would write down the masked feature maps.
+            counted = (rows / (rows.sum() * (x.shape[1] * x.shape[2])))[:, None]
+            mean = (counted * x.sum((1, 2))).sum(0)
+            square = (counted * jnp.square(x).sum((1, 2))).sum(0)
+            variance = jnp.maximum(0, square - jnp.square(mean))
             if not self.is_initializing():
                 running_mean.value = 0.9 * running_mean.value + 0.1 * mean
                 running_variance.value = 0.9 * running_variance.value + 0.1 * variance

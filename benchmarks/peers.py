@@ -65,6 +65,7 @@ RECIPES = {"baseline": "baseline", "resnet": "pneumonia"}
 _SHARE = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_FORCE_GPU_ALLOW_GROWTH": "true"}
 _PROOF = 10  # steps over which the losses must agree
 _REST = 0.3  # seconds between turns, in which the last one's threads stop spinning
+_WARM = 4  # steps at the start of a turn that are not counted: threads wake up and find their cores
 
 
 @dataclass(frozen=True)
@@ -264,6 +265,7 @@ def _in_turn(all_workers: list[Worker], options: Options) -> dict[str, np.ndarra
     for _ in range(options.rounds + 1):
         for worker in all_workers:
             time.sleep(_REST)
+            worker.ask(do="time", steps=_WARM)
             took[worker.name].append(worker.ask(do="time", steps=options.steps) / options.steps)
     return {name: np.array(times[1:]) for name, times in took.items()}
 

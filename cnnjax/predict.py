@@ -60,7 +60,7 @@ def make_logits(eval_step: EvalStep, mesh: Mesh, batch: int = BATCH) -> Logits:
         outputs = [compiled(state, feeder.data, feed) for feed in feeder.feed(cut)]
         # Each step's output may have a few rows more, which even out the devices.
         whole = [np.asarray(x)[:batch] for x in jax.device_get(outputs)]
-        return np.concatenate(whole)[: len(rows)]
+        return np.concatenate([np.zeros(0, np.float32), *whole])[: len(rows)]
 
     return logits
 
@@ -218,7 +218,7 @@ class Predictor:
         """
         self._check(images)
         batch = FEW if len(images) <= FEW else min(BATCH, len(images))
-        chunks = []
+        chunks = [np.zeros((0, self.size, self.size), np.float32)]
         for rows in in_batches(np.arange(len(images), dtype=np.int32), batch):
             taken = images[np.maximum(rows, 0)]
             maps = [self._cam(variables_of(state), taken) for state in self.members]

@@ -39,6 +39,9 @@ def test_they_answer_on_one_image() -> None:
     (logit,) = predictor.logits(image[None])
     assert np.isfinite(logit)
     assert predictor.heat(image[None]).shape == (1, predictor.size, predictor.size)
+    none = image[None][:0]
+    assert predictor.logits(none).shape == (0,)
+    assert predictor.heat(none).shape == none.shape
 
 
 @pytest.mark.skipif(not DATA.exists(), reason=f"no radiographs in {DATA}")

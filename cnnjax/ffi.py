@@ -207,10 +207,12 @@ def _handler(frame: Any) -> int | None:
 
 def _serve(frame: _CallFrame) -> None:
     if frame.extension and frame.extension.contents.type == _METADATA:
-        # XLA asks which version of the interface this is made for. What is read here has been as it
-        # is since the first, and may only grow at the end.
+        # XLA asks which version of the interface this is made for: its own, since within a major
+        # version structures only grow at their ends.
         version = frame.extension.contents.metadata.contents.version
         runtime = frame.api.contents.version
+        if runtime.major != 0:
+            raise RuntimeError(f"XLA's interface has version {runtime.major}")
         version.major, version.minor = runtime.major, runtime.minor
         return
     if frame.stage != _EXECUTE:

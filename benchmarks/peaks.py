@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from cnnjax import layers
 
 # By jax.Device.device_kind: operations a second in bfloat16 and in float32 as XLA multiplies it by
 # default (TF32 on NVIDIA's tensor cores), without sparsity, and bytes a second of memory. From the
@@ -36,13 +39,14 @@ class Peak:
     bandwidth: float
     """Bytes a second of memory."""
     source: str
-    """`data sheet`, or `measured` by a large matrix product and a large copy."""
+    """`data sheet`, or `measured` by a large matrix product, a convolution and a copy."""
 
     def bound(self, flops: float, bytes_moved: float) -> float:
         """Returns the seconds that the work takes at least (roofline: Williams et al., 2009)."""
         return max(flops / self.flops, bytes_moved / self.bandwidth)
 
 
+@functools.cache
 def peak_of(device: Any, precision: str) -> Peak:
     """Returns the peak of a device: from its data sheet, or measured where there is none here."""
     if sheet := _SHEETS.get(device.device_kind):
@@ -51,10 +55,14 @@ def peak_of(device: Any, precision: str) -> Peak:
     with jax.default_device(device):
         n = 2048 if device.platform == "cpu" else 8192
         a = jnp.ones((n, n), precision)
-        multiply = _best(jax.jit(lambda a: a @ a), a)
+        product = 2 * n**3 / _best(jax.jit(lambda a: a @ a), a)
+        # On a CPU the two are different libraries'.
+        x, kernel = jnp.ones((32, 32, 32, 256), precision), jnp.ones((3, 3, 256, 256), precision)
+        work = 2 * x.size * kernel.size // kernel.shape[2]
+        convolution = work / _best(jax.jit(lambda x: layers.conv(x, kernel)), x)
         words = 2**25 if device.platform == "cpu" else 2**29
         copy = _best(jax.jit(lambda x: x + 1), jnp.zeros(words, jnp.float32))
-    return Peak(2 * n**3 / multiply, 2 * 4 * words / copy, "measured")
+    return Peak(max(product, convolution), 2 * 4 * words / copy, "measured")
 
 
 def _best(compute: Callable[[jax.Array], jax.Array], x: jax.Array) -> float:

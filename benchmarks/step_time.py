@@ -314,6 +314,7 @@ def draw(rows: list[Row], path: Path, title: str) -> None:
 def main() -> int:
     """Measures, prints and writes; returns the exit status."""
     options = tyro.cli(Options, description=__doc__)
+    jax.config.update("jax_enable_compilation_cache", False)  # compiling is measured too
     found = circumstances(DeviceConfig(options.device, max(options.counts)))
     rows = measure(options)
     print(headline(found))

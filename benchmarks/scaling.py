@@ -101,7 +101,7 @@ def epoch(network: Any, platform: Any, images: int, size: int, batch: int) -> di
         "step_ms": seconds * 1e3,
         "epoch_s": seconds * len(order),
         "data_mib": pixels.nbytes / 2**20,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10,
+        "peak_mib": _peak_bytes() / 2**20,
     }
 
 
@@ -141,6 +141,12 @@ def measure(options: Options) -> dict[str, list[dict[str, Any]]]:
 def _of(row: dict[str, Any]) -> dict[str, Any]:
     names = ("median_ms", "quartile1_ms", "quartile3_ms", "images_per_second", "memory_mib")
     return {name: row[name] for name in names}
+
+
+def _peak_bytes() -> int:
+    """Returns the most memory that this process has had; macOS counts it in bytes, Linux in KiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 2**10
 
 
 def main() -> int:

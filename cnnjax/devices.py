@@ -1,7 +1,7 @@
 """The devices of a run: one mesh axis over which each batch is divided.
 
-The same code serves eight GPUs and the cores of a CPU. Where programs can call oneDNN, which uses
-all cores, the CPU is one device; elsewhere every core is made a device of its own.
+The same code serves eight GPUs and the cores of a CPU. Where oneDNN is, which uses all cores, the
+CPU is one device; elsewhere every core is made a device of its own.
 """
 
 from __future__ import annotations

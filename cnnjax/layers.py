@@ -1,6 +1,7 @@
 """Convolution and pooling in the forms that XLA compiles well.
 
-Each has the plain form's meaning, values and gradients; the tests hold it against that form.
+Each has the plain form's meaning, values and first gradients, in reverse mode; the tests hold it
+against that form.
 Images are NHWC and kernels HWIO throughout.
 """
 
@@ -25,7 +26,10 @@ _portable: ContextVar[bool] = ContextVar("portable", default=False)
 
 @contextlib.contextmanager
 def portable() -> Iterator[None]:
-    """Keeps what is traced in the block to forms that every platform has."""
+    """Keeps what is traced in the block to forms that every platform has.
+
+    JAX traces a function once: one that it has traced before stays as it was.
+    """
     token = _portable.set(True)
     try:
         yield

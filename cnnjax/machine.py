@@ -36,6 +36,8 @@ def keep_freed_memory() -> None:
         return
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        for parameter in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
-            libc.mallopt(parameter, 2**31 - 1)  # bytes; the largest that mallopt takes
-        libc.mallopt(_M_TOP_PAD, 2**26)
+        # In bytes, and the largest that this glibc takes. Without the first, the others would have
+        # it take even small blocks from the kernel.
+        if any(libc.mallopt(_M_MMAP_THRESHOLD, most) for most in (2**31 - 1, 2**25)):
+            libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+            libc.mallopt(_M_TOP_PAD, 2**26)

@@ -18,7 +18,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from ctypes import POINTER, byref, c_int, c_int64, c_size_t, c_void_p
 from importlib import metadata
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 PACKAGE = "onednn-cpu-gomp"
@@ -29,11 +28,16 @@ Kind = Literal["forward", "input gradient", "filter gradient"]
 # From oneDNN's dnnl_types.h and dnnl_common_types.h, version 3.
 _CPU, _IN_ORDER, _DIRECT, _TRAINING, _ANY = 1, 1, 1, 64, 1
 _TYPES = {"bfloat16": 2, "float32": 3}
-_SRC, _DST, _WEIGHTS = 1, 17, 33
+_SRC, _DST, _WEIGHTS, _SCRATCHPAD = 1, 17, 33, 80
 _DIFF_SRC, _DIFF_DST, _DIFF_WEIGHTS = 129, 145, 161
-_WEIGHTS_MD, _DIFF_WEIGHTS_MD = 131, 132
+_WEIGHTS_MD, _DIFF_WEIGHTS_MD, _SCRATCHPAD_MD = 131, 132, 136
+_USER = 1  # whose scratchpad
+_AVX2, _AVX512 = 0x7, 0x27  # the latter with its instructions for bytes, words and short vectors
 _ALLOCATE = 2**64 - 1  # in place of an address: memory of oneDNN's own
 _Dims = c_int64 * 12
+
+# OpenMP starts so many for each of XLA's threads that calls; small networks have no use for more.
+_THREADS = 16
 
 
 class Convolution(NamedTuple):
@@ -62,21 +66,22 @@ class Convolution(NamedTuple):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """Returns the library; None where it is not installed or does not load."""
+    """Returns the library; None where it is not installed, does not load, or finds no AVX2."""
     if not sys.platform.startswith("linux") or platform.machine() != "x86_64":
         return None
     try:
         files = metadata.files(PACKAGE) or []
-        found = [Path(str(file.locate())) for file in files if file.name == "libdnnl.so.3"]
-        return ctypes.CDLL(str(found[0])) if found else None
+        paths = [str(file.locate()) for file in files if file.name == "libdnnl.so.3"]
+        found = ctypes.CDLL(paths[0]) if paths else None
     except (metadata.PackageNotFoundError, OSError):
         return None
+    return found if found and found.dnnl_get_effective_cpu_isa() & _AVX2 == _AVX2 else None
 
 
-@functools.cache
 def has_bfloat16() -> bool:
     """Tells whether this CPU has AVX-512, without which oneDNN has no kernels for bfloat16."""
-    return " avx512f " in Path("/proc/cpuinfo").read_text()
+    found = library()
+    return found is not None and found.dnnl_get_effective_cpu_isa() & _AVX512 == _AVX512
 
 
 class Primitive:
@@ -87,6 +92,10 @@ class Primitive:
     """
 
     def __init__(self, convolution: Convolution) -> None:
+        with _at_most(_THREADS):
+            self._make(convolution)
+
+    def _make(self, convolution: Convolution) -> None:
         height, width, channels, features = convolution.filters
         filters = (features, channels, height, width)
         images, maps = (
@@ -100,7 +109,7 @@ class Primitive:
         geometry = (_Dims(stride, stride), _Dims(), _Dims(top, left), _Dims(bottom, right))
         forward = _new(
             "dnnl_convolution_forward_primitive_desc_create",
-            _engine(), _TRAINING, _DIRECT, images, any_order, None, maps, *geometry, None,
+            _engine(), _TRAINING, _DIRECT, images, any_order, None, maps, *geometry, _attributes(),
         )  # fmt: skip
         if convolution.kind == "forward":
             kernel = forward
@@ -108,13 +117,15 @@ class Primitive:
         elif convolution.kind == "input gradient":
             kernel = _new(
                 "dnnl_convolution_backward_data_primitive_desc_create",
-                _engine(), _DIRECT, images, any_order, maps, *geometry, forward, None,
+                _engine(), _DIRECT, images, any_order, maps, *geometry, forward,
+                _attributes(),
             )  # fmt: skip
             roles, sides = (_DIFF_DST, _WEIGHTS, _DIFF_SRC), (maps, ours, images)
         else:
             kernel = _new(
                 "dnnl_convolution_backward_weights_primitive_desc_create",
-                _engine(), _DIRECT, images, any_order, None, maps, *geometry, forward, None,
+                _engine(), _DIRECT, images, any_order, None, maps, *geometry, forward,
+                _attributes(),
             )  # fmt: skip
             roles, sides = (_SRC, _DIFF_DST, _DIFF_WEIGHTS), (images, maps, ours)
         self._sides = [_memory(side, None) for side in sides]
@@ -127,11 +138,11 @@ class Primitive:
         main = _Kernel(kernel, zip(roles, own, strict=True))
         ends = (inner, self._sides[at]) if is_result else (self._sides[at], inner)
         orders = (theirs, ours) if is_result else (ours, theirs)
-        with _one_thread():  # filters are small: waking a second takes longer
+        with _at_most(1):  # filters are small: waking a second thread takes longer
             reorder = _Kernel(
                 _new(
                     "dnnl_reorder_primitive_desc_create",
-                    orders[0], _engine(), orders[1], _engine(), None,
+                    orders[0], _engine(), orders[1], _engine(), _attributes(),
                 ),
                 zip((_SRC, _DST), ends, strict=True),
             )  # fmt: skip
@@ -162,6 +173,8 @@ class _Kernel:
     def __init__(self, description: c_void_p, arguments: Any) -> None:
         self._primitive = _new("dnnl_primitive_create", description)
         found = [_Argument(role, memory) for role, memory in arguments]
+        scratch = _api().dnnl_primitive_desc_query_md(description, _SCRATCHPAD_MD, 0)
+        found.append(_Argument(_SCRATCHPAD, _memory(c_void_p(scratch), _ALLOCATE)))
         self._arguments = (_Argument * len(found))(*found)
 
     def __call__(self) -> None:
@@ -185,6 +198,15 @@ def _api() -> ctypes.CDLL:
 @functools.cache
 def _engine() -> c_void_p:
     return _new("dnnl_engine_create", _CPU, c_size_t(0))
+
+
+@functools.cache
+def _attributes() -> c_void_p:
+    """Returns the wish for scratch memory of our own; oneDNN's may be of the thread that calls."""
+    created = _new("dnnl_primitive_attr_create")
+    name = "dnnl_primitive_attr_set_scratchpad_mode"
+    _check(name, _api().dnnl_primitive_attr_set_scratchpad_mode(created, _USER))
+    return created
 
 
 @functools.cache
@@ -222,14 +244,14 @@ def _check(name: str, status: int) -> None:
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Makes what oneDNN creates in the block compute on the calling thread alone."""
-    threads = _openmp().omp_get_max_threads()
-    _openmp().omp_set_num_threads(1)
+def _at_most(threads: int) -> Iterator[None]:
+    """Limits the threads of the kernels that are made in the block."""
+    before = _openmp().omp_get_max_threads()
+    _openmp().omp_set_num_threads(min(threads, before))
     try:
         yield
     finally:
-        _openmp().omp_set_num_threads(threads)
+        _openmp().omp_set_num_threads(before)
 
 
 @functools.cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +198,67 @@ print(y[0, 2, 2, 0], *(g.dtype for g in pull(y)))
 def test_bfloat16_runs_where_onednn_has_none() -> None:
     """Without AVX-512, oneDNN has no kernels for bfloat16."""
     done = subprocess.run(
-        [sys.executable, "-c", _BFLOAT16], capture_output=True, text=True, check=False
+        [sys.executable, "-c", _BFLOAT16],
+        env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["72", "bfloat16", "bfloat16"]
+
+
+_ENDS_EARLY = """
+import jax
+import jax.numpy as jnp
+from cnnjax import devices, ffi, layers
+from cnnjax.config import DeviceConfig
+
+devices.make_mesh(DeviceConfig("cpu"))
+assert ffi.available()
+# With a product, which XLA knows to take long: what it thinks cheap it computes at once.
+step = jax.jit(lambda x, k: layers.conv(jnp.tanh(layers.conv(x, k) @ k[0, 0]), k))
+x, kernel = jnp.ones((32, 64, 64, 32)), jnp.ones((3, 3, 32, 32)) / 288
+jax.block_until_ready(step(x, kernel))
+
+
+def take_steps(x):
+    for _ in range(20):
+        x = step(x, kernel)
+
+
+take_steps(x)
+raise SystemExit(3)
+"""
+
+
+@needs_onednn
+def test_a_process_ends_while_steps_are_computed() -> None:
+    """Else XLA's threads, which need the interpreter, and its end would wait for each other."""
+    done = subprocess.run([sys.executable, "-c", _ENDS_EARLY], timeout=120, check=False)
+    assert done.returncode == 3
+
+
+@needs_onednn
+def test_any_thread_can_call_what_another_has_made() -> None:
+    """XLA calls from several; oneDNN's products for such large filters need scratch memory."""
+    images, filters, maps = (2, 33, 33, 8), (11, 11, 8, 16), (2, 8, 8, 16)
+    wanted = onednn.Convolution(
+        "filter gradient", "float32", images, filters, maps, 3, ((0, 0), (0, 0))
+    )
+    compute = onednn.Primitive(wanted)
+    rng = np.random.default_rng(0)
+    x, g = rng.normal(size=images).astype("f"), rng.normal(size=maps).astype("f")
+    here, there = np.empty(filters, "f"), np.empty(filters, "f")
+    compute(x.ctypes.data, g.ctypes.data, here.ctypes.data)
+    thread = threading.Thread(target=compute, args=[a.ctypes.data for a in (x, g, there)])
+    thread.start()
+    thread.join()
+    np.testing.assert_array_equal(here, there)
+
+
+@needs_onednn
+def test_onednn_refuses_arrays_of_two_types() -> None:
+    x, kernel = jnp.ones((2, 6, 6, 4)), jnp.ones((3, 3, 4, 8), jnp.bfloat16)
+    with pytest.raises(TypeError, match="float32 and bfloat16"):
+        layers.conv_onednn(x, kernel, 1, "SAME")

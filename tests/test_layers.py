@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -237,24 +236,6 @@ def test_a_process_ends_while_steps_are_computed() -> None:
     """Else XLA's threads, which need the interpreter, and its end would wait for each other."""
     done = subprocess.run([sys.executable, "-c", _ENDS_EARLY], timeout=120, check=False)
     assert done.returncode == 3
-
-
-@needs_onednn
-def test_any_thread_can_call_what_another_has_made() -> None:
-    """XLA calls from several; oneDNN's products for such large filters need scratch memory."""
-    images, filters, maps = (2, 33, 33, 8), (11, 11, 8, 16), (2, 8, 8, 16)
-    wanted = onednn.Convolution(
-        "filter gradient", "float32", images, filters, maps, 3, ((0, 0), (0, 0))
-    )
-    compute = onednn.Primitive(wanted)
-    rng = np.random.default_rng(0)
-    x, g = rng.normal(size=images).astype("f"), rng.normal(size=maps).astype("f")
-    here, there = np.empty(filters, "f"), np.empty(filters, "f")
-    compute(x.ctypes.data, g.ctypes.data, here.ctypes.data)
-    thread = threading.Thread(target=compute, args=[a.ctypes.data for a in (x, g, there)])
-    thread.start()
-    thread.join()
-    np.testing.assert_array_equal(here, there)
 
 
 @needs_onednn

@@ -132,9 +132,9 @@ class BatchNorm(nn.Module):
         if train:
             rows = jnp.ones(x.shape[:1], x.dtype) if mask is None else mask.astype(x.dtype)
             # The mask meets sums, not pixels: XLA would write down the masked feature maps.
-            counted = (rows / (rows.sum() * (x.shape[1] * x.shape[2])))[:, None]
-            mean = (counted * x.sum((1, 2))).sum(0)
-            square = (counted * jnp.square(x).sum((1, 2))).sum(0)
+            share = (rows / rows.sum())[:, None]
+            mean = (share * x.mean((1, 2))).sum(0)
+            square = (share * jnp.square(x).mean((1, 2))).sum(0)
             variance = jnp.maximum(0, square - jnp.square(mean))
             if not self.is_initializing():
                 running_mean.value = 0.9 * running_mean.value + 0.1 * mean

@@ -242,14 +242,14 @@ def remembered(opt_state: Any, name: str) -> Any:
 def check_states(found: steps.TrainState, expected: cnnjax.steps.TrainState) -> None:
     """Asserts that step, parameters, statistics and optimizer state are those of JAX."""
     assert found.step == int(expected.step)
-    assert_close(found.params, expected.params, 1e-3)
-    assert_close(found.batch_stats, expected.batch_stats, 1e-3)
+    assert_close(found.params, expected.params, 1e-4)
+    assert_close(found.batch_stats, expected.batch_stats, 1e-4)
     for name in found.opt_state._fields:
         if name == "step":
             assert found.opt_state.step == int(remembered(expected.opt_state, "count"))
         else:
             moments = remembered(expected.opt_state, name)
-            assert_close(getattr(found.opt_state, name), moments, 1e-3)
+            assert_close(getattr(found.opt_state, name), moments, 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -279,13 +279,14 @@ def test_steps_are_those_of_jax(network: str, optimizer: str, count: int) -> Non
         opt_state=jax.jit(transformation.init)(start["params"]),
         ema=None,
     )
+    # Batches that put no unit within rounding of relu's kink, where gradients may differ.
     for i in range(count):
-        batch = batch_of(size, i, filled=2 if i % 4 == 3 else 0)
+        batch = batch_of(size, 100 + i, filled=2 if i % 4 == 3 else 0)
         mine, sums = step(mine, batch)
         jax_batch = cnnjax.steps.Batch(*map(jnp.asarray, batch))
         theirs, jax_sums = jax_step(theirs, jax_batch, jax.random.key(0))
         assert sums[1:] == (int(jax_sums.correct), int(jax_sums.images))
-        assert sums.loss == pytest.approx(float(jax_sums.loss), rel=1e-3)
+        assert sums.loss == pytest.approx(float(jax_sums.loss), rel=1e-4)
         if i in (0, count - 1):
             check_states(mine, theirs)
 

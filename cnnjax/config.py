@@ -157,6 +157,9 @@ class TrainConfig:
     Beta(mixup, mixup) (Zhang et al., arXiv:1710.09412). 0 mixes nothing."""
     label_smoothing: float = 0.0
     """Labels become s / 2 and 1 - s / 2."""
+    auxiliary: float = 0.0
+    """Weight of the loss of a second head, which learns to tell viral from bacterial pneumonia on
+    the images whose file names say which; it has no part in the answer. 0 for no such head."""
     best: Literal["auc", "accuracy", "loss"] = "auc"
     """The validation metric that chooses the best checkpoint."""
     patience: int = 0
@@ -184,6 +187,7 @@ class TrainConfig:
             "be in [0, 1)",
             self.label_smoothing,
         )
+        _require(self.auxiliary >= 0, "--train.auxiliary", "be at least 0", self.auxiliary)
         _require(self.patience >= 0, "--train.patience", "be at least 0", self.patience)
 
 

@@ -377,6 +377,11 @@ def _describe(member: Member, mesh: Mesh) -> None:
             f"  {name:<8} {len(rows) - positive:,} {data.classes[0]},"
             f" {positive:,} {data.classes[1]}"
         )
+    if config.train.auxiliary:
+        viral = data.decoded.viral[data.train]
+        known = f"{(viral == 0).sum():,} bacterial, {(viral == 1).sum():,} viral"
+        idle = "" if (viral >= 0).any() else ": --train.auxiliary has nothing to learn"
+        print(f"  by name  {known}{idle}")
     print(f"images    {size} x {size}, {data.decoded.images.nbytes / 2**20:,.0f} MiB, {place}")
     print(f"network   {config.model.name}, {_parameters(member.template(mesh)):,} parameters")
     print(f"workdir   {config.workdir}")

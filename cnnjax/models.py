@@ -18,6 +18,9 @@ import jax.numpy as jnp
 from cnnjax import layers
 from cnnjax.config import ModelConfig
 
+AUXILIARY = "auxiliary"
+"""The second head, and the collection in which a network made with one leaves its logits."""
+
 FINAL, FINE = "final", "fine"
 """The last feature maps; and those of the stage before, twice as fine, where there is one."""
 
@@ -27,16 +30,21 @@ Dtype = Any
 Initializer = Callable[..., jax.Array]
 
 
-def make_model(config: ModelConfig, dtype: Dtype = jnp.float32) -> nn.Module:
+def make_model(
+    config: ModelConfig, dtype: Dtype = jnp.float32, *, auxiliary: bool = False
+) -> nn.Module:
     """Returns the network that the config names; its parameters come from `model.init`.
 
     Args:
         config: which network, and its size.
         dtype: what it computes in, float32 or bfloat16. Parameters and the statistics of batch norm
             are float32 in any case, and so are the logits.
+        auxiliary: with a second head on the last features, whose logits [batch] `apply` leaves in
+            the collection `AUXILIARY` in training, where that is mutable. Else it is not needed,
+            nor are its parameters.
     """
     if config.name == "baseline":
-        return BaselineCNN(config.channels, config.standardize, dtype)
+        return BaselineCNN(config.channels, config.standardize, dtype, auxiliary)
     return ResNet(
         channels=config.channels,
         width=config.width,
@@ -45,6 +53,7 @@ def make_model(config: ModelConfig, dtype: Dtype = jnp.float32) -> nn.Module:
         stem=config.stem,
         standardize=config.standardize,
         dtype=dtype,
+        auxiliary=auxiliary,
     )
 
 
@@ -156,6 +165,7 @@ class BaselineCNN(nn.Module):
     channels: int = 1
     standardize: bool = False
     dtype: Dtype = jnp.float32
+    auxiliary: bool = False
 
     @nn.compact
     def __call__(
@@ -174,6 +184,7 @@ class BaselineCNN(nn.Module):
         x = _exposed(self, FINAL, _exposed(self, FINE, x, nudge), nudge)
         x = x.reshape(x.shape[0], -1)
         x = nn.relu(nn.Dense(128, kernel_init=glorot, dtype=self.dtype, name="dense1")(x))
+        _second_head(self, x, train)
         x = nn.Dense(1, kernel_init=glorot, dtype=self.dtype, name="dense2")(x)
         return x[:, 0].astype(jnp.float32)
 
@@ -218,6 +229,7 @@ class ResNet(nn.Module):
     stem: int = 2
     standardize: bool = False
     dtype: Dtype = jnp.float32
+    auxiliary: bool = False
 
     @nn.compact
     def __call__(
@@ -251,6 +263,7 @@ class ResNet(nn.Module):
                 x = _exposed(self, FINE, x, nudge)
         x = _exposed(self, FINAL, x, nudge)
         x = x.mean((1, 2), dtype=jnp.float32)
+        _second_head(self, x, train)
         return nn.Dense(1, dtype=jnp.float32, name="head")(x)[:, 0]
 
 
@@ -263,6 +276,14 @@ def _exposed(
     if not network.is_initializing():  # they are no variables of the network
         network.sow("intermediates", name, maps)
     return maps
+
+
+def _second_head(network: BaselineCNN | ResNet, features: jax.Array, train: bool) -> None:
+    """Leaves logits of features [batch, n] for `cnnjax.steps`, if the network is to have them."""
+    if network.auxiliary and (train or network.is_initializing()):
+        logits = nn.Dense(1, dtype=jnp.float32, name=AUXILIARY)(features)[:, 0]
+        if not network.is_initializing():
+            network.sow(AUXILIARY, "logits", logits)
 
 
 def _merge_equal(kernel: jax.Array, channels: int) -> jax.Array:

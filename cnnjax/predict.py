@@ -134,7 +134,8 @@ class Predictor:
 
         workdir = Workdir(run)
         config = workdir.read_config()
-        model = make_model(config.model, jnp.dtype(config.train.precision))
+        precision, second = config.train.precision, bool(config.train.auxiliary)
+        model = make_model(config.model, jnp.dtype(precision), auxiliary=second)
         optimizer, _ = make_optimizer(config.train, 1)
         shapes = jax.eval_shape(
             lambda key: init_state(

@@ -68,7 +68,8 @@ class Task:
         self.steps_per_epoch = math.ceil(len(data.train) / config.train.batch)
         weights = class_weights_of(self.labels[data.train])
         self.class_weights = weights if config.train.class_weights else (1.0, 1.0)
-        self.model = make_model(config.model, jnp.dtype(config.train.precision))
+        precision, second = config.train.precision, bool(config.train.auxiliary)
+        self.model = make_model(config.model, jnp.dtype(precision), auxiliary=second)
         self.optimizer, self.learning_rate = make_optimizer(config.train, self.steps_per_epoch)
 
     @property
@@ -97,6 +98,7 @@ class Task:
             label_smoothing=train.label_smoothing,
             mixup=train.mixup,
             ema_decay=train.ema,
+            auxiliary=train.auxiliary,
         )
 
     def order(self, epoch: int) -> np.ndarray:
@@ -106,7 +108,8 @@ class Task:
     def feeder(self, mesh: Mesh) -> Feeder:
         """Returns what brings the images to the devices."""
         images, limit = self.data.decoded.images, self.config.data.resident_mib
-        return Feeder(images, self.labels, mesh, limit)
+        viral = self.data.decoded.viral if self.config.train.auxiliary else None
+        return Feeder(images, self.labels, mesh, limit, viral)
 
 
 def class_weights_of(labels: np.ndarray) -> tuple[float, float]:

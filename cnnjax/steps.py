@@ -12,6 +12,7 @@ from flax import struct
 
 from cnnjax.augment import Augment
 from cnnjax.config import TrainConfig
+from cnnjax.models import AUXILIARY
 
 PyTree = Any
 
@@ -25,6 +26,9 @@ class Batch(NamedTuple):
     """int32 [batch], 1 for the positive class."""
     mask: jax.Array
     """bool [batch], false on rows that only fill up the batch."""
+    viral: jax.Array | None = None
+    """int32 [batch], 1 for a viral pneumonia, 0 for a bacterial one, -1 where that is not known;
+    None where nothing learns it."""
 
 
 class TrainState(struct.PyTreeNode):
@@ -113,6 +117,7 @@ def make_train_step(
     label_smoothing: float = 0.0,
     mixup: float = 0.0,
     ema_decay: float = 0.0,
+    auxiliary: float = 0.0,
 ) -> TrainStep:
     """Returns the jitted pure step (state, batch, key) -> (state, metrics); `state` is donated.
 
@@ -129,6 +134,8 @@ def make_train_step(
         mixup: shares of an image and the next are drawn from Beta(mixup, mixup); 0 mixes nothing.
         ema_decay: of the moving average of the weights; 0 for none. It warms up as
             min(decay, (1 + step) / (10 + step)), so that it is unbiased from early on.
+        auxiliary: weight of the same loss of the network's second head, by `Batch.viral`; 0 where
+            it has none. (An image that is mixed counts as what its larger share is.)
     """
 
     def train_step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
@@ -149,9 +156,14 @@ def make_train_step(
                 images,
                 train=True,
                 mask=batch.mask,
-                mutable=["batch_stats"],
+                mutable=["batch_stats", AUXILIARY],
             )
             losses = cross_entropy(logits, targets, weights, label_smoothing)
+            if auxiliary:
+                assert batch.viral is not None, "a second head needs Batch.viral"
+                (second,) = changed[AUXILIARY]["logits"]
+                more = cross_entropy(second, batch.viral, weights, label_smoothing)
+                losses += auxiliary * jnp.where(batch.viral >= 0, more, 0)
             total = jnp.where(batch.mask, losses, 0).sum()
             mean = total / jnp.maximum(images_seen, 1).astype(total.dtype)
             return mean, (logits, changed.get("batch_stats", {}))
@@ -192,9 +204,10 @@ def make_eval_step(model: Any) -> EvalStep:
 
 
 def variables_of(state: TrainState) -> PyTree:
-    """Returns the Flax variables that a state is evaluated with."""
+    """Returns the Flax variables that a state is evaluated with, so without the second head."""
     params = state.params if state.ema is None else state.ema
-    return {"params": params, "batch_stats": state.batch_stats}
+    needed = {name: value for name, value in params.items() if name != AUXILIARY}
+    return {"params": needed, "batch_stats": state.batch_stats}
 
 
 def to_float(images: jax.Array) -> jax.Array:

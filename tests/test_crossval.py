@@ -24,6 +24,7 @@ from cnnjax.data.index import read_index
 from cnnjax.data.rerender import CHANGES
 from cnnjax.errors import InputError
 from cnnjax.metrics import auc
+from cnnjax.models import AUXILIARY
 from cnnjax.predict import Predictor
 from cnnjax.workdir import Workdir
 
@@ -44,7 +45,7 @@ def made(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pa
             data=DataConfig(root=str(tree), size=24, folds=FOLDS, cache=folder / "cache"),
             model=ModelConfig("resnet", width=4, stages=2, standardize=True),
             augment=AugmentConfig(0, 0, True),
-            train=TrainConfig(epochs=8, batch=16, learning_rate=1e-2, ema=0.9),
+            train=TrainConfig(epochs=8, batch=16, learning_rate=1e-2, ema=0.9, auxiliary=0.3),
         )
         crossval.crossvalidate(crossval.Options(config, shifted=True, release=folder / "release"))
     return folder / "run", folder / "release"
@@ -73,6 +74,7 @@ def test_the_release_gives_each_held_out_fold_the_logits_of_its_run(
     mesh = devices.make_mesh(Config().device)
     predictor = Predictor.open(packed, mesh)
     assert len(predictor.members) == FOLDS
+    assert all(AUXILIARY not in member.params for member in predictor.members)
     index = read_index(tree)
     decoded = cache.load(index.split("train", "val"), index.source, 24, folder=run.parent / "cache")
     logits = predictor.member_logits(decoded.images)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cnnjax.data.index import Index, patient_of, read_index
+from cnnjax.data.index import Index, patient_of, read_index, viral_of
 from cnnjax.errors import InputError
 
 KAGGLE = (
@@ -191,18 +191,20 @@ def test_damaged_zip_member_is_an_error_of_that_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "patient"),
+    ("name", "patient", "viral"),
     [
-        ("train/PNEUMONIA/person12_bacteria_46.jpeg", "person12_bacteria"),
-        ("person1637_virus_2834_2.jpeg", "person1637_virus"),
-        ("IM-0115-0001.jpeg", "IM-0115"),
-        ("IM-0451-0001-0001.jpeg", "IM-0451"),
-        ("NORMAL2-IM-0395-0001-0002.jpeg", "NORMAL2-IM-0395"),
-        ("normal-3464500-0001.jpeg", "3464500"),
-        ("BACTERIA-1008087-0001.jpeg", "1008087"),
-        ("scan.jpeg", "scan.jpeg"),
-        ("00012", "00012"),
+        ("train/PNEUMONIA/person12_bacteria_46.jpeg", "person12_bacteria", 0),
+        ("person1637_virus_2834_2.jpeg", "person1637_virus", 1),
+        ("IM-0115-0001.jpeg", "IM-0115", -1),
+        ("IM-0451-0001-0001.jpeg", "IM-0451", -1),
+        ("NORMAL2-IM-0395-0001-0002.jpeg", "NORMAL2-IM-0395", -1),
+        ("normal-3464500-0001.jpeg", "3464500", -1),
+        ("BACTERIA-1008087-0001.jpeg", "1008087", 0),
+        ("train/PNEUMONIA/VIRUS-1008087-0001.jpeg", "1008087", 1),
+        ("virus/scan.jpeg", "scan.jpeg", -1),
+        ("00012", "00012", -1),
     ],
 )
-def test_patient_of(name: str, patient: str) -> None:
+def test_what_a_name_tells(name: str, patient: str, viral: int) -> None:
     assert patient_of(name) == patient
+    assert viral_of(name) == viral

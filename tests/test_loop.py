@@ -265,6 +265,7 @@ def test_a_patient_in_train_and_test_is_named(
 def test_resnet_with_every_option_resumes_on_other_devices(tree: Path, tmp_path: Path) -> None:
     """Another number of devices resumes too; the figures agree to rounding."""
     options = {"ema": 0.9, "clip_norm": 1.0, "schedule": "cosine", "label_smoothing": 0.1}
+    options["auxiliary"] = 0.3
     config = replace(
         config_for(tree, tmp_path / "a", optimizer="adamw", weight_decay=0.01, **options),
         model=ModelConfig("resnet", width=4),
@@ -301,7 +302,7 @@ def test_members_trained_together_are_those_trained_alone(
                 seed=fold,
                 data=DataConfig(root=str(tree), size=20, folds=3, fold=fold),
                 model=ModelConfig(name, width=4, stages=2),  # type: ignore[arg-type]
-                train=TrainConfig(epochs=2, batch=10, ema=0.9, learning_rate=1e-3),
+                train=TrainConfig(epochs=2, batch=10, ema=0.9, learning_rate=1e-3, auxiliary=0.3),
                 device=DeviceConfig(count=devices),
             )
             for fold in (0, 2)

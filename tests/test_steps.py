@@ -16,7 +16,7 @@ import pytest
 from cnnjax import devices
 from cnnjax.augment import make_augment
 from cnnjax.config import AugmentConfig, DeviceConfig, TrainConfig
-from cnnjax.models import BaselineCNN, ResNet
+from cnnjax.models import AUXILIARY, BaselineCNN, ResNet
 from cnnjax.steps import (
     Batch,
     TrainState,
@@ -25,6 +25,7 @@ from cnnjax.steps import (
     make_optimizer,
     make_train_step,
     state_of,
+    to_float,
 )
 
 SIZE = 16
@@ -158,6 +159,61 @@ def test_sums_and_gradient_are_those_of_the_mean_over_valid_rows() -> None:
     assert float(sums.loss) == pytest.approx(6 * float(value), rel=1e-5)
     assert int(sums.images) == 6
     assert int(sums.correct) == int(((logits > 0) == (batch.labels[:6] == 1)).sum())
+
+
+@pytest.mark.parametrize("model", [BaselineCNN, ResNet], ids=["baseline", "resnet"])
+def test_the_second_head_learns_from_the_images_that_it_is_told_of(
+    model: Callable[..., Any],
+) -> None:
+    """By differences: of the loss with the head and without, and of what it is told."""
+    plain, both = model(), model(auxiliary=True)
+    head = variables_of(both)["params"][AUXILIARY]
+    assert jax.tree.map(jnp.shape, head)["kernel"][1] == 1
+    config = TrainConfig(optimizer="sgd", learning_rate=0.1)
+    batch = batch_of(6, 2)
+    viral = jnp.array([1, 0, -1, -1, 1, 0, 0, 1], jnp.int32)  # the last two fill up
+
+    def step_of(weight: float, viral: jax.Array) -> tuple[TrainState, float]:
+        step, state = started(both, config, class_weights=(3.0, 0.5), auxiliary=weight)
+        after, sums = step(state, batch._replace(viral=viral), KEY)
+        return after, float(sums.loss)
+
+    step, _ = started(plain, config, class_weights=(3.0, 0.5))
+    state = state_of(without_head(variables_of(both)), make_optimizer(config, 10)[0])
+    alone, alone_sums = step(state, batch, KEY)
+    untold, loss = step_of(1.0, jnp.full(8, -1, jnp.int32))
+    assert loss == pytest.approx(float(alone_sums.loss), rel=1e-5)
+    close(without_head({"params": untold.params})["params"], alone.params)
+    close(untold.params[AUXILIARY], head)
+
+    told, loss_of_one = step_of(1.0, viral)
+    assert step_of(0.5, viral)[1] - loss == pytest.approx((loss_of_one - loss) / 2, rel=1e-4)
+    # The head starts with no bias: its bias moves by the mean of weight times error.
+    _, changed = both.apply(
+        variables_of(both),
+        to_float(batch.images),
+        train=True,
+        mask=batch.mask,
+        mutable=[AUXILIARY, "batch_stats"],
+    )
+    (logits,) = changed[AUXILIARY]["logits"]
+    weight = np.where(batch.labels == 1, 0.5, 3.0)
+    error = weight * (np.asarray(jax.nn.sigmoid(logits)) - np.asarray(viral))
+    error = np.where((viral >= 0) & batch.mask, error, 0)
+    np.testing.assert_allclose(told.params[AUXILIARY]["bias"], -0.19 * error.sum() / 6, rtol=1e-3)
+    # The rest of the network hears of it too.
+    first = "conv1" if model is BaselineCNN else "stem"
+    assert jnp.abs(told.params[first]["kernel"] - untold.params[first]["kernel"]).max() > 1e-5
+
+    # Judging needs no second head.
+    judged = make_eval_step(both)(told, batch)
+    params = without_head({"params": told.params})["params"]
+    close(judged, make_eval_step(plain)(told.replace(params=params), batch), 1e-6)
+
+
+def without_head(variables: Any) -> Any:
+    params = {name: value for name, value in variables["params"].items() if name != AUXILIARY}
+    return jax.tree.map(jnp.array, {**variables, "params": params})
 
 
 def test_mixup_is_a_mix_of_images_labels_and_weights() -> None:

@@ -30,6 +30,8 @@ class Resident(NamedTuple):
     """uint8 [n, height, width]."""
     labels: jax.Array
     """int32 [n]."""
+    viral: jax.Array | None = None
+    """int32 [n], see `cnnjax.steps.Batch`."""
 
 
 def epoch_rows(key: jax.Array, epoch: int, rows: np.ndarray, batch: int) -> np.ndarray:
@@ -65,11 +67,8 @@ def load(data: Resident | None, feed: Batch | jax.Array) -> Batch:
         return feed
     assert data is not None
     at = jnp.maximum(feed, 0)
-    return Batch(
-        images=data.images.at[at].get(mode="promise_in_bounds"),
-        labels=data.labels.at[at].get(mode="promise_in_bounds"),
-        mask=feed >= 0,
-    )
+    images, labels, viral = jax.tree.map(lambda x: x.at[at].get(mode="promise_in_bounds"), data)
+    return Batch(images, labels, feed >= 0, viral)
 
 
 class Feeder:
@@ -80,6 +79,7 @@ class Feeder:
         labels: int32 [n].
         mesh: the devices.
         resident_mib: up to this size, in MiB, the data set is put on each device whole.
+        viral: int32 [n], see `cnnjax.steps.Batch`; None to leave it out.
 
     Attributes:
         mesh: the devices.
@@ -87,17 +87,20 @@ class Feeder:
     """
 
     def __init__(
-        self, images: np.ndarray, labels: np.ndarray, mesh: Mesh, resident_mib: int
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        mesh: Mesh,
+        resident_mib: int,
+        viral: np.ndarray | None = None,
     ) -> None:
         self.mesh = mesh
-        self._images, self._labels = images, labels
+        self._set = images, labels, viral
         self._by_row = divided(mesh)
         self.data: Resident | None = None
         if images.nbytes <= resident_mib * 2**20:
-            everywhere = replicated(mesh)
-            self.data = Resident(
-                jax.device_put(np.asarray(images), everywhere), jax.device_put(labels, everywhere)
-            )
+            whole = np.asarray(images), labels, viral
+            self.data = Resident(*jax.device_put(whole, replicated(mesh)))
 
     def feed(self, rows: np.ndarray) -> Iterator[Batch | jax.Array]:
         """Yields what `load` turns into the batch of each step.
@@ -139,4 +142,5 @@ class Feeder:
 
     def _read(self, rows: np.ndarray) -> Batch:
         at = np.maximum(rows, 0)
-        return Batch(*jax.device_put((self._images[at], self._labels[at], rows >= 0), self._by_row))
+        images, labels, viral = jax.tree.map(lambda x: x[at], self._set)
+        return Batch(*jax.device_put((images, labels, rows >= 0, viral), self._by_row))

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from cnnjax.data.decode import DecodeError, decode
 from cnnjax.data.files import work_folder, write_atomically
-from cnnjax.data.index import Example, Source
+from cnnjax.data.index import Example, Source, viral_of
 from cnnjax.errors import InputError
 from cnnjax.machine import cache_folder, cpu_cores
 
@@ -44,6 +44,11 @@ class Decoded:
     def labels(self) -> np.ndarray:
         """int32 [n], 1 for the positive class."""
         return np.array([e.label for e in self.examples], np.int32)
+
+    @property
+    def viral(self) -> np.ndarray:
+        """int32 [n], 1 for a viral pneumonia, 0 for a bacterial one, -1 where no name tells."""
+        return np.array([viral_of(e.name) for e in self.examples], np.int32)
 
 
 def load(

@@ -31,6 +31,7 @@ _PATIENT = (
     re.compile(r"((?:NORMAL2-)?IM-\d+)-\d+"),
     re.compile(r"(?:NORMAL|BACTERIA|VIRUS|PNEUMONIA)-(\d+)-\d+", re.IGNORECASE),
 )
+_CAUSE = re.compile(r"(?:person\d+_)?(bacteria|virus)[_-]", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,12 @@ def patient_of(name: str) -> str:
         if match := scheme.match(file.stem):
             return match[1]
     return file.name
+
+
+def viral_of(name: str) -> int:
+    """Returns 1 if the file name tells of a virus, 0 if of bacteria, -1 if of neither."""
+    match = _CAUSE.match(PurePosixPath(name).name)
+    return ("bacteria", "virus").index(match[1].lower()) if match else -1
 
 
 def read_index(root: Path | str, positive: str = "PNEUMONIA") -> Index:

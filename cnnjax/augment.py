@@ -38,7 +38,8 @@ def make_augment(config: AugmentConfig) -> Augment:
         if config.sharpness:
             image = _random_sharpness(sharpness, config.sharpness, image)
         if config.gamma:
-            image = image ** jnp.exp(_uniform(gamma, config.gamma))
+            # A power as XLA vectorises it on a CPU; black stays black, exp(-inf).
+            image = jnp.exp(jnp.log(image) * jnp.exp(_uniform(gamma, config.gamma)))
         if config.contrast or config.brightness:
             image = _random_tone(tone, config, image)
         if config.noise:

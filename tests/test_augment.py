@@ -177,10 +177,12 @@ def test_sharpness_scales_what_a_binomial_blur_takes_away() -> None:
 
 
 def test_gamma_is_a_power_of_the_pixels() -> None:
-    given = jnp.full((64, 4, 4, 1), 0.5).at[:, 0].set(0.25)
+    given = jnp.full((64, 4, 4, 1), 0.5).at[:, 0].set(0.25).at[:, 2].set(0).at[:, 3].set(1)
     found = np.asarray(make_augment(AugmentConfig(0, 0, False, gamma=0.5))(KEY, given))[..., 0]
     powers = np.log(found[:, 1, 0]) / np.log(0.5)
     np.testing.assert_allclose(found[:, 0, 0], 0.25**powers, rtol=1e-4)
+    np.testing.assert_array_equal(found[:, 2], 0)
+    np.testing.assert_array_equal(found[:, 3], 1)
     assert np.exp(-0.5) <= powers.min() < 0.75 < 1.4 < powers.max() <= np.exp(0.5)
 
 

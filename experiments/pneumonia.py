@@ -22,7 +22,7 @@ CONFIG = Config(
         zoom=0.1,
         rotate=5,
         shift=0.04,
-        flip=True,
+        flip=False,
         black=0.5,
         contrast=0.2,
         brightness=0.1,
@@ -38,6 +38,7 @@ CONFIG = Config(
         schedule="cosine",
         ema=0.98,
         label_smoothing=0.05,
+        auxiliary=0.3,
     ),
 )
 

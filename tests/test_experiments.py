@@ -41,20 +41,20 @@ def test_ablation_makes_a_table_and_goes_on_where_it_was(tree: Path, tmp_path: P
         augment=AugmentConfig(0, 0, True),
         train=TrainConfig(epochs=2, batch=16),
     )
-    options = ablation.Options(config, seeds=(0,), only=("recipe", "no-moves"))
+    options = ablation.Options(config, seeds=(0,), only=("recipe", "no-class-weights"))
     rows = ablation.ablate(options)
     assert [(row["variant"], row["validation"]) for row in rows] == [
         ("recipe", "patients"),
-        ("no-moves", "patients"),
+        ("no-class-weights", "patients"),
         ("recipe", "blocks"),
-        ("no-moves", "blocks"),
+        ("no-class-weights", "blocks"),
     ]
     assert rows[0]["worst"]["auc"] <= rows[0]["mean"]["auc"]
     configs = {
         (path.parent.parent.name, path.parent.name): json.loads(path.read_text())
         for path in (tmp_path / "runs").glob("*/*/config.json")
     }
-    assert configs["no-moves", "blocks-0"]["augment"]["zoom"] == 0
+    assert configs["no-class-weights", "blocks-0"]["train"]["class_weights"] is False
     assert configs["recipe", "blocks-0"]["data"]["fold"] == 2
     written = {path: path.read_bytes() for path in (tmp_path / "runs").rglob("throughput.jsonl")}
     assert ablation.ablate(options) == rows

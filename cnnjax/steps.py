@@ -47,7 +47,7 @@ class Metrics(NamedTuple):
     """Sums over the rows that count, so that batches of any size add up."""
 
     loss: jax.Array
-    """float32, sum of the loss, class weights included."""
+    """float32, sum of the loss, class weights and the second head's included."""
     correct: jax.Array
     """int32, images on the right side of probability 0.5."""
     images: jax.Array

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import struct
 from collections.abc import Iterator
@@ -243,6 +244,23 @@ def test_broken_images_are_left_out_and_listed(tree: Path, tmp_path: Path) -> No
     strict = replace(config, workdir=tmp_path / "strict", data=replace(config.data, strict=True))
     with pytest.raises(InputError, match=r"cannot be decoded"):
         fit(strict)
+
+
+def test_a_second_head_says_what_it_learns_from(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_for(tree, tmp_path / "told", epochs=1, auxiliary=0.3)
+    fit(config)
+    told = capsys.readouterr().out
+    viral = int(re.search(r"0 bacterial, (\d+) viral\n", told)[1])  # type: ignore[index]
+    assert f" {viral} PNEUMONIA" in told
+    root = Path(shutil.copytree(tree, tmp_path / "tree"))
+    for i, path in enumerate(sorted(root.rglob("person*"))):
+        path.rename(path.with_name(f"film{i}.jpeg"))
+    config = replace(config, workdir=tmp_path / "untold", data=replace(config.data, root=str(root)))
+    fit(config)
+    idle = "0 bacterial, 0 viral: --train.auxiliary has nothing to learn"
+    assert idle in capsys.readouterr().out
 
 
 def test_official_validation_uses_the_val_folder(tree: Path, tmp_path: Path) -> None:

@@ -49,11 +49,11 @@ def make_hires_cam(model: Any) -> Explain:
 
     Feature maps times the logit's gradient, place by place (Draelos and Carin, arXiv:2011.08891):
     unlike Grad-CAM's, the gradient is not averaged over places first, so that maps before the last,
-    which tell a place twice as well, can serve. The mean over the image and its mirror image, and
-    over neighbouring places, takes out what hangs on the maps' grid.
+    which tell a place twice as well, can serve. The mean over neighbouring places takes out what
+    hangs on the maps' grid.
 
     On 200 phantoms its hottest place was on the opacity, or within a sixteenth of the side of it,
-    in 192; Grad-CAM's in 123, that of the occlusion below in 109 (`experiments/pointing.py` on a
+    in 195; Grad-CAM's in 142, that of the occlusion below in 116 (`experiments/pointing.py` on a
     run of `make train` on 2 CPU cores; docs/results/pointing.json).
 
     Args:
@@ -64,14 +64,11 @@ def make_hires_cam(model: Any) -> Explain:
     """
 
     def hires_cam(variables: PyTree, images: jax.Array) -> jax.Array:
-        pixels = to_float(images)
-        both = jnp.concatenate([pixels, pixels[:, :, ::-1]])
-        maps, gradient = _maps_and_gradient(model, variables, both, FINE)
-        heat, mirrored = jnp.split((maps * gradient).sum(3), 2)
-        heat = jnp.maximum(heat, 0) + jnp.maximum(mirrored[:, :, ::-1], 0)
+        maps, gradient = _maps_and_gradient(model, variables, to_float(images), FINE)
+        heat = jnp.maximum((maps * gradient).sum(3), 0)
         for axis in (1, 2):
             heat = _smoothed(heat, axis)
-        return jax.image.resize(heat / 2, images.shape, "bilinear")
+        return jax.image.resize(heat, images.shape, "bilinear")
 
     return jax.jit(hires_cam)
 

@@ -34,7 +34,7 @@ from cnnjax.events import Events
 from cnnjax.operating import fit_operating_point
 from cnnjax.predict import make_logits
 from cnnjax.programs import Alone, Program, Task, Together
-from cnnjax.steps import TrainState, make_eval_step
+from cnnjax.steps import TrainState, make_eval_step, variables_of
 from cnnjax.workdir import Workdir, append_line, claim, write_json
 
 
@@ -380,7 +380,8 @@ def _describe(member: Member, mesh: Mesh) -> None:
     if config.train.auxiliary:
         viral = data.decoded.viral[data.train]
         known = f"{(viral == 0).sum():,} bacterial, {(viral == 1).sum():,} viral"
-        idle = "" if (viral >= 0).any() else ": --train.auxiliary has nothing to learn"
+        both = {0, 1} <= set(viral)
+        idle = "" if both else ": --train.auxiliary has nothing to tell apart"
         print(f"  by name  {known}{idle}")
     print(f"images    {size} x {size}, {data.decoded.images.nbytes / 2**20:,.0f} MiB, {place}")
     print(f"network   {config.model.name}, {_parameters(member.template(mesh)):,} parameters")
@@ -388,7 +389,8 @@ def _describe(member: Member, mesh: Mesh) -> None:
 
 
 def _parameters(state: TrainState) -> int:
-    return sum(p.size for p in jax.tree.leaves(state.params))
+    """Counts what the answer takes, so without a second head."""
+    return sum(p.size for p in jax.tree.leaves(variables_of(state)["params"]))
 
 
 def _epoch_line(line: dict[str, Any], config: TrainConfig, speed: float) -> str:

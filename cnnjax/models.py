@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from cnnjax import layers
-from cnnjax.config import ModelConfig
+from cnnjax.config import Config, ModelConfig
 
 AUXILIARY = "auxiliary"
 """The second head, and the collection in which a network made with one leaves its logits."""
@@ -55,6 +55,12 @@ def make_model(
         dtype=dtype,
         auxiliary=auxiliary,
     )
+
+
+def model_of(config: Config) -> nn.Module:
+    """Returns the network that a run of the config trains, in the precision that it settled on."""
+    precision = jnp.dtype(config.train.precision)
+    return make_model(config.model, precision, auxiliary=bool(config.train.auxiliary))
 
 
 def standardized(images: jax.Array) -> jax.Array:

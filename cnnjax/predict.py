@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -18,7 +17,7 @@ from cnnjax.data.index import Index
 from cnnjax.devices import divided, make_mesh, replicated
 from cnnjax.errors import InputError
 from cnnjax.explain import make_hires_cam
-from cnnjax.models import make_model
+from cnnjax.models import make_model, model_of
 from cnnjax.operating import OperatingPoint
 from cnnjax.steps import (
     Batch,
@@ -134,8 +133,7 @@ class Predictor:
 
         workdir = Workdir(run)
         config = workdir.read_config()
-        precision, second = config.train.precision, bool(config.train.auxiliary)
-        model = make_model(config.model, jnp.dtype(precision), auxiliary=second)
+        model = model_of(config)
         optimizer, _ = make_optimizer(config.train, 1)
         shapes = jax.eval_shape(
             lambda key: init_state(

@@ -25,7 +25,7 @@ from cnnjax.checkpoint import template_of
 from cnnjax.config import Config
 from cnnjax.data.batches import Feeder, Resident, epoch_rows, in_batches, load
 from cnnjax.data.prepare import TrainingData
-from cnnjax.models import make_model
+from cnnjax.models import model_of
 from cnnjax.predict import BATCH, make_logits
 from cnnjax.steps import (
     Batch,
@@ -68,8 +68,7 @@ class Task:
         self.steps_per_epoch = math.ceil(len(data.train) / config.train.batch)
         weights = class_weights_of(self.labels[data.train])
         self.class_weights = weights if config.train.class_weights else (1.0, 1.0)
-        precision, second = config.train.precision, bool(config.train.auxiliary)
-        self.model = make_model(config.model, jnp.dtype(precision), auxiliary=second)
+        self.model = model_of(config)
         self.optimizer, self.learning_rate = make_optimizer(config.train, self.steps_per_epoch)
 
     @property

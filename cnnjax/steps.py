@@ -47,7 +47,7 @@ class Metrics(NamedTuple):
     """Sums over the rows that count, so that batches of any size add up."""
 
     loss: jax.Array
-    """float32, sum of the loss, class weights and the second head's included."""
+    """float32, sum of the loss, class weights included; not that of a second head."""
     correct: jax.Array
     """int32, images on the right side of probability 0.5."""
     images: jax.Array
@@ -150,7 +150,11 @@ def make_train_step(
             targets = _mix(targets, targets[partner], share)
             weights = _mix(weights, weights[partner], share)
 
-        def loss_of(params: PyTree) -> tuple[jax.Array, tuple[jax.Array, PyTree]]:
+        def mean(losses: jax.Array) -> jax.Array:
+            total = jnp.where(batch.mask, losses, 0).sum()
+            return total / jnp.maximum(images_seen, 1).astype(total.dtype)
+
+        def loss_of(params: PyTree) -> tuple[jax.Array, tuple[jax.Array, jax.Array, PyTree]]:
             logits, changed = model.apply(
                 {"params": params, "batch_stats": state.batch_stats},
                 images,
@@ -158,19 +162,16 @@ def make_train_step(
                 mask=batch.mask,
                 mutable=["batch_stats", AUXILIARY],
             )
-            losses = cross_entropy(logits, targets, weights, label_smoothing)
+            loss = whole = mean(cross_entropy(logits, targets, weights, label_smoothing))
             if auxiliary:
                 assert batch.viral is not None, "a second head needs Batch.viral"
                 (second,) = changed[AUXILIARY]["logits"]
-                more = cross_entropy(second, batch.viral, weights, label_smoothing)
-                losses += auxiliary * jnp.where(batch.viral >= 0, more, 0)
-            total = jnp.where(batch.mask, losses, 0).sum()
-            mean = total / jnp.maximum(images_seen, 1).astype(total.dtype)
-            return mean, (logits, changed.get("batch_stats", {}))
+                own = weights_of(batch.labels, class_weights)
+                more = cross_entropy(second, batch.viral, own, label_smoothing)
+                whole = loss + auxiliary * mean(jnp.where(batch.viral >= 0, more, 0))
+            return whole, (loss, logits, changed.get("batch_stats", {}))
 
-        (loss, (logits, batch_stats)), gradient = jax.value_and_grad(loss_of, has_aux=True)(
-            state.params
-        )
+        gradient, (loss, logits, batch_stats) = jax.grad(loss_of, has_aux=True)(state.params)
         # Optax mixes its integer counts with floats, which strict promotion would refuse.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)

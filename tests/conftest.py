@@ -50,10 +50,9 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
             folder.mkdir(parents=True)
             for i in range(per_class):
                 patient += i % 2 == 0  # two images a patient
-                file = (
-                    f"person{patient}_virus_{i}.jpeg" if positive else f"IM-{patient:04}-{i}.jpeg"
-                )
-                Image.fromarray(radiograph(rng, positive)).save(folder / file, quality=95)
+                cause = ("bacteria", "virus")[patient % 2]
+                file = f"person{patient}_{cause}_{i}" if positive else f"IM-{patient:04}-{i}"
+                Image.fromarray(radiograph(rng, positive)).save(folder / f"{file}.jpeg", quality=95)
     return root
 
 

@@ -252,14 +252,17 @@ def test_a_second_head_says_what_it_learns_from(
     config = config_for(tree, tmp_path / "told", epochs=1, auxiliary=0.3)
     fit(config)
     told = capsys.readouterr().out
-    viral = int(re.search(r"0 bacterial, (\d+) viral\n", told)[1])  # type: ignore[index]
-    assert f" {viral} PNEUMONIA" in told
+    counts = re.search(r"(\d+) bacterial, (\d+) viral\n", told)
+    assert counts
+    bacterial, viral = map(int, counts.groups())
+    assert 0 < viral < bacterial + viral
+    assert f" {bacterial + viral} PNEUMONIA" in told
     root = Path(shutil.copytree(tree, tmp_path / "tree"))
     for i, path in enumerate(sorted(root.rglob("person*"))):
         path.rename(path.with_name(f"film{i}.jpeg"))
     config = replace(config, workdir=tmp_path / "untold", data=replace(config.data, root=str(root)))
     fit(config)
-    idle = "0 bacterial, 0 viral: --train.auxiliary has nothing to learn"
+    idle = "0 bacterial, 0 viral: --train.auxiliary has nothing to tell apart"
     assert idle in capsys.readouterr().out
 
 

@@ -129,8 +129,8 @@ def make_train_step(
 ) -> TrainStep:
     """Returns the pure step (state, batch) -> (state, metrics).
 
-    It computes what the step of `cnnjax.steps.make_train_step` computes without augmentation and
-    moving average. The dtype is that of the parameters.
+    It computes what the step of `cnnjax.steps.make_train_step` computes without augmentation,
+    mixup, moving average and second head. The dtype is that of the parameters.
 
     Args:
         model: a network of `cnnjax.scratch.models`.

@@ -10,6 +10,7 @@ import time
 
 _START = time.perf_counter()
 
+import importlib  # noqa: E402
 import json  # noqa: E402
 import runpy  # noqa: E402
 import sys  # noqa: E402
@@ -19,28 +20,41 @@ from typing import Any  # noqa: E402
 import jax  # noqa: E402
 
 from cnnjax import loop, programs  # noqa: E402
+from cnnjax.checkpoint import Checkpoints  # noqa: E402
+from cnnjax.programs import Alone  # noqa: E402
+from cnnjax.workdir import append_line  # noqa: E402
 
 
 class Phases:
-    """Seconds by phase, of functions of `cnnjax.loop` put under a watch."""
+    """Seconds by phase, of functions of cnnjax put under a watch."""
 
     def __init__(self) -> None:
         self.seconds = {"import": time.perf_counter() - _START}
         self.compiling = 0.0
         self.lines: list[float] = []
+        self._within: list[float] = []  # seconds of what each running function has called
 
     def watch(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns the function, with its time counted to a phase."""
+        """Returns the function, with its time counted to a phase, that of phases in it left out."""
 
         def watched(*arguments: Any, **named: Any) -> Any:
             start = time.perf_counter()
+            self._within.append(0.0)
             try:
                 return function(*arguments, **named)
             finally:
                 took = time.perf_counter() - start
-                self.seconds[phase] = self.seconds.get(phase, 0.0) + took
+                own = took - self._within.pop()
+                self.seconds[phase] = self.seconds.get(phase, 0.0) + own
+                if self._within:
+                    self._within[-1] += took
 
         return watched
+
+    def watch_all(self, phase: str, owner: Any, *names: str) -> None:
+        """Puts functions of a module, or methods of a class, under a watch."""
+        for name in names:
+            setattr(owner, name, self.watch(phase, getattr(owner, name)))
 
     def watch_first(self, phase: str, step: Callable[..., Any]) -> Callable[..., Any]:
         """Returns the step, whose first call is waited for and counted to a phase."""
@@ -58,9 +72,7 @@ def main() -> None:
     """Runs the recipe named by the first argument with the others."""
     phases = Phases()
     jax.monitoring.register_event_duration_secs_listener(phases.compiled)
-    watched: Any = loop
-    compiled: Any = programs
-    compile_steps, append_line = programs.compile_steps, watched.append_line
+    compile_steps = programs.compile_steps
 
     def steps(*arguments: Any) -> programs.Steps:
         one, many, together = compile_steps(*arguments)
@@ -74,19 +86,22 @@ def main() -> None:
         if path.name == "metrics.jsonl":
             phases.lines.append(time.time())
 
-    compiled.compile_steps, watched.append_line = steps, line
-    watched.training_data = phases.watch("index and decode", watched.training_data)
-    compiled.take_epoch = phases.watch("train", programs.take_epoch)
-    watched._conclude = phases.watch("evaluate", loop._conclude)
+    vars(programs)["compile_steps"], vars(loop)["append_line"] = steps, line
+    phases.watch_all("index and decode", loop, "training_data")
+    phases.watch_all("train", programs, "take_epoch")
+    phases.watch_all("validate", Alone, "logits")
+    phases.watch_all("checkpoints", Checkpoints, "__init__", "save", "close")
+    phases.watch_all("evaluate", loop, "_conclude")
+    report = phases.watch("report", importlib.import_module)("cnnjax.report")
+    phases.watch_all("report", report, "write")
     recipe, sys.argv[1:] = sys.argv[1], sys.argv[2:]
     try:
         runpy.run_path(recipe, run_name="__main__")
     except SystemExit as done:
         if done.code:
             raise
-    seconds = phases.seconds
-    seconds["train"] -= seconds.get("compile and first steps", 0.0)
-    print(json.dumps({"phases": seconds, "compiling": phases.compiling, "lines": phases.lines}))
+    told = {"phases": phases.seconds, "compiling": phases.compiling, "lines": phases.lines}
+    print(json.dumps(told))
 
 
 if __name__ == "__main__":

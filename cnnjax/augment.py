@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from cnnjax.config import AugmentConfig
 
 Augment = Callable[[jax.Array, jax.Array], jax.Array]
+Views = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def make_augment(config: AugmentConfig) -> Augment:
@@ -53,6 +54,30 @@ def make_augment(config: AugmentConfig) -> Augment:
         return jax.vmap(augment_one)(keys, images)
 
     return augment
+
+
+def make_views(config: AugmentConfig, count: int) -> Views:
+    """Returns the pure function (key, images) -> views, for test-time augmentation.
+
+    Images are float32 [batch, height, width, 1], views [batch, count, height, width, 1]: each image
+    under `count` draws of the augmentation, which are the same for all images. A single view is the
+    image as it is.
+    """
+    augment = make_augment(config)
+
+    def views(key: jax.Array, images: jax.Array) -> jax.Array:
+        def of_one(image: jax.Array) -> jax.Array:
+            return augment(key, jnp.broadcast_to(image, (count, *image.shape)))
+
+        return jax.vmap(of_one)(images)
+
+    return unchanged if count == 1 else views
+
+
+def unchanged(key: jax.Array, images: jax.Array) -> jax.Array:
+    """Returns the images [batch, ...] as the one view [batch, 1, ...] of each."""
+    del key
+    return images[:, None]
 
 
 def affine(image: jax.Array, matrix: jax.Array) -> jax.Array:

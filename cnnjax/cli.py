@@ -41,6 +41,9 @@ class Evaluate:
     """Images count as positive from this probability on; by default the operating point's."""
     prevalence: float | None = None
     """Share of positives where the images come from; by default that of the fit."""
+    views: int | None = None
+    """How many views of each image to judge: as many as the recipe says, or 1, the image as it is,
+    which takes less time."""
     json: Path | None = None
     """Write the metrics to this file."""
     cache: Path | None = None
@@ -56,7 +59,8 @@ class Evaluate:
         from cnnjax.workdir import write_json
 
         _check_probabilities(self.threshold, self.prevalence)
-        predictor = Predictor.open(self.run, devices.make_mesh(self.device), self.checkpoint)
+        mesh = devices.make_mesh(self.device)
+        predictor = Predictor.open(self.run, mesh, self.checkpoint, self.views)
         positive = predictor.classes[1]
         config = DataConfig(self.data, predictor.size, positive, cache=self.cache)
         index = open_index(config, print)
@@ -65,6 +69,10 @@ class Evaluate:
         decoded = cache.load(index.split(self.split), index.source, config.size, folder=self.cache)
         for name, reason in decoded.quarantine:
             print(f"  left out: {name}: {reason}")
+        if self.run is None and self.data == "phantom":
+            print("  note: drawn images; the released networks were trained on real ones alone")
+        if seen := _trained_on(self.run, {e.name for e in decoded.examples}):
+            print(f"  warning: the run was trained on {seen:,} images of these names")
         point, threshold = predictor.operating, self.threshold
         judged = metrics.evaluate(
             point.calibrated(predictor.logits(decoded.images), self.prevalence),
@@ -96,6 +104,9 @@ class Predict:
     """Images count as positive from this probability on; by default the operating point's."""
     prevalence: float | None = None
     """Share of positives where the images come from; by default that of the fit."""
+    views: int | None = None
+    """How many views of each image to judge: as many as the recipe says, or 1, the image as it is,
+    which takes less time."""
     format: Literal["auto", "table", "jsonl", "csv"] = "auto"
     """What is printed: `auto` is a table on a terminal, else an object a line (JSON Lines)."""
     json: Path | None = None
@@ -116,7 +127,8 @@ class Predict:
 
         _check_probabilities(self.threshold, self.prevalence)
         films = _films(self.paths)
-        predictor = Predictor.open(self.run, devices.make_mesh(self.device), self.checkpoint)
+        mesh = devices.make_mesh(self.device)
+        predictor = Predictor.open(self.run, mesh, self.checkpoint, self.views)
         point, threshold = predictor.operating, self.threshold
         if threshold is None:
             threshold = point.probability_threshold(self.prevalence)
@@ -226,7 +238,8 @@ class Export:
         from cnnjax.predict import Predictor
 
         mesh = devices.make_mesh(DeviceConfig("cpu"))
-        predictor = Predictor.open(self.run, mesh, self.checkpoint)
+        # One view: whoever loads the network should not need our augmentation.
+        predictor = Predictor.open(self.run, mesh, self.checkpoint, views=1)
         with _writing(self.out, "the file"):
             for path in export.export(predictor, self.format, self.out):
                 print(path)
@@ -357,10 +370,24 @@ def guarded(command: Callable[[], int]) -> int:
 
 @contextlib.contextmanager
 def _writing(path: Path, flag: str) -> Iterator[None]:
+    """Says of errors in writing to a file or folder which flag asked for it."""
     try:
         yield
     except OSError as error:
+        if error.filename is not None:
+            ours, theirs = path.absolute(), Path(str(error.filename)).absolute()
+            if ours != theirs and ours not in theirs.parents and theirs not in ours.parents:
+                raise  # of a file that was read meanwhile
         raise InputError(f"{flag} {path} cannot be written ({error.strerror or error})") from None
+
+
+def _trained_on(run: Path | None, names: set[str]) -> int:
+    """Counts the images of a run's training side that bear one of the names."""
+    from cnnjax.workdir import Workdir, read_table
+
+    if run is None or not (split := Workdir(run).split).exists():
+        return 0
+    return sum(row["role"] == "train" and row["image"] in names for row in read_table(split))
 
 
 def _check_probabilities(threshold: float | None, prevalence: float | None) -> None:
@@ -399,7 +426,8 @@ def _table(rows: Sequence[dict[str, Any]], positive: str, threshold: float) -> s
     ]
     shown.append(
         f"{positive} from probability {threshold:.3f} on; confidence is the calibrated"
-        " probability of the class it is called."
+        " probability of the class it is called, below 50 % where the threshold decides"
+        " against the likelier class."
     )
     return "\n".join(shown)
 

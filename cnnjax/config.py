@@ -81,7 +81,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """How training images are changed at random, on the device; the defaults are the post's."""
+    """How training images are changed at random, on the device."""
 
     shear: float = 0.2
     """Largest shear angle, in degrees either way (as Keras's `shear_range`)."""
@@ -112,6 +112,9 @@ class AugmentConfig:
     erase: float = 0.0
     """Largest part of the area of a rectangle that is filled with the image's mean, in one image of
     two (Zhong et al., arXiv:1708.04896)."""
+    views: int = 1
+    """A trained network's logits are averaged over so many draws of these changes, the same for
+    every image; 1 judges images as they are. (In training, validation always does.)"""
 
     def __post_init__(self) -> None:
         _require(0 <= self.shear < 90, "--augment.shear", "be in [0, 90) degrees", self.shear)
@@ -126,11 +129,12 @@ class AugmentConfig:
         _require(0 <= self.sharpness <= 1, "--augment.sharpness", "be in [0, 1]", self.sharpness)
         _require(0 <= self.noise <= 1, "--augment.noise", "be in [0, 1]", self.noise)
         _require(0 <= self.erase <= 1, "--augment.erase", "be in [0, 1]", self.erase)
+        _require(self.views >= 1, "--augment.views", "be at least 1", self.views)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How the weights are fitted; the defaults are the post's."""
+    """How the weights are fitted."""
 
     epochs: int = 15
     """Passes over the training images."""
@@ -166,7 +170,8 @@ class TrainConfig:
     """Stop after this many epochs without a better checkpoint; 0 never stops early."""
     precision: Precision = "auto"
     """What the network computes in; weights and batch statistics are float32 in any case. `auto`
-    is bfloat16 on GPU and TPU, float32 on CPU, and what the run began with on a resume."""
+    is bfloat16 on GPU and TPU, float32 on CPU, and what the run began with on a resume. (There,
+    float32 is multiplied with fewer bits unless JAX_DEFAULT_MATMUL_PRECISION=highest is set.)"""
 
     def __post_init__(self) -> None:
         _require(self.epochs >= 1, "--train.epochs", "be at least 1", self.epochs)
@@ -220,7 +225,8 @@ class DeviceConfig:
     platform: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
     """`auto` takes the fastest that is there."""
     count: int = 0
-    """How many devices share each batch; 0 for all. A CPU can be divided into any number."""
+    """How many devices share each batch; 0 for all. A CPU can be divided into any number, to try
+    what several do; it gets no faster."""
 
     def __post_init__(self) -> None:
         _require(self.count >= 0, "--device.count", "be at least 0", self.count)

@@ -31,10 +31,10 @@ from cnnjax.data.patients import write_split
 from cnnjax.data.prepare import TrainingData, training_data
 from cnnjax.errors import InputError
 from cnnjax.events import Events
-from cnnjax.operating import fit_operating_point
+from cnnjax.operating import fit_operating_point, points_to_json
 from cnnjax.predict import make_logits
 from cnnjax.programs import Alone, Program, Task, Together
-from cnnjax.steps import TrainState, make_eval_step, variables_of
+from cnnjax.steps import TrainState, variables_of
 from cnnjax.workdir import Workdir, append_line, claim, write_json
 
 
@@ -307,15 +307,15 @@ def _conclude(member: Member, mesh: Mesh) -> Result:
     patients = [e.patient for e in held_out]
     template = member.template(mesh)
     feeder = member.feeder(mesh)
-    logits = make_logits(make_eval_step(member.model), mesh)
-    outputs = {
-        kind: logits(member.checkpoints.restore(kind, template), feeder, data.validation)
-        for kind in KINDS
-    }
-    points: dict[str, Any] = {
-        kind: fit_operating_point(out, labels, config.operating).to_json()
-        for kind, out in outputs.items()
-    }
+    states = {kind: member.checkpoints.restore(kind, template) for kind in KINDS}
+    points: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
+    for views in sorted({1, config.augment.views}):
+        logits = make_logits(member.model, mesh, views, config.augment)
+        outputs = {kind: logits(states[kind], feeder, data.validation) for kind in KINDS}
+        for kind, out in outputs.items():
+            point = fit_operating_point(out, labels, config.operating)
+            points[kind] |= points_to_json({views: point})
+    # The last ones are those of as many views as the config says.
     judged = {kind: metrics.evaluate(out, labels, patients) for kind, out in outputs.items()}
     with write_atomically(workdir.validation) as file:
         table = csv.writer(file, lineterminator="\n")
@@ -328,6 +328,7 @@ def _conclude(member: Member, mesh: Mesh) -> Result:
         "validation_images": len(data.validation),
         "parameters": _parameters(template),
         "epochs": member.history[-1]["epoch"],
+        "views": config.augment.views,
         "best_epoch": max(line["epoch"] for line in member.history if line["best"]),
         "best": judged["best"].to_json(),
         "last": judged["latest"].to_json(),

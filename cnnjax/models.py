@@ -1,4 +1,4 @@
-"""The networks. The only module that imports Flax.
+"""The networks. The only module that imports Flax's layers.
 
 Every network is called as `model.apply(variables, images, train=..., mask=...)` with float images
 [batch, height, width, 1] in [0, 1], and returns logits [batch]. `mask` [batch] is false on rows
@@ -17,12 +17,15 @@ import jax.numpy as jnp
 
 from cnnjax import layers
 from cnnjax.config import Config, ModelConfig
+from cnnjax.errors import InputError
 
 AUXILIARY = "auxiliary"
 """The second head, and the collection in which a network made with one leaves its logits."""
 
 FINAL, FINE = "final", "fine"
 """The last feature maps; and those of the stage before, twice as fine, where there is one."""
+
+SMALLEST = 10  # pixels: side of the smallest image that leaves BaselineCNN's pools something
 
 STEM_SIZES = {2: 3, 4: 7}  # side of the ResNet's first kernel, by its stride
 
@@ -181,7 +184,16 @@ class BaselineCNN(nn.Module):
         mask: jax.Array | None = None,
         nudge: Mapping[str, jax.Array] | None = None,
     ) -> jax.Array:
-        """Returns logits [batch] of images [batch, height, width, 1]; see the module."""
+        """Returns logits [batch] of images [batch, height, width, 1]; see the module.
+
+        Raises:
+            InputError: they have fewer than 10 rows or columns.
+        """
+        if min(images.shape[1:3]) < SMALLEST:
+            raise InputError(
+                f"the network baseline needs images of at least {SMALLEST} x {SMALLEST} pixels,"
+                f" got {images.shape[1]} x {images.shape[2]}; raise --data.size"
+            )
         glorot = nn.initializers.glorot_uniform()
         images = standardized(images) if self.standardize else images
         x = ConvPool(32, repeat=self.channels, dtype=self.dtype, name="conv1")(images)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cnnjax.config import OperatingConfig
+from cnnjax.errors import InputError
 from cnnjax.metrics import sigmoid
 
 
@@ -55,6 +56,39 @@ class OperatingPoint:
     def to_json(self) -> dict[str, Any]:
         """Returns plain numbers and strings, for `OperatingPoint(**values)`."""
         return asdict(self)
+
+
+Points = dict[int, OperatingPoint]
+"""The operating point for each number of views that an image's logit may be the mean of."""
+
+
+def at_views(points: Points, views: int, source: str) -> OperatingPoint:
+    """Returns the point for so many views.
+
+    Raises:
+        InputError: there is none.
+    """
+    if views not in points:
+        known = " or ".join(str(n) for n in sorted(points))
+        several = "view" if set(points) == {1} else "views"
+        raise InputError(
+            f"--views {views}: {source} has an operating point for {known} {several} of an image"
+        )
+    return points[views]
+
+
+def points_to_json(points: Points) -> dict[str, Any]:
+    """Returns plain JSON, for `points_from_json`."""
+    return {str(views): point.to_json() for views, point in points.items()}
+
+
+def points_from_json(values: dict[str, Any]) -> Points:
+    """Returns the points that `points_to_json` wrote down.
+
+    Raises:
+        TypeError, ValueError, AttributeError: the values are none.
+    """
+    return {int(views): OperatingPoint(**point) for views, point in values.items()}
 
 
 def fit_operating_point(

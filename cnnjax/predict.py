@@ -11,17 +11,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cnnjax import release
-from cnnjax.config import DeviceConfig
+from cnnjax.augment import make_views
+from cnnjax.config import AugmentConfig, DeviceConfig
 from cnnjax.data.batches import Feeder, Resident, in_batches, load
 from cnnjax.data.index import Index
 from cnnjax.devices import divided, make_mesh, replicated
 from cnnjax.errors import InputError
 from cnnjax.explain import make_hires_cam
 from cnnjax.models import make_model, model_of
-from cnnjax.operating import OperatingPoint
+from cnnjax.operating import OperatingPoint, at_views
 from cnnjax.steps import (
     Batch,
-    EvalStep,
     TrainState,
     init_state,
     make_eval_step,
@@ -35,28 +35,42 @@ if TYPE_CHECKING:
 
 BATCH = 64  # images per step; more only fall out of a CPU core's cache
 FEW = 8  # up to so many images take a smaller step
-_RESIDENT_MIB = 256  # images up to this size are put on the device as a whole
 
-Logits = Callable[[TrainState, Feeder, np.ndarray], np.ndarray]
+Logits = Callable[..., np.ndarray]
 
 
-def make_logits(eval_step: EvalStep, mesh: Mesh, batch: int = BATCH) -> Logits:
-    """Returns the function (state, feeder, rows) -> logits float32 [rows], which compiles once.
+def make_logits(
+    model: Any,
+    mesh: Mesh,
+    views: int = 1,
+    augment: AugmentConfig | None = None,
+    batch: int | None = None,
+) -> Logits:
+    """Returns the function (state, feeder, rows, draw=0) -> logits float32 [n].
+
+    It compiles once for a feeder's data set. `rows` is int [n], places of images in that; `draw` is
+    that of `cnnjax.steps.make_eval_step`.
 
     Args:
-        eval_step: of `cnnjax.steps`.
+        model: a network of `cnnjax.models`.
         mesh: the devices.
-        batch: images per step.
+        views: how many of each image the logit is the mean of.
+        augment: what several views differ by.
+        batch: images per step; by default as many as have `BATCH` views.
     """
+    eval_step = make_eval_step(model, make_views(augment or AugmentConfig(), views))
+    batch = max(1, BATCH // views) if batch is None else batch
 
-    def step(state: TrainState, data: Resident | None, feed: Batch | jax.Array) -> jax.Array:
-        return eval_step(state, load(data, feed))
+    def step(
+        state: TrainState, data: Resident | None, feed: Batch | jax.Array, draw: jax.Array
+    ) -> jax.Array:
+        return eval_step(state, load(data, feed), draw)
 
     compiled = jax.jit(step, out_shardings=divided(mesh))
 
-    def logits(state: TrainState, feeder: Feeder, rows: np.ndarray) -> np.ndarray:
+    def logits(state: TrainState, feeder: Feeder, rows: np.ndarray, draw: int = 0) -> np.ndarray:
         cut = in_batches(rows.astype(np.int32), batch)
-        outputs = [compiled(state, feeder.data, feed) for feed in feeder.feed(cut)]
+        outputs = [compiled(state, feeder.data, feed, draw) for feed in feeder.feed(cut)]
         # Each step's output may have a few rows more, which even out the devices.
         whole = [np.asarray(x)[:batch] for x in jax.device_get(outputs)]
         return np.concatenate([np.zeros(0, np.float32), *whole])[: len(rows)]
@@ -76,6 +90,7 @@ class Predictor:
         about: a phrase that names the weights.
         model: the network.
         members: the states of each.
+        views: how many views of an image are judged. Members share them: each draws its own.
     """
 
     def __init__(
@@ -88,17 +103,24 @@ class Predictor:
         classes: tuple[str, str],
         operating: OperatingPoint,
         about: str,
+        views: int,
+        augment: AugmentConfig,
     ) -> None:
         self.size, self.classes, self.operating, self.about = size, classes, operating, about
-        self.model, self.members = model, tuple(members)
+        self.model, self.members, self.views = model, tuple(members), views
         self._mesh = mesh
-        self._logits = make_logits(make_eval_step(model), mesh)
-        self._few_logits = make_logits(make_eval_step(model), mesh, FEW)
+        each = -(-views // len(self.members))
+        self._logits = make_logits(model, mesh, each, augment)
+        self._few_logits = make_logits(model, mesh, each, augment, FEW)
         self._cam = make_hires_cam(model)
 
     @classmethod
     def open(
-        cls, folder: Path | None = None, mesh: Mesh | None = None, kind: Kind = "best"
+        cls,
+        folder: Path | None = None,
+        mesh: Mesh | None = None,
+        kind: Kind = "best",
+        views: int | None = None,
     ) -> Predictor:
         """Returns what a folder holds, a run or a release, or the package's own weights for None.
 
@@ -106,33 +128,41 @@ class Predictor:
             folder: the workdir of a run, or a folder with a release.
             mesh: the devices to use; all of the fastest kind when None.
             kind: of a run, `best` by validation, or `latest`.
+            views: judge so many views of each image, as their augmentation changes it: as many as
+                the recipe says (`--augment.views`, the default), or 1, the image as it is.
 
         Raises:
-            InputError: it holds neither.
+            InputError: it holds neither, or has no operating point for so many views.
         """
         mesh = make_mesh(DeviceConfig()) if mesh is None else mesh
         if folder is None:
-            return cls.of_release(release.read(), mesh)
+            return cls.of_release(release.read(), mesh, views=views)
         if release.is_release(folder):
-            return cls.of_release(release.read(folder), mesh, str(folder))
-        return cls.of_run(folder, mesh, kind)
+            return cls.of_release(release.read(folder), mesh, str(folder), views)
+        return cls.of_run(folder, mesh, kind, views)
 
     @classmethod
-    def of_run(cls, run: Path, mesh: Mesh, kind: Kind = "best") -> Predictor:
+    def of_run(
+        cls, run: Path, mesh: Mesh, kind: Kind = "best", views: int | None = None
+    ) -> Predictor:
         """Returns the network that a run trained.
 
         Args:
             run: the workdir of a run.
             mesh: the devices to use.
             kind: `best` by validation, or `latest`.
+            views: see `open`.
 
         Raises:
-            InputError: the run is not there or has no checkpoint.
+            InputError: the run is not there, has no checkpoint, or no operating point for so many
+                views.
         """
         from cnnjax.checkpoint import Checkpoints, template_of  # Orbax takes half a second
 
         workdir = Workdir(run)
         config = workdir.read_config()
+        views = config.augment.views if views is None else views
+        operating = at_views(workdir.read_operating(kind), views, str(run))
         model = model_of(config)
         optimizer, _ = make_optimizer(config.train, 1)
         shapes = jax.eval_shape(
@@ -150,15 +180,22 @@ class Predictor:
             mesh,
             size=config.data.size,
             classes=workdir.read_classes(),
-            operating=workdir.read_operating(kind),
+            operating=operating,
             about=f"{kind} checkpoint of {run}",
+            views=views,
+            augment=config.augment,
         )
 
     @classmethod
     def of_release(
-        cls, released: release.Release, mesh: Mesh, about: str = "the released weights"
+        cls,
+        released: release.Release,
+        mesh: Mesh,
+        about: str = "the released weights",
+        views: int | None = None,
     ) -> Predictor:
-        """Returns the networks of a release, in float32."""
+        """Returns the networks of a release, in float32; for `views` see `open`."""
+        views = released.augment.views if views is None else views
 
         def state(variables: Any) -> TrainState:
             full = jax.tree.map(lambda x: np.asarray(x, np.float32), variables)
@@ -176,8 +213,10 @@ class Predictor:
             mesh,
             size=released.size,
             classes=released.classes,
-            operating=released.operating,
+            operating=at_views(released.operating, views, about),
             about=about,
+            views=views,
+            augment=released.augment,
         )
 
     def expect_classes(self, index: Index) -> None:
@@ -193,21 +232,17 @@ class Predictor:
         return self.member_logits(images).mean(0)
 
     def member_logits(self, images: np.ndarray) -> np.ndarray:
-        """Returns float32 [members, n], those of each network.
+        """Returns float32 [members, n], those of each network on its views.
 
         Raises:
             ValueError: the images are not uint8 [n, size, size].
         """
         self._check(images)
         rows = np.arange(len(images))
-        if len(images) <= FEW:
-            # As many as a step takes: the program is the same for any number.
-            images = np.pad(images, ((0, FEW - len(images)), (0, 0), (0, 0)))
-            logits = self._few_logits
-        else:
-            logits = self._logits
-        feeder = Feeder(images, np.zeros(len(images), np.int32), self._mesh, _RESIDENT_MIB)
-        return np.stack([logits(state, feeder, rows) for state in self.members])
+        logits = self._few_logits if len(images) <= FEW else self._logits
+        # Streamed: the program is the same for any number of images.
+        feeder = Feeder(images, np.zeros(len(images), np.int32), self._mesh, resident_mib=-1)
+        return np.stack([logits(state, feeder, rows, i) for i, state in enumerate(self.members)])
 
     def heat(self, images: np.ndarray) -> np.ndarray:
         """Returns float32 [n, size, size]: HiResCAM of uint8 images of that shape.
@@ -216,7 +251,7 @@ class Predictor:
         `cnnjax.explain`.
         """
         self._check(images)
-        batch = FEW if len(images) <= FEW else min(BATCH, len(images))
+        batch = FEW if len(images) <= FEW else BATCH
         chunks = [np.zeros((0, self.size, self.size), np.float32)]
         for rows in in_batches(np.arange(len(images), dtype=np.int32), batch):
             taken = images[np.maximum(rows, 0)]

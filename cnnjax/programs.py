@@ -147,7 +147,7 @@ class Alone:
         self._key = jax.device_put(task.step_key, devices.replicated(mesh))
         self._steps = compile_steps(mesh, task.make_step(task.class_weights))
         self._feeder = task.feeder(mesh)
-        self._logits = make_logits(make_eval_step(task.model), mesh)
+        self._logits = make_logits(task.model, mesh)
 
     def start(self) -> TrainState:
         """See `Program`."""

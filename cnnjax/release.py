@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from cnnjax.config import ModelConfig, from_dict
+from cnnjax.config import AugmentConfig, ModelConfig, from_dict
 from cnnjax.errors import InputError
-from cnnjax.operating import OperatingPoint
+from cnnjax.operating import Points, points_from_json, points_to_json
 
 SHIPPED = Path(__file__).parent / "released"
 """The folder of the weights that come with the package."""
@@ -38,7 +38,9 @@ class Release:
     """Side of the images that the networks take, in pixels."""
     classes: tuple[str, str]
     """Names of labels 0 and 1."""
-    operating: OperatingPoint
+    augment: AugmentConfig
+    """What the networks were trained with, and what views of an image differ by."""
+    operating: Points
     members: tuple[PyTree, ...]
     """Flax variables of each network: `params`, and `batch_stats` where it has any; float16."""
     about: dict[str, Any]
@@ -70,7 +72,8 @@ def write(release: Release, folder: Path) -> None:
         "size": release.size,
         "classes": list(release.classes),
         "members": len(release.members),
-        "operating": release.operating.to_json(),
+        "augment": dataclasses.asdict(release.augment),
+        "operating": points_to_json(release.operating),
         "sha256": hashlib.sha256(file.getvalue()).hexdigest(),
         "about": release.about,
     }
@@ -91,22 +94,23 @@ def read(folder: Path = SHIPPED) -> Release:
     path = folder / _ABOUT
     mend = "fetch it again" if folder != SHIPPED else "install cnnjax again"
     try:
-        document = json.loads(path.read_text("utf-8"))
+        document = dict(json.loads(path.read_text("utf-8")))
         weights = (folder / _WEIGHTS).read_bytes()
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         raise InputError(f"{folder} holds no readable release ({error}); {mend}") from None
     if hashlib.sha256(weights).hexdigest() != document.get("sha256"):
         raise InputError(f"{folder / _WEIGHTS} is damaged: its checksum is another; {mend}")
     try:
         model = from_dict(ModelConfig, document["model"], str(path), "model.")
         negative, positive = document["classes"]
-        operating = OperatingPoint(**document["operating"])
-        size, count, about = document["size"], document["members"], document["about"]
-    except (KeyError, TypeError, ValueError) as error:
+        augment = from_dict(AugmentConfig, document["augment"], str(path), "augment.")
+        operating = points_from_json(document["operating"])
+        size, about = document["size"], document["about"]
+        members: list[dict[str, Any]] = [{} for _ in range(document["members"])]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{path} is of another version of cnnjax ({error}); use that one, or {mend}"
         ) from None
-    members: list[dict[str, Any]] = [{} for _ in range(count)]
     with np.load(io.BytesIO(weights), allow_pickle=False) as file:
         for name in file.files:
             member, *where = name.split("/")
@@ -114,7 +118,8 @@ def read(folder: Path = SHIPPED) -> Release:
             for part in where[:-1]:
                 branch = branch.setdefault(part, {})
             branch[where[-1]] = file[name]
-    return Release(model, size, (negative, positive), operating, tuple(members), about)
+    classes = negative, positive
+    return Release(model, size, classes, augment, operating, tuple(members), about)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -27,6 +27,8 @@ from cnnjax.workdir import Workdir
 PLAIN = "as they are"
 """Name of the rendering that changes nothing."""
 
+_MADE_FROM = "made from"  # beside the renderings, in the file of logits that are kept
+
 METRICS = ("auc", "accuracy", "sensitivity", "specificity")
 
 
@@ -41,14 +43,17 @@ class HeldOut:
     """float32 [n] by rendering; `PLAIN` is one of them."""
 
 
-def held_out_logits(run: Path, mesh: Mesh, *, renderings: bool = True) -> HeldOut:
+def held_out_logits(
+    run: Path, mesh: Mesh, views: int | None = None, *, renderings: bool = True
+) -> HeldOut:
     """Returns what a finished run's last state says of its held-out images, in every rendering.
 
-    It is written to the run's `shifted.npz`, and read from there the next time.
+    It is written to the run's `shifted-VIEWS.npz`, and read from there the next time.
 
     Args:
         run: its workdir.
         mesh: the devices to use.
+        views: how many views of each image to judge; by default as the run's config says.
         renderings: whether the changed ones are wanted too.
 
     Raises:
@@ -61,18 +66,22 @@ def held_out_logits(run: Path, mesh: Mesh, *, renderings: bool = True) -> HeldOu
     names = np.array([data.decoded.examples[i].name for i in rows])
     labels = data.decoded.labels[rows]
     patients = tuple(data.decoded.examples[i].patient for i in rows)
-    kept = run / "shifted.npz"
+    views = config.augment.views if views is None else views
+    kept = run / f"shifted-{views}.npz"
+    made_from = np.array([data.decoded.fingerprint, str(rerender.VERSION), *names])
     if kept.exists():
         with np.load(kept) as file:
             sets = {name: file[name] for name in file.files}
-        if np.array_equal(sets.pop("images"), names) and (len(sets) > 1 or not renderings):
+        if np.array_equal(sets.pop(_MADE_FROM, ()), made_from) and (
+            len(sets) > 1 or not renderings
+        ):
             return HeldOut(labels, patients, sets)
-    predictor = Predictor.of_run(run, mesh, "latest")
+    predictor = Predictor.of_run(run, mesh, "latest", views)
     sets = {PLAIN: predictor.logits(np.asarray(data.decoded.images[rows]))}
     for name, images in (_renderings(run, data) if renderings else {}).items():
         sets[name] = predictor.logits(np.asarray(images[rows]))
     partial = kept.with_suffix(".partial.npz")
-    np.savez(partial, images=names, **sets)
+    np.savez(partial, **(sets | {_MADE_FROM: made_from}))
     partial.replace(kept)
     return HeldOut(labels, patients, sets)
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
 
-from cnnjax.augment import Augment
+from cnnjax.augment import Augment, Views, unchanged
 from cnnjax.config import TrainConfig
 from cnnjax.models import AUXILIARY
 
@@ -55,7 +55,13 @@ class Metrics(NamedTuple):
 
 
 TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]
-EvalStep = Callable[[TrainState, Batch], jax.Array]
+
+
+class EvalStep(Protocol):
+    """What `make_eval_step` returns."""
+
+    def __call__(self, state: TrainState, batch: Batch, draw: jax.Array | int = 0) -> jax.Array:
+        """Returns logits float32 [batch]."""
 
 
 def make_optimizer(
@@ -145,7 +151,9 @@ def make_train_step(
         targets = batch.labels.astype(jnp.float32)
         weights = weights_of(batch.labels, class_weights)
         if mixup:
-            partner, share = _mixing(jax.random.fold_in(key, 0), mixup, images_seen, len(targets))
+            # Rows have the keys folded with their number: past the last is one of our own.
+            mix_key = jax.random.fold_in(key, len(targets))
+            partner, share = _mixing(mix_key, mixup, images_seen, len(targets))
             images = _mix(images, images[partner], share[:, None, None, None])
             targets = _mix(targets, targets[partner], share)
             weights = _mix(weights, weights[partner], share)
@@ -189,17 +197,23 @@ def make_train_step(
     return jax.jit(train_step, donate_argnames="state")
 
 
-def make_eval_step(model: Any) -> EvalStep:
-    """Returns the jitted pure step (state, batch) -> logits float32 [batch].
+def make_eval_step(model: Any, views: Views = unchanged) -> EvalStep:
+    """Returns the jitted pure step (state, batch, draw) -> logits float32 [batch].
 
     It uses the moving average of the weights where the state has one. Rows outside the mask get
     logits too, of no meaning.
+
+    Args:
+        model: a network of `cnnjax.models`.
+        views: what the network sees of an image; of several views, the logits are averaged. `draw`
+            is for them: another number gives others.
     """
 
-    def eval_step(state: TrainState, batch: Batch) -> jax.Array:
-        images = to_float(batch.images)
-        logits: jax.Array = model.apply(variables_of(state), images, train=False)
-        return logits
+    def eval_step(state: TrainState, batch: Batch, draw: jax.Array | int = 0) -> jax.Array:
+        seen = views(jax.random.key(draw), to_float(batch.images))
+        flat = seen.reshape(-1, *seen.shape[2:])
+        logits: jax.Array = model.apply(variables_of(state), flat, train=False)
+        return logits.reshape(seen.shape[:2]).mean(1)
 
     return jax.jit(eval_step)
 

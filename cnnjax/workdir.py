@@ -16,7 +16,7 @@ import numpy as np
 from cnnjax.config import Config, differences, from_json, to_json
 from cnnjax.data.files import write_atomically
 from cnnjax.errors import InputError
-from cnnjax.operating import OperatingPoint
+from cnnjax.operating import OperatingPoint, Points, points_from_json
 
 
 class Judged(NamedTuple):
@@ -44,7 +44,7 @@ class Workdir:
         events: `tensorboard/`, event files where the config asks for them.
         checkpoints: `checkpoints/latest` and `checkpoints/best`.
         validation: `validation.csv`, a logit for each held-out image.
-        operating: `operating.json`, the operating point of the best and the latest state.
+        operating: `operating.json`, the operating points of the best and the latest state.
         summary: `summary.json`, written when training has ended.
     """
 
@@ -70,24 +70,26 @@ class Workdir:
             InputError: there is no run here.
         """
         if not self.config.is_file():
-            raise InputError(
-                f"{self.root} is no run: it has no config.json; give a run's --workdir"
-            )
-        return from_json(self.config.read_text("utf-8"), str(self.config))
+            missing = "it has no config.json" if self.root.exists() else "it does not exist"
+            raise InputError(f"{self.root} is no run: {missing}; give a run's --workdir")
+        return from_json(_read_text(self.config), str(self.config))
 
     def read_classes(self) -> tuple[str, str]:
         """Returns the names of labels 0 and 1."""
-        negative, positive = json.loads(self.data.read_text("utf-8"))["classes"]
+        negative, positive = read_json(self.data, "classes")
         return negative, positive
 
-    def read_operating(self, kind: str) -> OperatingPoint:
-        """Returns the operating point of the `best` or `latest` state.
+    def read_operating(self, kind: str) -> Points:
+        """Returns the operating points of the `best` or `latest` state.
 
         A run that has not ended has none yet: then it is probability 0.5, as the network gives it.
         """
         if not self.operating.exists():
-            return OperatingPoint()
-        return OperatingPoint(**json.loads(self.operating.read_text("utf-8"))[kind])
+            return dict.fromkeys({1, self.read_config().augment.views}, OperatingPoint())
+        try:
+            return points_from_json(read_json(self.operating, kind))
+        except (AttributeError, TypeError, ValueError):
+            raise InputError(f"{self.operating} holds no operating points; restore it") from None
 
     def expect_ended(self) -> None:
         """Raises InputError where training has not come to its end."""
@@ -98,7 +100,7 @@ class Workdir:
 
     def read_summary(self) -> dict[str, Any]:
         """Returns what a run that has ended came to."""
-        summary: dict[str, Any] = json.loads(self.summary.read_text("utf-8"))
+        summary: dict[str, Any] = read_json(self.summary)
         return summary
 
     def read_validation(self) -> Judged:
@@ -119,7 +121,7 @@ class Workdir:
         """
         if not self.data.exists():
             write_json(self.data, {"fingerprint": fingerprint, "classes": classes})
-        elif json.loads(self.data.read_text("utf-8"))["fingerprint"] != fingerprint:
+        elif read_json(self.data, "fingerprint") != fingerprint:
             raise InputError(
                 f"{self.root} was trained on other images than --data.root holds now;"
                 " restore them or choose another --workdir"
@@ -129,13 +131,21 @@ class Workdir:
         """Returns the first `epochs` lines of `metrics.jsonl`, and drops what follows from it.
 
         A run that was killed may have written a line, or part of one, beyond its checkpoint.
+
+        Raises:
+            InputError: there are fewer.
         """
-        if not self.metrics.exists():
+        if not self.metrics.exists() and not epochs:
             return []
-        lines = self.metrics.read_text("utf-8").splitlines(keepends=True)[:epochs]
+        lines = _read_text(self.metrics).splitlines(keepends=True)[:epochs]
+        if len(lines) < epochs:
+            raise InputError(
+                f"{self.metrics} holds {len(lines)} epochs of {epochs}; restore it, or choose"
+                " another --workdir"
+            )
         with write_atomically(self.metrics) as file:
             file.writelines(lines)
-        return [json.loads(line) for line in lines]
+        return read_lines(self.metrics)
 
 
 @contextmanager
@@ -158,8 +168,9 @@ def claim(config: Config) -> Iterator[Workdir]:
         raise InputError(
             f"--workdir {workdir.root} cannot be written ({error.strerror or error})"
         ) from None
-    with lock:
-        if workdir.config.exists():
+    try:
+        # One that was given up before its data were read, as a mistaken flag does, is anyone's.
+        if workdir.config.exists() and workdir.data.exists():
             changed = differences(config, workdir.read_config())
             if changed:
                 raise InputError(
@@ -170,6 +181,8 @@ def claim(config: Config) -> Iterator[Workdir]:
             with write_atomically(workdir.config) as file:
                 file.write(to_json(config))
         yield workdir
+    finally:
+        lock.release()
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
@@ -180,7 +193,33 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Returns the objects of a file of JSON Lines."""
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    try:
+        return [json.loads(line) for line in _read_text(path).splitlines()]
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON Lines ({error}); restore it") from None
+
+
+def read_json(path: Path, key: str | None = None) -> Any:
+    """Returns what a JSON file holds, or what its object holds by a key.
+
+    Raises:
+        InputError: it is not there or not valid, or there is no such key.
+    """
+    try:
+        values = json.loads(_read_text(path))
+        return values if key is None else values[key]
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({error}); restore it") from None
+    except (KeyError, TypeError):
+        raise InputError(f"{path} has no {key}; restore it") from None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise InputError(f"{path} cannot be read ({reason}); restore it") from None
 
 
 def append_line(path: Path, values: Mapping[str, Any]) -> None:

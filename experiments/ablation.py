@@ -24,7 +24,7 @@ import tyro
 
 from cnnjax import devices, shifted
 from cnnjax.cli import guarded
-from cnnjax.config import Config
+from cnnjax.config import Config, DataConfig
 from cnnjax.errors import InputError
 from cnnjax.loop import fit
 from cnnjax.workdir import write_json
@@ -34,7 +34,11 @@ RECIPE, POST = "recipe", "post"
 
 
 def variants(recipe: Config) -> dict[str, Config]:
-    """Returns the recipe, the recipe without each ingredient or with one more, and the post's."""
+    """Returns the recipe, the recipe without each ingredient or with one more, and the post's.
+
+    The images are judged as they are, but for one of the variants: all of them in several views
+    would take as long to judge as to train.
+    """
 
     def augmented(**changes: Any) -> Config:
         return replace(recipe, augment=replace(recipe.augment, **changes))
@@ -42,6 +46,7 @@ def variants(recipe: Config) -> dict[str, Config]:
     def trained(**changes: Any) -> Config:
         return replace(recipe, train=replace(recipe.train, **changes))
 
+    recipe, several = augmented(views=1), recipe
     return {
         RECIPE: recipe,
         "no-tone": augmented(gamma=0.0, contrast=0.0, brightness=0.0),
@@ -59,7 +64,13 @@ def variants(recipe: Config) -> dict[str, Config]:
         "with-wide-crops": augmented(crop=0.25),
         "with-erasing-and-noise": augmented(erase=0.2, noise=0.05),
         "with-mixup": trained(mixup=0.2),
-        POST: replace(baseline.CONFIG, data=replace(recipe.data, size=baseline.CONFIG.data.size)),
+        "with-views": several,
+        POST: replace(
+            baseline.CONFIG,
+            data=replace(recipe.data, size=baseline.CONFIG.data.size),
+            operating=recipe.operating,
+            device=recipe.device,
+        ),
     }
 
 
@@ -88,6 +99,13 @@ class Options:
             raise InputError(f"--only {min(unknown)}: the variants are {names}")
         if not self.seeds:
             raise InputError("--seeds needs at least one number")
+        config = self.config
+        fixed = {"--seed": config.seed, "--data.fold": config.data.fold}
+        for flag, value in fixed.items():
+            if value:
+                raise InputError(f"{flag} has no effect here; give --seeds and --validations")
+        if config.data.validation != DataConfig().validation:
+            raise InputError("--data.validation has no effect here; give --validations")
 
 
 def ablate(options: Options) -> list[dict[str, Any]]:

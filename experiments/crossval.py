@@ -46,6 +46,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.config.data.validation == "official":
             raise InputError("--data.validation official has no folds; take patients or blocks")
+        if self.config.data.fold:
+            raise InputError("--data.fold has no effect here: every fold is trained")
 
 
 def crossvalidate(options: Options) -> None:
@@ -57,9 +59,23 @@ def crossvalidate(options: Options) -> None:
     ]
     fit_all(folds)
     runs = [fold.workdir for fold in folds]
-    mesh = devices.make_mesh(config.device)
+    pooled, documents = {}, {}
+    for views in sorted({1, config.augment.views}):
+        pooled[views], documents[views] = judge(options, runs, views)
+        show(documents[views])
+    document = documents[config.augment.views]
+    if config.augment.views > 1:
+        document |= {"one_view": documents[1]}
+    write_json(config.workdir / "crossval.json", document)
+    if options.release is not None:
+        write_release(options, runs, pooled, document)
+
+
+def judge(options: Options, runs: list[Path], views: int) -> tuple[shifted.HeldOut, dict[str, Any]]:
+    """Returns the pooled out-of-fold logits for so many views of an image, and their figures."""
+    config, mesh = options.config, devices.make_mesh(options.config.device)
     each = {
-        fold: shifted.held_out_logits(run, mesh, renderings=options.shifted)
+        fold: shifted.held_out_logits(run, mesh, views, renderings=options.shifted)
         for fold, run in enumerate(runs)
     }
     pooled, fold_of = shifted.together(each)
@@ -68,17 +84,15 @@ def crossvalidate(options: Options) -> None:
     kind = (
         "blocks of the file numbering" if config.data.validation == "blocks" else "patient-grouped"
     )
-    document: dict[str, Any] = {
+    looks = "as they are" if views == 1 else f"in {views} views"
+    return pooled, {
         "protocol": f"out of fold, {config.data.folds} folds, {kind}, last epoch,"
-        f" seed {config.seed}; operating point fitted on the other folds",
+        f" seed {config.seed}; images judged {looks};"
+        " operating point fitted on the other folds",
         "auc_by_fold": areas,
         "auc_mean": float(np.mean(areas)),
         "auc_sd": float(np.std(areas, ddof=1)),
     } | found
-    write_json(config.workdir / "crossval.json", document)
-    show(document)
-    if options.release is not None:
-        write_release(options, runs, pooled, document)
 
 
 def show(document: dict[str, Any]) -> None:
@@ -96,19 +110,26 @@ def show(document: dict[str, Any]) -> None:
 
 
 def write_release(
-    options: Options, runs: list[Path], pooled: shifted.HeldOut, document: dict[str, Any]
+    options: Options,
+    runs: list[Path],
+    pooled: dict[int, shifted.HeldOut],
+    document: dict[str, Any],
 ) -> None:
-    """Packs every fold's network, with the operating point of all held-out images."""
+    """Packs every fold's network, with the operating points of all held-out images."""
     assert options.release is not None
-    mesh = devices.make_mesh(options.config.device)
+    config = options.config
+    mesh = devices.make_mesh(config.device)
     members = [Predictor.of_run(run, mesh, "latest").members[0] for run in runs]
-    config = Workdir(runs[0]).read_config()
     release.write(
         release.Release(
             config.model,
             config.data.size,
             Workdir(runs[0]).read_classes(),
-            shifted.fit_point(pooled.sets, pooled.labels, config.operating),
+            config.augment,
+            {
+                views: shifted.fit_point(held_out.sets, held_out.labels, config.operating)
+                for views, held_out in pooled.items()
+            },
             tuple(variables_of(member) for member in members),
             {
                 "figures": document,

@@ -7,6 +7,7 @@ It shares the network and the data with the library, and nothing of its loop. Th
 """
 
 import math
+import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ import tyro
 
 from cnnjax import devices
 from cnnjax.augment import make_augment
+from cnnjax.cli import guarded
 from cnnjax.config import AugmentConfig, DataConfig, DeviceConfig
 from cnnjax.data.prepare import training_data
 from cnnjax.metrics import evaluate
@@ -82,12 +84,12 @@ def eval_step(state: State, images: jax.Array) -> jax.Array:
     return model.apply({"params": state.params}, floats, train=False)
 
 
-def main(data: DataConfig, epochs: int = 5) -> float:
-    """Trains and evaluates; returns the AUC on the held-out patients."""
-    mesh = devices.make_mesh(DeviceConfig())  # the CPU, or each GPU, is a device
+def main(data: DataConfig, epochs: int = 5) -> int:
+    """Trains, and evaluates on the held-out patients; returns the exit status."""
+    mesh = devices.make_mesh(DeviceConfig())  # the CPU, or each of its cores, or each GPU
+    size = math.ceil(BATCH / mesh.size) * mesh.size  # of a batch: divisible among them
     everywhere, by_row = devices.replicated(mesh), devices.divided(mesh)
     found = training_data(data, SEED, print)
-
     init_key, order_key, step_key = jax.random.split(jax.random.key(SEED), 3)
     state = jax.device_put(init(init_key, data.size), everywhere)
     images, labels, step_key = jax.device_put(
@@ -99,13 +101,13 @@ def main(data: DataConfig, epochs: int = 5) -> float:
     step = jax.jit(train_step, donate_argnames="state", out_shardings=everywhere)
 
     train = found.train
-    steps = math.ceil(len(train) / BATCH)
+    steps = math.ceil(len(train) / size)
     for epoch in range(epochs):
         order = jax.random.permutation(jax.random.fold_in(order_key, epoch), len(train))
-        rows = np.full(steps * BATCH, -1, np.int32)
+        rows = np.full(steps * size, -1, np.int32)
         rows[: len(train)] = train[np.asarray(order)]
         losses = []
-        for batch in jax.device_put(list(rows.reshape(steps, BATCH)), by_row):
+        for batch in jax.device_put(list(rows.reshape(steps, size)), by_row):
             # The call returns before the device has finished: Python is already at the next batch.
             # Only a look at a number waits, so the losses stay on the device until the epoch's end.
             state, loss = step(state, images, labels, batch, step_key)
@@ -114,10 +116,10 @@ def main(data: DataConfig, epochs: int = 5) -> float:
 
     logits = np.asarray(jax.jit(eval_step)(state, images[found.validation]))
     patients = [found.decoded.examples[i].patient for i in found.validation]
-    judged = evaluate(logits, found.decoded.labels[found.validation], patients)
-    print(judged.report(found.classes))
-    return judged.auc.value or 0.0
+    labels = found.decoded.labels[found.validation]
+    print(evaluate(logits, labels, patients).report(found.classes))
+    return 0
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    sys.exit(guarded(lambda: tyro.cli(main)))

@@ -28,6 +28,7 @@ CONFIG = Config(
         brightness=0.1,
         gamma=0.25,
         sharpness=0.5,
+        views=16,
     ),
     train=TrainConfig(
         epochs=30,

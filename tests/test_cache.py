@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cnnjax.data import cache
-from cnnjax.data.decode import decode
+from cnnjax.data.decode import MissingDecoder, decode
 from cnnjax.data.index import Index, read_index
 from cnnjax.errors import InputError
 
@@ -78,6 +78,42 @@ def test_broken_files_go_to_quarantine(copy: Path, tmp_path: Path) -> None:
     cache.write_quarantine(tmp_path / "quarantine.csv", decoded.quarantine)
     text = (tmp_path / "quarantine.csv").read_text()
     assert text == f"image,reason\n{bad},neither JPEG nor PNG nor DICOM\n"
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError(13, "Permission denied"), MissingDecoder("install it")]
+)
+def test_what_may_be_readable_the_next_time_is_tried_again(
+    copy: Path, tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail_on_one(encoded: bytes, size: int) -> np.ndarray:
+        if encoded == bad.read_bytes():
+            raise error
+        return decode(encoded, size)
+
+    bad = copy / read_index(copy).split("test")[3].name
+    with monkeypatch.context() as patched:
+        patched.setattr(cache, "decode", fail_on_one)
+        first = load(copy, tmp_path)
+    assert [copy / name for name, _ in first.quarantine] == [bad]
+    second = load(copy, tmp_path)
+    assert second.quarantine == ()
+    np.testing.assert_array_equal(np.delete(second.images, 3, axis=0), first.images)
+    np.testing.assert_array_equal(second.images[3], decode(bad.read_bytes(), 16))
+    monkeypatch.setattr(cache, "decode", lambda *_: pytest.fail("decoded again"))
+    assert load(copy, tmp_path).fingerprint == second.fingerprint
+
+
+def test_a_full_disk_is_one_sentence(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(InputError, match=r"No space left on device\); free some space there"):
+        load(copy, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_a_link_to_nowhere_goes_to_quarantine(copy: Path, tmp_path: Path) -> None:

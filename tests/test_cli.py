@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -59,6 +61,19 @@ def test_evaluate(
 
     assert cnnjax("evaluate", "--run", run, "--data", tree, "--threshold", 0, "--json", out) == 0
     assert json.loads(out.read_text())["sensitivity"]["value"] == 1
+
+
+def test_evaluate_warns_of_images_that_trained_the_run(
+    run: Path, tree: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cnnjax("evaluate", "--run", run, "--data", tree, "--split", "train") == 0
+    said = re.search(r"was trained on (\d+) images of these names", capsys.readouterr().out)
+    assert said is not None
+    with (run / "split.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert int(said[1]) == sum(r["role"] == "train" and "train/" in r["image"] for r in rows)
+    assert cnnjax("evaluate", "--run", run, "--data", tree) == 0
+    assert "was trained on" not in capsys.readouterr().out
 
 
 def test_a_tree_with_only_test_can_be_evaluated(run: Path, tree: Path, tmp_path: Path) -> None:
@@ -146,6 +161,36 @@ def test_few_images_and_many_get_the_same(
         assert a["probability"] == pytest.approx(b["probability"], abs=1e-4)
 
 
+def test_output_goes_into_a_pipe_and_through_a_link(run: Path, tree: Path, tmp_path: Path) -> None:
+    command = ["evaluate", "--run", run, "--data", tree, "--json"]
+    (tmp_path / "link.json").symlink_to(tmp_path / "there.json")
+    assert cnnjax(*command, tmp_path / "link.json") == 0
+    assert (tmp_path / "link.json").is_symlink()
+    written = (tmp_path / "there.json").read_bytes()
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    assert cnnjax(*command, tmp_path / "pipe") == 0
+    assert os.read(reader, 1 << 16) == written
+    os.close(reader)
+
+
+def test_a_damaged_run_is_named(
+    run: Path, tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    for name, message in (("operating.json", "is not valid JSON"), ("data.json", "cannot be read")):
+        kept = (tmp_path / "run" / name).read_bytes()
+        (tmp_path / "run" / name).write_bytes(b"{" if "valid" in message else b"\xff")
+        assert cnnjax("evaluate", "--run", tmp_path / "run", "--data", tree) == 2
+        error = capsys.readouterr().err
+        assert f"{name} {message}" in error
+        assert error.count("\n") == 1
+        (tmp_path / "run" / name).write_bytes(kept)
+    (tmp_path / "run" / "throughput.jsonl").unlink()
+    assert cnnjax("report", "--run", tmp_path / "run") == 2
+    assert "throughput.jsonl cannot be read" in capsys.readouterr().err
+
+
 def test_hidden_files_are_passed_over_and_parents_are_not(
     run: Path,
     tree: Path,
@@ -190,9 +235,13 @@ def test_predict_draws_heat_maps_of_what_it_can_read(run: Path, tree: Path, tmp_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["evaluate", "--run", "nowhere"], "nowhere is no run: it has no config.json"),
+        (["evaluate", "--run", "nowhere"], "nowhere is no run: it does not exist"),
         (["evaluate", "--run", "RUN", "--data", "nowhere"], "nowhere does not exist"),
         (["evaluate", "--run", "RUN", "--data", "TREE", "--threshold", "2"], "--threshold must be"),
+        (
+            ["predict", "--run", "RUN", "TREE", "--views", "2"],
+            "operating point for 1 view of an image",
+        ),
         (["evaluate", "--run", "RUN", "--data", "LETTERS"], "has the classes A and PNEUMONIA, but"),
         (
             ["evaluate", "--run", "RUN", "--data", "TREE", "--json", "no/dir/x"],

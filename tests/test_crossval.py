@@ -7,10 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from cnnjax import cli, devices, release, shifted
+from cnnjax.augment import make_views
 from cnnjax.config import (
     AugmentConfig,
     Config,
@@ -24,9 +27,10 @@ from cnnjax.data.index import read_index
 from cnnjax.data.rerender import CHANGES
 from cnnjax.errors import InputError
 from cnnjax.metrics import auc
-from cnnjax.models import AUXILIARY
+from cnnjax.models import AUXILIARY, make_model
 from cnnjax.predict import Predictor
-from cnnjax.workdir import Workdir
+from cnnjax.steps import to_float
+from cnnjax.workdir import Workdir, read_table
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 FOLDS = 2
@@ -44,7 +48,7 @@ def made(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pa
             workdir=folder / "run",
             data=DataConfig(root=str(tree), size=24, folds=FOLDS, cache=folder / "cache"),
             model=ModelConfig("resnet", width=4, stages=2, standardize=True),
-            augment=AugmentConfig(0, 0, True),
+            augment=AugmentConfig(0, 0.1, True, views=3),
             train=TrainConfig(epochs=8, batch=16, learning_rate=1e-2, ema=0.9, auxiliary=0.3),
         )
         crossval.crossvalidate(crossval.Options(config, shifted=True, release=folder / "release"))
@@ -65,6 +69,10 @@ def test_every_rendering_is_judged(made: tuple[Path, Path]) -> None:
         assert found["worst"][metric] == min(values)
     assert found["plain"]["auc"]["value"] == found["sets"][shifted.PLAIN]["auc"]
     assert found["mean"]["auc"] > 0.7
+    assert "in 3 views" in found["protocol"]
+    assert "as they are" in found["one_view"]["protocol"]
+    assert found["one_view"]["sets"].keys() == found["sets"].keys()
+    assert found["one_view"]["mean"] != found["mean"]
 
 
 def test_the_release_gives_each_held_out_fold_the_logits_of_its_run(
@@ -72,7 +80,7 @@ def test_the_release_gives_each_held_out_fold_the_logits_of_its_run(
 ) -> None:
     run, packed = made
     mesh = devices.make_mesh(Config().device)
-    predictor = Predictor.open(packed, mesh)
+    predictor = Predictor.open(packed, mesh, views=1)
     assert len(predictor.members) == FOLDS
     assert all(AUXILIARY not in member.params for member in predictor.members)
     index = read_index(tree)
@@ -81,11 +89,38 @@ def test_the_release_gives_each_held_out_fold_the_logits_of_its_run(
     np.testing.assert_allclose(predictor.logits(decoded.images), logits.mean(0), atol=1e-6)
     names = [e.name for e in decoded.examples]
     for fold in range(FOLDS):
-        lines = Workdir(run / f"fold{fold}").validation.read_text().splitlines()[1:]
-        rows = [names.index(line.split(",")[0]) for line in lines]
-        expected = [float(line.split(",")[-1]) for line in lines]
+        workdir = Workdir(run / f"fold{fold}")
+        rows = [names.index(name) for name in workdir.read_validation().names]
+        trained = Predictor.open(workdir.root, mesh, "latest", views=1)
+        expected = trained.logits(decoded.images[rows])
         # float16 has eleven bits
         np.testing.assert_allclose(logits[fold][rows], expected, atol=0.02, rtol=0.02)
+        # What the run wrote down is of as many views as its config says.
+        written = [float(row["logit_last"]) for row in read_table(workdir.validation)]
+        several = Predictor.open(workdir.root, mesh, "latest").logits(decoded.images[rows])
+        np.testing.assert_allclose(several, written, atol=1e-3)
+        assert np.abs(several - expected).max() > 1e-3
+
+
+def test_members_share_the_views_and_each_draws_its_own(
+    made: tuple[Path, Path], tree: Path
+) -> None:
+    """Of a release of two equal networks, each judges two of three views."""
+    released = release.read(made[1])
+    twins = replace(released, members=(released.members[0],) * 2)
+    mesh = devices.make_mesh(DeviceConfig())
+    predictor = Predictor.of_release(twins, mesh)
+    assert predictor.views == 3
+    index = read_index(tree)
+    images = cache.load(index.split("test"), index.source, 24).images[:5]
+    found = predictor.member_logits(images)
+    assert np.abs(found[0] - found[1]).max() > 1e-3
+    model = make_model(released.model)
+    variables = jax.tree.map(lambda x: x.astype(np.float32), released.members[0])
+    for draw in range(2):
+        seen = make_views(released.augment, 2)(jax.random.key(draw), to_float(jnp.array(images)))
+        each = [model.apply(variables, seen[:, i], train=False) for i in range(2)]
+        np.testing.assert_allclose(found[draw], np.mean(each, axis=0), atol=2e-3)
 
 
 def test_images_of_another_size_or_type_are_refused(made: tuple[Path, Path]) -> None:
@@ -110,9 +145,19 @@ def test_evaluate_takes_a_release(
     with pytest.raises(SystemExit) as ended:
         cli.main(["evaluate", "--run", str(made[1]), "--data", str(tree), "--json", str(out)])
     assert ended.value.code == 0
-    point = release.read(made[1]).operating
-    assert read(out)["threshold"] == point.probability_threshold()
-    assert "re-rendered too" in point.criterion
+    points = release.read(made[1]).operating
+    assert points.keys() == {1, 3}
+    assert read(out)["threshold"] == points[3].probability_threshold()
+    assert "re-rendered too" in points[3].criterion
+    command = ["evaluate", "--run", str(made[1]), "--data", str(tree), "--json", str(out)]
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--views", "1"])
+    assert read(out)["threshold"] == points[1].probability_threshold()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*command, "--views", "2"])
+    assert ended.value.code == 2
+    assert "has an operating point for 1 or 3 views of an image" in capsys.readouterr().err
 
 
 def test_a_damaged_release_is_refused(made: tuple[Path, Path], tmp_path: Path) -> None:

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from cnnjax.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainConfig
+from cnnjax.config import (
+    AugmentConfig,
+    Config,
+    DataConfig,
+    DeviceConfig,
+    ModelConfig,
+    TrainConfig,
+)
 from cnnjax.errors import InputError
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -23,11 +31,17 @@ def test_every_variant_of_the_ablation_differs_from_the_recipe() -> None:
     import ablation
     import pneumonia
 
-    for name, variant in ablation.variants(pneumonia.CONFIG).items():
-        if name not in (ablation.RECIPE, ablation.POST):
-            assert variant != pneumonia.CONFIG, name
+    variants = ablation.variants(pneumonia.CONFIG)
+    recipe = variants.pop(ablation.RECIPE)
+    assert recipe == replace(pneumonia.CONFIG, augment=replace(pneumonia.CONFIG.augment, views=1))
+    assert variants["with-views"] == pneumonia.CONFIG
+    assert len({recipe, *variants.values()}) == 1 + len(variants)
+    changed = replace(pneumonia.CONFIG, device=DeviceConfig("cpu"))
+    assert ablation.variants(changed)[ablation.POST].device == DeviceConfig("cpu")
     with pytest.raises(InputError, match="--only nothing: the variants are recipe, no-tone"):
         ablation.Options(only=("nothing",))
+    with pytest.raises(InputError, match=r"--data\.fold has no effect here"):
+        ablation.Options(replace(pneumonia.CONFIG, data=DataConfig(fold=1)))
 
 
 @pytest.mark.usefixtures("_scripts")

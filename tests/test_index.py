@@ -55,8 +55,8 @@ def test_nested_mixed_case_and_litter(make_tree: Callable[..., Path], prefix: st
         )
     )
     assert [(e.split, e.label, e.patient) for e in index.examples] == [
-        ("train", 0, "a.JPG"),
-        ("train", 1, "b.PnG"),
+        ("train", 0, f"{prefix}/Train/Normal/a.JPG"),
+        ("train", 1, f"{prefix}/Train/pneumonia/b.PnG"),
     ]
     assert dict(index.left_out) == {
         f"{prefix}/Train/pneumonia/notes.txt": "not .jpeg, .jpg, .png, .dcm",
@@ -64,6 +64,39 @@ def test_nested_mixed_case_and_litter(make_tree: Callable[..., Path], prefix: st
     }
     assert "2 file names tell no patient" in index.describe()
     assert "left out: 1 not in a class folder" in index.describe()
+
+
+def test_a_split_folder_is_told_from_its_root(make_tree: Callable[..., Path]) -> None:
+    root = make_tree("train/NORMAL/a.jpeg", "train/PNEUMONIA/b.jpeg")
+    with pytest.raises(InputError, match=f"did you mean {root}"):
+        read_index(root / "train")
+
+
+def test_equal_names_in_several_folders_are_several_patients(
+    make_tree: Callable[..., Path],
+) -> None:
+    folders = ("train/NORMAL", "train/PNEUMONIA", "test/NORMAL", "test/PNEUMONIA")
+    index = read_index(make_tree(*(f"{folder}/1.png" for folder in folders)))
+    assert len({e.patient for e in index.examples}) == 4
+    assert "4 file names tell no patient" in index.describe()
+
+
+def test_folders_may_be_links_even_in_a_circle(
+    make_tree: Callable[..., Path], tmp_path: Path
+) -> None:
+    whole = make_tree("train/NORMAL/a.jpeg", "train/PNEUMONIA/b.jpeg")
+    linked = tmp_path / "linked"
+    (linked / "train").mkdir(parents=True)
+    for name in ("NORMAL", "PNEUMONIA"):
+        (linked / "train" / name).symlink_to(whole / "train" / name)
+    (linked / "test").symlink_to(whole / "train")
+    (linked / "train" / "NORMAL" / "again").symlink_to(linked)
+    assert [e.name for e in read_index(linked).examples] == [
+        "train/NORMAL/a.jpeg",
+        "train/PNEUMONIA/b.jpeg",
+        "test/NORMAL/a.jpeg",
+        "test/PNEUMONIA/b.jpeg",
+    ]
 
 
 def test_kaggle_archive_holds_itself_twice(make_tree: Callable[..., Path]) -> None:
@@ -201,7 +234,7 @@ def test_damaged_zip_member_is_an_error_of_that_file(tmp_path: Path) -> None:
         ("normal-3464500-0001.jpeg", "3464500", -1),
         ("BACTERIA-1008087-0001.jpeg", "1008087", 0),
         ("train/PNEUMONIA/VIRUS-1008087-0001.jpeg", "1008087", 1),
-        ("virus/scan.jpeg", "scan.jpeg", -1),
+        ("virus/scan.jpeg", "virus/scan.jpeg", -1),
         ("00012", "00012", -1),
     ],
 )

@@ -16,11 +16,11 @@ import filelock
 import numpy as np
 import pytest
 
-from cnnjax import loop, programs
+from cnnjax import checkpoint, loop, programs
 from cnnjax.config import Config, DataConfig, DeviceConfig, ModelConfig, TrainConfig
 from cnnjax.errors import InputError
 from cnnjax.loop import fit
-from cnnjax.workdir import append_line, read_lines
+from cnnjax.workdir import append_line, claim, read_lines
 
 EPOCHS = 4
 
@@ -43,8 +43,8 @@ def finished(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def outcome(run: Path) -> dict[str, bytes]:
-    names = ("metrics.jsonl", "summary.json", "validation.csv", "split.csv", "config.json")
-    return {name: (run / name).read_bytes() for name in names if name != "config.json"}
+    names = ("metrics.jsonl", "summary.json", "validation.csv", "split.csv", "operating.json")
+    return {name: (run / name).read_bytes() for name in names}
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -246,6 +246,30 @@ def test_broken_images_are_left_out_and_listed(tree: Path, tmp_path: Path) -> No
         fit(strict)
 
 
+def test_a_broken_image_that_goes_is_another_data_set(tree: Path, tmp_path: Path) -> None:
+    """Folds are drawn over it: without it, patients that were trained on could be held out."""
+    root = Path(shutil.copytree(tree, tmp_path / "tree"))
+    bad = sorted((root / "train" / "NORMAL").iterdir())[0]
+    bad.write_bytes(b"no image")
+    fit(config_for(root, tmp_path / "run", epochs=1))
+    split = (tmp_path / "run" / "split.csv").read_bytes()
+    bad.unlink()
+    with pytest.raises(InputError, match="was trained on other images"):
+        fit(config_for(root, tmp_path / "run", epochs=1))
+    assert (tmp_path / "run" / "split.csv").read_bytes() == split
+
+
+def test_a_start_that_failed_on_its_data_leaves_the_workdir_to_the_next(
+    tree: Path, tmp_path: Path
+) -> None:
+    config = config_for(tree, tmp_path / "run", epochs=1)
+    wrong = replace(config, data=replace(config.data, positive="SICK"))
+    with pytest.raises(InputError, match="name one of them with --data"):
+        fit(wrong)
+    fit(config)
+    assert (tmp_path / "run" / "summary.json").exists()
+
+
 def test_a_second_head_says_what_it_learns_from(
     tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -394,6 +418,47 @@ def test_members_may_differ_by_seed_and_fold_alone(tree: Path, tmp_path: Path) -
         loop.fit_all([config, replace(config, train=TrainConfig(batch=8), workdir=tmp_path / "b")])
     with pytest.raises(ValueError, match="a workdir of its own"):
         loop.fit_all([config, replace(config, seed=1)])
+
+
+def test_a_refused_config_leaves_the_workdir_free(tree: Path, tmp_path: Path) -> None:
+    config = config_for(tree, tmp_path / "run", epochs=1)
+    with claim(config) as workdir:
+        workdir.claim_data("data", ("A", "B"))
+    with pytest.raises(InputError, match="belongs to another config") as kept:  # noqa: SIM117
+        with claim(replace(config, seed=1)):
+            pass
+    with claim(config) as workdir:  # while the exception, and so its frames, are still there
+        assert workdir.root == tmp_path / "run"
+    assert kept.value is not None
+
+
+def test_of_two_checkpoints_the_older_counts(tree: Path, tmp_path: Path, finished: Path) -> None:
+    """As after a power cut between a save and the removal of the one before."""
+    run = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(checkpoint.ocp.CheckpointManager, "delete", stop)
+        with pytest.raises(KeyboardInterrupt):
+            fit(config_for(tree, run))
+    (both,) = (kind for kind in (run / "checkpoints").iterdir() if len(list(kind.iterdir())) == 2)
+    for path in (both / "2").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")  # it never reached the disk
+    fit(config_for(tree, run))
+    assert outcome(run) == outcome(finished)
+
+
+def stop(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_run_without_its_history_says_so(tree: Path, tmp_path: Path, finished: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    with pytest.raises(InputError, match=r"metrics\.jsonl cannot be read"):
+        fit(config_for(tree, tmp_path / "run"))
+    (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(InputError, match=r"metrics\.jsonl holds 1 epochs of 4; restore it"):
+        fit(config_for(tree, tmp_path / "run"))
 
 
 def test_a_line_that_was_left_unfinished_is_dropped(tmp_path: Path) -> None:

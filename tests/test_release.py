@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -53,9 +54,11 @@ def test_each_network_has_the_recorded_figure_on_the_fold_that_it_never_saw() ->
     examples = index.split("train", "val")
     fold = grouped_folds(examples, split["folds"], split["seed"])
     decoded = cache.load(examples, index.source, released.size)
-    predictor = Predictor.of_release(released, devices.make_mesh(DeviceConfig()))
+    mesh = devices.make_mesh(DeviceConfig())
+    predictor = Predictor.of_release(released, mesh, views=1)
     logits = predictor.member_logits(decoded.images)
-    recorded = released.about["figures"]["auc_by_fold"]
+    figures = released.about["figures"]
+    recorded = figures["one_view"]["auc_by_fold"]
     assert len(logits) == len(recorded) == split["folds"]
     trained = []
     for k, area in enumerate(recorded):
@@ -64,3 +67,8 @@ def test_each_network_has_the_recorded_figure_on_the_fold_that_it_never_saw() ->
         trained.append(auc(logits[k][~held_out], decoded.labels[~held_out]))
     # On what they were trained on they do better, or the folds are others.
     assert np.mean(trained) > np.mean(recorded)
+    # The first network by itself takes all the views.
+    one = Predictor.of_release(replace(released, members=released.members[:1]), mesh)
+    held_out = fold == 0
+    judged = auc(one.logits(decoded.images[held_out]), decoded.labels[held_out])
+    assert judged == pytest.approx(figures["auc_by_fold"][0], abs=3e-4)

@@ -10,12 +10,14 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from cnnjax import cli, devices, report
+from cnnjax import cli, devices, metrics, report
 from cnnjax.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainConfig
 from cnnjax.errors import InputError
 from cnnjax.loop import fit
+from cnnjax.report import plots
 from cnnjax.workdir import Workdir
 
 
@@ -112,6 +114,15 @@ def test_without_the_images_it_says_so(run: Path, tmp_path: Path) -> None:
     _, page = written(gone)
     assert "none are shown" in page.text
     assert "img" not in [tag for tag, _ in page.tags]
+
+
+def test_curves_of_very_few_positives_are_drawn() -> None:
+    """A bootstrap draw may have none of them."""
+    logits, labels = np.linspace(-1, 1, 12), np.arange(12) >= 10
+    patients = [str(i) for i in range(12)]
+    found = metrics.evaluate(logits, labels.astype(int), patients)
+    for draw in (plots.roc, plots.precision_recall):
+        assert draw(logits, labels, patients, found).startswith("<svg")
 
 
 def test_a_run_that_has_not_ended_has_no_report(run: Path, tmp_path: Path) -> None:

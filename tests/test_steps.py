@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from cnnjax import devices
-from cnnjax.augment import make_augment
+from cnnjax.augment import make_augment, make_views
 from cnnjax.config import AugmentConfig, DeviceConfig, TrainConfig
 from cnnjax.models import AUXILIARY, BaselineCNN, ResNet
 from cnnjax.steps import (
@@ -130,6 +130,24 @@ def test_the_number_of_devices_changes_nothing(model: nn.Module) -> None:
         outcomes.append(jax.device_get(state))
     close(outcomes[0].params, outcomes[1].params, 1e-3)
     close(outcomes[0].batch_stats, outcomes[1].batch_stats)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_the_logit_is_the_mean_over_views(count: int) -> None:
+    config = AugmentConfig(zoom=0.2, contrast=0.3)
+    _, state = started(ResNet(4))
+    mesh = devices.make_mesh(DeviceConfig(count=count))
+    batch = jax.device_put(batch_of(4), devices.divided(mesh))
+    state = jax.device_put(state, devices.replicated(mesh))
+    judge = make_eval_step(ResNet(4), make_views(config, 3))
+    found = judge(state, batch, 7)
+    seen = make_views(config, 3)(jax.random.key(7), to_float(batch_of(4).images))
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    each = [ResNet(4).apply(variables, seen[:, i]) for i in range(3)]
+    close(found, sum(each) / 3)
+    assert float(jnp.abs(found - judge(state, batch, 8)).max()) > 1e-4
+    plain = make_eval_step(ResNet(4))(state, batch)
+    assert float(jnp.abs(found - plain).max()) > 1e-4
 
 
 def test_sums_and_gradient_are_those_of_the_mean_over_valid_rows() -> None:

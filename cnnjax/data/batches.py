@@ -78,7 +78,8 @@ class Feeder:
         images: uint8 [n, height, width]; may be memory-mapped.
         labels: int32 [n].
         mesh: the devices.
-        resident_mib: up to this size, in MiB, the data set is put on each device whole.
+        resident_mib: up to this size, in MiB, the data set is put on each device whole; below 0
+            never.
         viral: int32 [n], see `cnnjax.steps.Batch`; None to leave it out.
 
     Attributes:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from cnnjax.data.decode import DecodeError, decode
+from cnnjax.data.decode import DecodeError, MissingDecoder, decode
 from cnnjax.data.files import work_folder, write_atomically
 from cnnjax.data.index import Example, Source, viral_of
 from cnnjax.errors import InputError
@@ -38,7 +39,8 @@ class Decoded:
     quarantine: tuple[tuple[str, str], ...]
     """(name, reason) of each file that could not."""
     fingerprint: str
-    """SHA-256 over names, labels, patients and pixels: the same data has the same, anywhere."""
+    """SHA-256 over names, labels, patients and pixels: the same data has the same, anywhere. Files
+    that cannot be decoded count too, as folds are drawn over them."""
 
     @property
     def labels(self) -> np.ndarray:
@@ -77,7 +79,7 @@ def load(
     folder = cache_folder() if folder is None else folder
     key = _key(examples, source, size)
     home = folder / f"images-{size}-{key[:32]}"
-    if not (home / "done.json").exists():
+    if not _is_final(home):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _decode_into(home, examples, source, size, progress)
@@ -91,16 +93,14 @@ def load(
     if quarantine and strict:
         name, reason = quarantine[0]
         more = f", and {len(quarantine) - 1} more files like it" if len(quarantine) > 1 else ""
-        raise InputError(
-            f"{name} cannot be decoded ({reason}){more}; mend it or drop --data.strict"
-        )
+        raise InputError(f"{name} cannot be decoded ({reason}){more}; fix it or drop --data.strict")
     broken = {name for name, _ in quarantine}
     whole = tuple(e for e in examples if e.name not in broken)
     if not whole:
         name, reason = quarantine[0]
         raise InputError(f"none of the {len(examples)} images can be decoded: {name}: {reason}")
     images = np.load(home / "images.npy", mmap_mode="r")
-    return Decoded(images, whole, quarantine, _fingerprint(whole, done["pixels"]))
+    return Decoded(images, whole, quarantine, _fingerprint(examples, quarantine, done["pixels"]))
 
 
 def write_quarantine(path: Path, quarantine: Sequence[tuple[str, str]]) -> None:
@@ -116,26 +116,39 @@ def _key(examples: Sequence[Example], source: Source, size: int) -> str:
     return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
 
 
-def _fingerprint(examples: Sequence[Example], pixels: str) -> str:
+def _fingerprint(
+    examples: Sequence[Example], quarantine: Sequence[tuple[str, str]], pixels: str
+) -> str:
+    broken = sorted(name for name, _ in quarantine)
     rows = [(e.name, e.label, e.patient) for e in examples]
-    return hashlib.sha256(json.dumps([pixels, rows]).encode()).hexdigest()
+    content = [pixels, rows, *([broken] if broken else [])]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _decode_into(
     home: Path, examples: Sequence[Example], source: Source, size: int, progress: bool
 ) -> None:
+    passing = []  # files that may be readable the next time
+
     def decode_one(example: Example) -> np.ndarray | str:
         try:
             return decode(source.read(example.name), size)
         except DecodeError as error:
+            if isinstance(error, MissingDecoder):
+                passing.append(example.name)
             return str(error)
         except OSError as error:
+            # The system's word, not one about the content. (A link's signature is its target's.)
+            if error.errno is not None and not isinstance(error, FileNotFoundError):
+                passing.append(example.name)
             return f"cannot be read: {error.strerror or error}"
 
     with work_folder(home) as work:
+        shape = len(examples), size, size
         images = np.lib.format.open_memmap(
-            work / "images.npy", mode="w+", dtype=np.uint8, shape=(len(examples), size, size)
+            work / "images.npy", mode="w+", dtype=np.uint8, shape=shape
         )
+        _claim_disk(work / "images.npy")
         quarantine: list[tuple[str, str]] = []
         row = 0
         # Threads suffice: Pillow decodes and resizes without holding the interpreter's lock.
@@ -159,13 +172,32 @@ def _decode_into(
         if quarantine:
             _shorten(work / "images.npy", row)
         with write_atomically(work / "done.json") as file:
-            json.dump({"pixels": pixels, "quarantine": quarantine}, file)
+            done = {"pixels": pixels, "quarantine": quarantine, "final": not passing}
+            json.dump(done, file)
+        if home.exists() and not _is_final(home):
+            home.rename(work.with_name("before"))  # goes with the work folder
         try:
             work.rename(home)
         except OSError:
             # Another process was first; what it made is what we made.
             if not (home / "done.json").exists():
                 raise
+
+
+def _is_final(home: Path) -> bool:
+    """Tells whether everything is decoded that ever will be."""
+    try:
+        return bool(json.loads((home / "done.json").read_text("utf-8")).get("final", True))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def _claim_disk(path: Path) -> None:
+    """Raises OSError where the disk has no room for a sparse file: written through a memory map, it
+    would end the process by a signal."""
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def _shorten(path: Path, rows: int) -> None:

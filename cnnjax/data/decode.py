@@ -18,6 +18,10 @@ class DecodeError(Exception):
     """The file is no image that we take; the text says why, in a few words."""
 
 
+class MissingDecoder(DecodeError):
+    """What would decode the file is not installed here; it may be the next time."""
+
+
 def decode(encoded: bytes | np.ndarray, size: int) -> np.ndarray:
     """Decodes an image to a grayscale square, stretched to it.
 
@@ -42,6 +46,8 @@ def decode(encoded: bytes | np.ndarray, size: int) -> np.ndarray:
     if dicom.is_dicom(encoded):
         try:
             levels = dicom.read(encoded, LARGEST_PIXELS)
+        except dicom.NoDecoder as error:
+            raise MissingDecoder(str(error)) from None
         except dicom.DicomError as error:
             raise DecodeError(str(error)) from None
         return _to_square(Image.fromarray(levels * 65535), size)

@@ -11,6 +11,7 @@ import hashlib
 import io
 import re
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,10 @@ _LATERAL = {"LL", "RL", "LLD", "RLD", "LATERAL"}  # View Position (0018,5101)
 
 class DicomError(Exception):
     """The file holds no radiograph that we take; the text says why, in a few words."""
+
+
+class NoDecoder(DicomError):
+    """What would read the file is not installed here."""
 
 
 def is_dicom(encoded: bytes) -> bool:
@@ -38,7 +43,8 @@ def read(encoded: bytes, largest: int) -> np.ndarray:
         float32 [height, width] in [0, 1].
 
     Raises:
-        DicomError: it has no image, or several, or one that cannot be decoded here.
+        DicomError: it has no image, or several, or one that cannot be decoded here
+            (then `NoDecoder`).
     """
     try:
         return _read(_open(encoded), largest)
@@ -68,8 +74,11 @@ def _read(file: Any, largest: int) -> np.ndarray:
     return np.asarray(shown, np.float32)
 
 
-def patient_of(encoded: bytes) -> str | None:
-    """Returns a hash of the patient's identifier, 16 hexadecimal digits; None where it is empty."""
+def patient_of(encoded: bytes | Path) -> str | None:
+    """Returns a hash of the patient's identifier, 16 hexadecimal digits; None where it is empty.
+
+    Of a file named by its path, only what stands before the pixels is read.
+    """
     identifier = str(_open(encoded, pixels=False).get("PatientID") or "").strip()
     return hashlib.sha256(identifier.encode()).hexdigest()[:16] if identifier else None
 
@@ -95,15 +104,16 @@ def doubts(encoded: bytes) -> list[str]:
     return found
 
 
-def _open(encoded: bytes, *, pixels: bool = True) -> Any:
+def _open(encoded: bytes | Path, *, pixels: bool = True) -> Any:
     try:
         import pydicom
     except ImportError:
-        raise DicomError('a DICOM file; to read it: pip install "cnnjax[dicom]"') from None
+        raise NoDecoder('a DICOM file; to read it: pip install "cnnjax[dicom]"') from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the many ways to bend the standard
-            return pydicom.dcmread(io.BytesIO(encoded), stop_before_pixels=not pixels)
+            file = encoded if isinstance(encoded, Path) else io.BytesIO(encoded)
+            return pydicom.dcmread(file, stop_before_pixels=not pixels)
     except Exception as error:  # a file can be broken in any way
         raise DicomError(f"broken DICOM file: {_reason(error)}") from None
 
@@ -129,7 +139,7 @@ def _pixels(file: Any) -> np.ndarray:
             stored = convert_color_space(stored, left, "RGB")
     except Exception as error:  # each decoder has its own
         syntax = file.file_meta.TransferSyntaxUID.name
-        raise DicomError(
+        raise NoDecoder(
             f"DICOM pixels that cannot be decoded here ({syntax}): {_reason(error)}"
         ) from None
     return stored

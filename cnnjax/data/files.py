@@ -10,16 +10,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+_NAMES = "surrogateescape"  # a file name that is no UTF-8 is written as it is
+
 
 @contextmanager
 def write_atomically(path: Path) -> Iterator[TextIO]:
-    """Opens a text file that replaces `path` when the block ends well, and never otherwise."""
+    """Opens a text file that replaces `path` when the block ends well, and never otherwise.
+
+    A link stays one, to the new file; into a pipe or a device, as /dev/stdout, it writes at once.
+    """
+    asked, path = path, path.resolve()
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with path.open("w", encoding="utf-8", newline="", errors=_NAMES) as file:
+            yield file
+        return
     try:
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except OSError as error:  # name the file that was asked for
-        raise type(error)(error.errno, error.strerror, str(path)) from None
+        raise type(error)(error.errno, error.strerror, str(asked)) from None
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as file:
+        with os.fdopen(descriptor, "w", encoding="utf-8", newline="", errors=_NAMES) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

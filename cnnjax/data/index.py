@@ -45,7 +45,7 @@ class Example:
     label: int
     """1 for the positive class, else 0."""
     patient: str
-    """Whom it shows; the file's own name where that cannot be told."""
+    """Whom it shows; the image's own name where that cannot be told."""
 
 
 class Source(Protocol):
@@ -110,7 +110,7 @@ class Index:
                 per_class = ", ".join(f"{count[k]:,} {self.classes[k]}" for k in (0, 1))
                 patients = len({e.patient for e in members})
                 lines.append(f"  {split:<6} {per_class}; {patients:,} patients")
-        nameless = sum(e.patient == PurePosixPath(e.name).name for e in self.examples)
+        nameless = sum(e.patient == e.name for e in self.examples)
         if nameless:
             lines.append(f"  {nameless:,} file names tell no patient: each counts as a patient")
         reasons = Counter(reason for _, reason in self.left_out)
@@ -119,15 +119,14 @@ class Index:
 
 
 def patient_of(name: str) -> str:
-    """Returns whom an image shows, by its file name; a name of no known scheme is its own patient.
+    """Returns whom an image shows, by its file name; one of no known scheme is its own patient.
 
     The schemes are listed in `cnnjax.data.patients`.
     """
-    file = PurePosixPath(name)
     for scheme in _PATIENT:
-        if match := scheme.match(file.stem):
+        if match := scheme.match(PurePosixPath(name).stem):
             return match[1]
-    return file.name
+    return name
 
 
 def viral_of(name: str) -> int:
@@ -153,7 +152,7 @@ def read_index(root: Path | str, positive: str = "PNEUMONIA") -> Index:
         files, folders = _walk(root)
         return _from_names(root, files, folders, _Tree(root), positive)
     if not root.exists():
-        raise InputError(f"{root} does not exist; --data.root takes a folder, a .zip or a .npz")
+        raise InputError(f"{root} does not exist; give a folder, a .zip or a .npz")
     if root.suffix.lower() == ".npz":
         return _from_npz(root, positive)
     if root.suffix.lower() == ".zip":
@@ -163,7 +162,7 @@ def read_index(root: Path | str, positive: str = "PNEUMONIA") -> Index:
         return _from_names(
             root, files, [n[:-1] for n in names if n.endswith("/")], zipped, positive
         )
-    raise InputError(f"{root} is no folder, .zip or .npz; --data.root takes one of these")
+    raise InputError(f"{root} is no folder, .zip or .npz; give one of these")
 
 
 class _Tree:
@@ -189,7 +188,8 @@ class _Zip:
         try:
             # One open file serves every thread: ZipFile locks its reads and inflates outside.
             self.archive = zipfile.ZipFile(path)
-        except (zipfile.BadZipFile, OSError) as error:
+        # ValueError: names that are not the Unicode they are said to be.
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
             raise InputError(f"{path} cannot be read as a zip ({error}); fetch it again") from None
         self.infos = {info.filename: info for info in self.archive.infolist()}
 
@@ -240,9 +240,21 @@ class _Arrays:
 def _walk(root: Path) -> tuple[list[str], list[str]]:
     files: list[str] = []
     folders: list[str] = []
-    for parent, inner, names in os.walk(root):
-        inner[:] = [d for d in inner if not _hidden(d)]
+
+    def unreadable(error: OSError) -> None:
+        raise InputError(
+            f"{error.filename} cannot be read ({error.strerror}); change its permissions"
+        )
+
+    # Links are followed, as data sets under version control are made of them, but not in a circle.
+    for parent, inner, names in os.walk(root, followlinks=True, onerror=unreadable):
         below = Path(parent).relative_to(root)
+        if Path(parent).is_symlink() and Path(parent).resolve() in map(
+            Path.resolve, Path(parent).parents[: len(below.parts)]
+        ):
+            inner.clear()
+            continue
+        inner[:] = [d for d in inner if not _hidden(d)]
         folders += [(below / d).as_posix() for d in inner]
         files += [(below / name).as_posix() for name in names]
     return files, folders
@@ -276,9 +288,10 @@ def _from_names(
             found.append((prefix, parts[-3].lower(), parts[-2].upper(), name))
             class_folders.add((prefix, parts[-3].lower(), parts[-2].upper()))
     if not class_folders:
+        hint = f"; did you mean {root.parent}?" if root.name.lower() in SPLITS else ""
         raise InputError(
             f"{root} holds no images in class folders; "
-            "it should look like train/NORMAL/*.jpeg and train/PNEUMONIA/*.jpeg"
+            f"it should look like train/NORMAL/*.jpeg and train/PNEUMONIA/*.jpeg{hint}"
         )
     # The Kaggle archive carries a second copy of itself one folder down: take the outermost.
     top = min({prefix for prefix, _, _ in class_folders}, key=lambda p: (len(p.split("/")), p))
@@ -309,8 +322,8 @@ def _patient(name: str, source: Source) -> str:
     """Returns whom an image shows: by its tag in a DICOM file, else by its name."""
     if name.lower().endswith(".dcm"):
         with contextlib.suppress(OSError, dicom.DicomError):
-            encoded = source.read(name)
-            if isinstance(encoded, bytes) and (patient := dicom.patient_of(encoded)):
+            encoded = source.root / name if isinstance(source, _Tree) else source.read(name)
+            if not isinstance(encoded, np.ndarray) and (patient := dicom.patient_of(encoded)):
                 return patient
     return patient_of(name)
 
@@ -326,15 +339,15 @@ def _from_npz(path: Path, positive: str) -> Index:
         if f"{split}_images.npy" not in source.members:
             raise InputError(f"{path} has {split}_labels but no {split}_images")
         images = source.array(f"{split}_images")
-        if len(images) != len(labels):
-            raise InputError(f"{path}: {len(labels)} {split}_labels for {len(images)} images")
-        if not np.isin(labels, (0, 1)).all():
-            raise InputError(f"{path}: {split}_labels holds values other than 0 and 1")
         if images.dtype != np.uint8 or images.shape[3:] not in ((), (1,), (3,)) or images.ndim < 3:
             shape = f"{images.dtype} {list(images.shape)}"
             raise InputError(
                 f"{path}: {split}_images is {shape}, not uint8 [n, height, width(, 1 or 3)]"
             )
+        if len(images) != len(labels):
+            raise InputError(f"{path}: {len(labels)} {split}_labels for {len(images)} images")
+        if not np.isin(labels, (0, 1)).all():
+            raise InputError(f"{path}: {split}_labels holds values other than 0 and 1")
         for number, label in enumerate(labels):
             name = f"{split}/{number:05d}"
             positive_here = _MEDMNIST_CLASSES[int(label)] == classes[1]

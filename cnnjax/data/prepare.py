@@ -106,5 +106,5 @@ def training_data(config: DataConfig, seed: int, say: Say) -> TrainingData:
     held_out = np.array([role[e.name] for e in decoded.examples])
     for side, name in ((~held_out, "training"), (held_out, "validation")):
         if len(set(decoded.labels[side])) < 2:
-            raise InputError(f"{index.root}: after decoding, {name} lacks a class; mend the files")
+            raise InputError(f"{index.root}: after decoding, {name} lacks a class; fix the files")
     return TrainingData(decoded, held_out, index.classes)

@@ -26,7 +26,7 @@ from cnnjax.data.files import work_folder
 from cnnjax.errors import InputError
 from cnnjax.machine import cache_folder, cpu_cores
 
-_VERSION = 1  # raise it when a change gives other pixels for the same image
+VERSION = 1  # raise it when a change gives other pixels for the same image
 
 SIZE = 224  # pixels: the side at which images are changed
 
@@ -154,7 +154,7 @@ def load(decoded: Decoded, size: int, folder: Path | None = None) -> dict[str, n
         InputError: the cache folder cannot be written.
     """
     folder = cache_folder() if folder is None else folder
-    home = folder / f"rerendered-{_VERSION}-{size}-{decoded.fingerprint[:32]}"
+    home = folder / f"rerendered-{VERSION}-{size}-{decoded.fingerprint[:32]}"
     names = [f"{change}, {strength}" for change, strength in product(CHANGES, STRENGTHS)]
     try:
         if not home.is_dir():

@@ -74,22 +74,25 @@ def write(
     if data is None:
         judged = workdir.read_validation()
         where = "the held-out images, which also chose the best epoch and the operating point"
-        images = _held_out_images(config, judged.names)
+        images = _held_out_images(workdir, judged.names)
     else:
         asked = DataConfig(data, config.data.size, config.data.positive, cache=config.data.cache)
         judged, images = _split(predictor, asked, split)
         where = f"the {split} split of {data}"
-    page = _render(workdir, config, predictor, judged, where, images)
+    rules = workdir.read_summary()["rules"] if data is None else None
+    page = _render(workdir, config, predictor, judged, where, images, rules)
     path = run / "report.html" if out is None else out
     with write_atomically(path) as file:
         file.write(page)
     return path
 
 
-def _held_out_images(config: Config, names: Sequence[str]) -> np.ndarray | None:
+def _held_out_images(workdir: Workdir, names: Sequence[str]) -> np.ndarray | None:
     """Returns uint8 [n, size, size] of a run's held-out images; None where they are gone."""
     try:
+        config = workdir.read_config()
         decoded = training_data(config.data, config.seed, lambda _: None).decoded
+        workdir.claim_data(decoded.fingerprint, workdir.read_classes())
         place = {example.name: i for i, example in enumerate(decoded.examples)}
         return np.asarray(decoded.images[[place[name] for name in names]])
     except (InputError, KeyError):
@@ -113,6 +116,7 @@ def _render(
     judged: Judged,
     where: str,
     images: np.ndarray | None,
+    rules: dict[str, float] | None,
 ) -> str:
     point = predictor.operating
     threshold = point.probability_threshold()
@@ -145,6 +149,7 @@ def _render(
         quarantine=read_table(workdir.quarantine),
         classes=predictor.classes,
         summary=summary,
+        rules=rules,
         where=where,
         found=found,
         estimates=[(n, v) for n, v in vars(found).items() if isinstance(v, Estimate)],

@@ -59,7 +59,7 @@ def read(folder: Path, name: str) -> Run:
     config = workdir.read_config()
     workdir.expect_ended()
     held_out = workdir.read_validation()
-    point = workdir.read_operating("best")
+    point = workdir.read_operating("best")[config.augment.views]
     logits = point.calibrated(held_out.logits)
     speeds = read_lines(workdir.throughput)
     return Run(

@@ -117,6 +117,8 @@ def precision_recall(
     def precision(weights: np.ndarray) -> np.ndarray:
         false, true = _ranked(logits, labels, weights)
         whole = true > 0
+        if not whole.any():  # a draw without a positive
+            return np.full(len(grid), np.nan)
         return np.interp(grid, true[whole] / true[-1], (true / (true + false + 1e-12))[whole])
 
     low, high = _band(precision, patients)

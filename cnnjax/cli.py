@@ -59,6 +59,7 @@ class Evaluate:
         from cnnjax.workdir import write_json
 
         _check_probabilities(self.threshold, self.prevalence)
+        _expect_folder(self.json, "--json")
         mesh = devices.make_mesh(self.device)
         predictor = Predictor.open(self.run, mesh, self.checkpoint, self.views)
         positive = predictor.classes[1]
@@ -126,6 +127,8 @@ class Predict:
         from cnnjax.predict import Predictor
 
         _check_probabilities(self.threshold, self.prevalence)
+        _expect_folder(self.json, "--json")
+        _expect_folder(self.csv, "--csv")
         films = _films(self.paths)
         mesh = devices.make_mesh(self.device)
         predictor = Predictor.open(self.run, mesh, self.checkpoint, self.views)
@@ -388,6 +391,12 @@ def _trained_on(run: Path | None, names: set[str]) -> int:
     if run is None or not (split := Workdir(run).split).exists():
         return 0
     return sum(row["role"] == "train" and row["image"] in names for row in read_table(split))
+
+
+def _expect_folder(path: Path | None, flag: str) -> None:
+    """Says at once, and not after the work, that there is no place for a file."""
+    if path is not None and not path.parent.is_dir():
+        raise InputError(f"{flag} {path} cannot be written (there is no folder {path.parent})")
 
 
 def _check_probabilities(threshold: float | None, prevalence: float | None) -> None:

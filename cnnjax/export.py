@@ -37,7 +37,8 @@ def export(predictor: Predictor, form: Format, path: Path) -> list[Path]:
     weights alone, named `MEMBER/COLLECTION/LAYER/ARRAY`, in float32.
 
     Args:
-        predictor: what to export; the logits of several networks are averaged, in either form.
+        predictor: what to export, of one view of an image (`Predictor.open(..., views=1)`), so that
+            who loads it needs no augmentation; the logits of several networks are averaged.
         form: one of the three.
         path: the file.
 
@@ -47,7 +48,10 @@ def export(predictor: Predictor, form: Format, path: Path) -> list[Path]:
     Raises:
         InputError: the extra `export`, or `onnx`, is not installed, or what the converter to ONNX
             made does not give our logits.
+        ValueError: the predictor is for several views.
     """
+    if predictor.views != 1:
+        raise ValueError(f"of a predictor for {predictor.views} views; open it with views=1")
     beside = path.with_name(path.name + ".json")
     document = describe(predictor) | {"format": form}
     if form == "stablehlo":

@@ -196,7 +196,7 @@ def _pictures(
 
     shown = [picture(i) for i in range(len(rows))]
     few = np.asarray(images[rng.permutation(len(images))[:AUGMENTED]])
-    augmented = make_augment(config.augment)(
+    augmented = jax.jit(make_augment(config.augment))(
         jax.random.key(config.seed), to_float(jnp.asarray(few))
     )
     changed = np.rint(np.asarray(augmented)[..., 0] * 255).astype(np.uint8)

@@ -140,15 +140,16 @@ def test_an_image_draws_the_same_in_a_longer_batch_and_another_in_another_row() 
 def test_views_are_draws_that_all_images_share() -> None:
     config = AugmentConfig(zoom=0.2, rotate=5, gamma=0.3, noise=0.1)
     given = images(3)
-    views = make_views(config, 5)(KEY, given)
+    draw = jax.jit(make_views(config, 5))
+    views = draw(KEY, given)
     assert views.shape == (3, 5, 24, 20, 1)
-    augment = make_augment(config)
+    augment = jax.jit(make_augment(config))
     for i, image in enumerate(given):
         expected = augment(KEY, jnp.stack([image] * 5))
         np.testing.assert_allclose(views[i], expected, atol=1e-6)
     spread = np.ptp(np.asarray(views), axis=1).mean()
     assert spread > 0.05  # they differ
-    (alone,) = make_views(config, 5)(KEY, given[1:2])
+    (alone,) = draw(KEY, given[1:2])
     np.testing.assert_allclose(alone, views[1], atol=1e-6)
     np.testing.assert_array_equal(make_views(config, 1)(KEY, given)[:, 0], given)
 

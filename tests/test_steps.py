@@ -141,9 +141,10 @@ def test_the_logit_is_the_mean_over_views(count: int) -> None:
     state = jax.device_put(state, devices.replicated(mesh))
     judge = make_eval_step(ResNet(4), make_views(config, 3))
     found = judge(state, batch, 7)
-    seen = make_views(config, 3)(jax.random.key(7), to_float(batch_of(4).images))
+    seen = jax.jit(make_views(config, 3))(jax.random.key(7), to_float(batch_of(4).images))
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    each = [ResNet(4).apply(variables, seen[:, i]) for i in range(3)]
+    apply = jax.jit(ResNet(4).apply)
+    each = [apply(variables, seen[:, i]) for i in range(3)]
     close(found, sum(each) / 3)
     assert float(jnp.abs(found - judge(state, batch, 8)).max()) > 1e-4
     plain = make_eval_step(ResNet(4))(state, batch)

@@ -68,7 +68,7 @@ def close(a: Any, b: Any, rtol: float = 1e-4) -> None:
         np.testing.assert_allclose(x, y, atol=rtol * scale, rtol=0)
 
 
-@pytest.mark.parametrize("model", [BaselineCNN(), ResNet(4)], ids=["baseline", "resnet"])
+@pytest.mark.parametrize("model", [BaselineCNN(), ResNet(stages=2)], ids=["baseline", "resnet"])
 def test_loss_falls_and_nothing_is_traced_twice(model: nn.Module) -> None:
     traced: list[int] = []
 
@@ -102,7 +102,9 @@ def test_state_is_donated_and_the_outcome_a_function_of_the_arguments() -> None:
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("model", [BaselineCNN(), ResNet(4)], ids=["baseline", "resnet"])
+@pytest.mark.parametrize(
+    "model", [BaselineCNN(), ResNet(width=4, stages=2)], ids=["baseline", "resnet"]
+)
 def test_rows_that_fill_up_change_nothing(model: nn.Module) -> None:
     augment = make_augment(AugmentConfig())
     step, state = started(model, augment=augment)
@@ -115,7 +117,9 @@ def test_rows_that_fill_up_change_nothing(model: nn.Module) -> None:
     close(sums, sums_black)
 
 
-@pytest.mark.parametrize("model", [BaselineCNN(), ResNet(4)], ids=["baseline", "resnet"])
+@pytest.mark.parametrize(
+    "model", [BaselineCNN(), ResNet(width=4, stages=2)], ids=["baseline", "resnet"]
+)
 def test_the_number_of_devices_changes_nothing(model: nn.Module) -> None:
     outcomes: list[TrainState] = []
     for count in (1, 4):
@@ -135,19 +139,19 @@ def test_the_number_of_devices_changes_nothing(model: nn.Module) -> None:
 @pytest.mark.parametrize("count", [1, 4])
 def test_the_logit_is_the_mean_over_views(count: int) -> None:
     config = AugmentConfig(zoom=0.2, contrast=0.3)
-    _, state = started(ResNet(4))
+    _, state = started(ResNet(width=4, stages=2))
     mesh = devices.make_mesh(DeviceConfig(count=count))
     batch = jax.device_put(batch_of(4), devices.divided(mesh))
     state = jax.device_put(state, devices.replicated(mesh))
-    judge = make_eval_step(ResNet(4), make_views(config, 3))
+    judge = make_eval_step(ResNet(width=4, stages=2), make_views(config, 3))
     found = judge(state, batch, 7)
     seen = jax.jit(make_views(config, 3))(jax.random.key(7), to_float(batch_of(4).images))
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    apply = jax.jit(ResNet(4).apply)
+    apply = jax.jit(ResNet(width=4, stages=2).apply)
     each = [apply(variables, seen[:, i]) for i in range(3)]
     close(found, sum(each) / 3)
     assert float(jnp.abs(found - judge(state, batch, 8)).max()) > 1e-4
-    plain = make_eval_step(ResNet(4))(state, batch)
+    plain = make_eval_step(ResNet(width=4, stages=2))(state, batch)
     assert float(jnp.abs(found - plain).max()) > 1e-4
 
 
@@ -180,7 +184,9 @@ def test_sums_and_gradient_are_those_of_the_mean_over_valid_rows() -> None:
     assert int(sums.correct) == int(((logits > 0) == (batch.labels[:6] == 1)).sum())
 
 
-@pytest.mark.parametrize("model", [BaselineCNN, ResNet], ids=["baseline", "resnet"])
+@pytest.mark.parametrize(
+    "model", [BaselineCNN, functools.partial(ResNet, width=4, stages=2)], ids=["baseline", "resnet"]
+)
 def test_the_second_head_learns_from_the_images_that_it_is_told_of(
     model: Callable[..., Any],
 ) -> None:

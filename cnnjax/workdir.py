@@ -170,7 +170,8 @@ def claim(config: Config) -> Iterator[Workdir]:
         ) from None
     try:
         # One that was given up before its data were read, as a mistaken flag does, is anyone's.
-        if workdir.config.exists() and workdir.data.exists():
+        begun = workdir.data.exists() or workdir.checkpoints.exists()
+        if workdir.config.exists() and begun:
             changed = differences(config, workdir.read_config())
             if changed:
                 raise InputError(

@@ -172,6 +172,12 @@ def test_output_goes_into_a_pipe_and_through_a_link(run: Path, tree: Path, tmp_p
     assert cnnjax(*command, tmp_path / "pipe") == 0
     assert os.read(reader, 1 << 16) == written
     os.close(reader)
+    code = "import sys; from cnnjax import cli; cli.main(sys.argv[1:])"
+    words = [sys.executable, "-c", code, *map(str, command), "/dev/stdout"]
+    done = subprocess.run(words, capture_output=True, check=True)
+    # A process of its own has other devices, and thus other last digits.
+    printed = json.loads(done.stdout[done.stdout.index(b"\n{\n") :])
+    assert printed["confusion"] == json.loads(written)["confusion"]
 
 
 def test_a_damaged_run_is_named(

@@ -268,6 +268,9 @@ def test_a_start_that_failed_on_its_data_leaves_the_workdir_to_the_next(
         fit(wrong)
     fit(config)
     assert (tmp_path / "run" / "summary.json").exists()
+    (tmp_path / "run" / "data.json").unlink()  # now it is no such start
+    with pytest.raises(InputError, match="belongs to another config"):
+        fit(replace(config, seed=1))
 
 
 def test_a_second_head_says_what_it_learns_from(

@@ -19,11 +19,12 @@ def write_atomically(path: Path) -> Iterator[TextIO]:
 
     A link stays one, to the new file; into a pipe or a device, as /dev/stdout, it writes at once.
     """
-    asked, path = path, path.resolve()
-    if path.exists() and not path.is_file() and not path.is_dir():
+    special = path.exists() and not path.is_file() and not path.is_dir()
+    if special or path.parent == Path("/dev"):
         with path.open("w", encoding="utf-8", newline="", errors=_NAMES) as file:
             yield file
         return
+    asked, path = path, path.resolve()
     try:
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     except OSError as error:  # name the file that was asked for

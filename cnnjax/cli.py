@@ -124,6 +124,7 @@ class Predict:
         from cnnjax import devices
         from cnnjax.data import dicom
         from cnnjax.data.decode import DecodeError, decode
+        from cnnjax.data.files import write_atomically
         from cnnjax.predict import Predictor
 
         _check_probabilities(self.threshold, self.prevalence)
@@ -175,11 +176,11 @@ class Predict:
         else:
             (_write_lines if form == "jsonl" else _write_csv)(sys.stdout, rows)
         if self.json is not None:
-            with _writing(self.json, "--json"), self.json.open("w", encoding="utf-8") as file:
+            with _writing(self.json, "--json"), write_atomically(self.json) as file:
                 _write_lines(file, rows)
         if self.csv is not None:
-            with _writing(self.csv, "--csv"), self.csv.open("w", encoding="utf-8", newline="") as f:
-                _write_csv(f, rows)
+            with _writing(self.csv, "--csv"), write_atomically(self.csv) as file:
+                _write_csv(file, rows)
         if self.heatmap is not None and images is not None:
             with _writing(self.heatmap, "--heatmap"):
                 _write_heatmaps(self.heatmap, [films[i] for i in good], predictor.heat(images))

@@ -131,6 +131,11 @@ class AugmentConfig:
         _require(0 <= self.erase <= 1, "--augment.erase", "be in [0, 1]", self.erase)
         _require(self.views >= 1, "--augment.views", "be at least 1", self.views)
 
+    @property
+    def looks(self) -> tuple[int, ...]:
+        """The numbers of views that a trained network gets an operating point for, 1 among them."""
+        return tuple(sorted({1, self.views}))
+
 
 @dataclass(frozen=True)
 class TrainConfig:

@@ -308,14 +308,20 @@ def _conclude(member: Member, mesh: Mesh) -> Result:
     template = member.template(mesh)
     feeder = member.feeder(mesh)
     states = {kind: member.checkpoints.restore(kind, template) for kind in KINDS}
-    points: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
-    for views in sorted({1, config.augment.views}):
+    each: dict[int, dict[str, np.ndarray]] = {}
+    for views in config.augment.looks:
         logits = make_logits(member.model, mesh, views, config.augment)
-        outputs = {kind: logits(states[kind], feeder, data.validation) for kind in KINDS}
-        for kind, out in outputs.items():
-            point = fit_operating_point(out, labels, config.operating)
-            points[kind] |= points_to_json({views: point})
-    # The last ones are those of as many views as the config says.
+        each[views] = {kind: logits(states[kind], feeder, data.validation) for kind in KINDS}
+    points: dict[str, Any] = {
+        kind: points_to_json(
+            {
+                views: fit_operating_point(out[kind], labels, config.operating)
+                for views, out in each.items()
+            }
+        )
+        for kind in KINDS
+    }
+    outputs = each[config.augment.views]
     judged = {kind: metrics.evaluate(out, labels, patients) for kind, out in outputs.items()}
     with write_atomically(workdir.validation) as file:
         table = csv.writer(file, lineterminator="\n")

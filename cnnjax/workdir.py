@@ -85,7 +85,7 @@ class Workdir:
         A run that has not ended has none yet: then it is probability 0.5, as the network gives it.
         """
         if not self.operating.exists():
-            return dict.fromkeys({1, self.read_config().augment.views}, OperatingPoint())
+            return dict.fromkeys(self.read_config().augment.looks, OperatingPoint())
         try:
             return points_from_json(read_json(self.operating, kind))
         except (AttributeError, TypeError, ValueError):

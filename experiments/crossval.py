@@ -60,7 +60,7 @@ def crossvalidate(options: Options) -> None:
     fit_all(folds)
     runs = [fold.workdir for fold in folds]
     pooled, documents = {}, {}
-    for views in sorted({1, config.augment.views}):
+    for views in config.augment.looks:
         pooled[views], documents[views] = judge(options, runs, views)
         show(documents[views])
     document = documents[config.augment.views]

@@ -17,6 +17,7 @@ import functools
 import json
 import threading
 import warnings
+from collections.abc import Sequence
 from ctypes import POINTER, c_char_p, c_int, c_int64, c_size_t, c_uint32, c_void_p
 from typing import Any
 
@@ -60,41 +61,62 @@ def convolution(x: jax.Array, kernel: jax.Array, pads: onednn.Pads, stride: int)
     sides = zip(x.shape[1:3], pads, kernel.shape[:2], strict=True)
     height, width = ((side + sum(pad) - window) // stride + 1 for side, pad, window in sides)
     maps = (x.shape[0], height, width, kernel.shape[3])
-    return _call("forward", x, kernel, (x.shape, kernel.shape, maps), maps, pads, stride)
+    sizes = x.shape, kernel.shape, maps
+    (y,) = _call("forward", (x, kernel), (maps,), *sizes, stride, pads)
+    return y
+
+
+def gradients(
+    x: jax.Array, kernel: jax.Array, g: jax.Array, pads: onednn.Pads, stride: int
+) -> tuple[jax.Array, jax.Array]:
+    """Returns those of `convolution` by images and by filters, from g, that by its result.
+
+    In one call: with another program's threads in between, g would leave the cores' caches.
+    """
+    sizes = x.shape, kernel.shape, g.shape
+    gx, gkernel = _call("gradients", (x, kernel, g), sizes[:2], *sizes, stride, pads)
+    return gx, gkernel
 
 
 def input_gradient(
-    g: jax.Array, kernel: jax.Array, images: tuple[int, ...], pads: onednn.Pads, stride: int
-) -> jax.Array:
-    """Returns the gradient of `convolution` by images of a shape, from that by its result."""
-    shapes = images, kernel.shape, g.shape
-    return _call("input gradient", g, kernel, shapes, images, pads, stride)
+    x: jax.Array, kernel: jax.Array, g: jax.Array, pads: onednn.Pads, stride: int
+) -> tuple[jax.Array, None]:
+    """Returns the first of `gradients` alone."""
+    sizes = x.shape, kernel.shape, g.shape
+    (gx,) = _call("input gradient", (g, kernel), sizes[:1], *sizes, stride, pads)
+    return gx, None
 
 
 def filter_gradient(
-    x: jax.Array, g: jax.Array, filters: tuple[int, ...], pads: onednn.Pads, stride: int
-) -> jax.Array:
-    """Returns the gradient of `convolution` by filters of a shape, from that by its result."""
-    return _call("filter gradient", x, g, (x.shape, filters, g.shape), filters, pads, stride)
+    x: jax.Array, kernel: jax.Array, g: jax.Array, pads: onednn.Pads, stride: int
+) -> tuple[None, jax.Array]:
+    """Returns the second of `gradients` alone."""
+    sizes = x.shape, kernel.shape, g.shape
+    (gkernel,) = _call("filter gradient", (x, g), sizes[1:2], *sizes, stride, pads)
+    return None, gkernel
+
+
+# What a call computes, one after another, and from which arrays: those that it is given, in order,
+# and then those that it returns.
+_STEPS: dict[str, dict[onednn.Kind, tuple[int, int, int]]] = {
+    "forward": {"forward": (0, 1, 2)},
+    "input gradient": {"input gradient": (0, 1, 2)},
+    "filter gradient": {"filter gradient": (0, 1, 2)},
+    "gradients": {"input gradient": (2, 1, 3), "filter gradient": (0, 2, 4)},
+}
 
 
 def _call(
-    kind: onednn.Kind,
-    a: jax.Array,
-    b: jax.Array,
-    shapes: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
-    result: tuple[int, ...],
-    pads: onednn.Pads,
-    stride: int,
-) -> jax.Array:
-    if a.dtype != b.dtype:
-        raise TypeError(f"a convolution needs arrays of one type, got {a.dtype} and {b.dtype}")
+    name: str, arrays: tuple[jax.Array, ...], results: Sequence[tuple[int, ...]], *sizes: Any
+) -> Sequence[jax.Array]:
+    dtype, *others = (a.dtype for a in arrays)
+    for other in others:
+        if other != dtype:
+            raise TypeError(f"a convolution needs arrays of one type, got {dtype} and {other}")
     _register()
-    wanted = onednn.Convolution(kind, a.dtype.name, *shapes, stride, pads)
-    call = jax.ffi.ffi_call(
-        _TARGET, jax.ShapeDtypeStruct(result, a.dtype), vmap_method="sequential"
-    )
-    found: jax.Array = call(a, b, convolution=json.dumps(wanted))
+    like = [jax.ShapeDtypeStruct(shape, dtype) for shape in results]
+    call = jax.ffi.ffi_call(_TARGET, like, vmap_method="sequential")
+    found: Sequence[jax.Array] = call(*arrays, call=json.dumps((name, dtype.name, *sizes)))
     return found
 
 
@@ -226,11 +248,14 @@ def _serve(frame: _CallFrame) -> None:
         version.major, version.minor = runtime.major, runtime.minor
         return
     text = frame.attributes.texts[0].contents
-    first, second = (frame.arguments.buffers[i].contents.data for i in range(2))
-    result = frame.results.buffers[0].contents.data
+    addresses = [
+        side.buffers[i].contents.data
+        for side in (frame.arguments, frame.results)
+        for i in range(side.size)
+    ]
     with _one_at_a_time:
-        compute = _primitive(ctypes.string_at(text.start, text.length))
-        compute(first, second, result)
+        for compute, arrays in _steps(ctypes.string_at(text.start, text.length)):
+            compute(*(addresses[i] for i in arrays))
 
 
 # One call uses all cores; and a primitive holds the addresses of one call.
@@ -238,9 +263,13 @@ _one_at_a_time = threading.Lock()
 
 
 @functools.cache
-def _primitive(text: bytes) -> onednn.Primitive:
-    """Returns the kernels of a convolution; kept, for each size that there is."""
-    return onednn.Primitive(onednn.Convolution(*json.loads(text)))
+def _steps(text: bytes) -> list[tuple[onednn.Primitive, tuple[int, int, int]]]:
+    """Returns the kernels of a call and the arrays of each; kept, for each size that there is."""
+    name, *sizes = json.loads(text)
+    return [
+        (onednn.Primitive(onednn.Convolution(kind, *sizes)), arrays)
+        for kind, arrays in _STEPS[name].items()
+    ]
 
 
 @functools.cache
@@ -270,11 +299,8 @@ def _example() -> tuple[jax.Array, jax.Array, jax.Array]:
 
 @jax.jit
 def _all_three(x: jax.Array, kernel: jax.Array, g: jax.Array) -> tuple[jax.Array, ...]:
-    return (
-        convolution(x, kernel, _PADS, _STRIDE),
-        input_gradient(g, kernel, x.shape, _PADS, _STRIDE),
-        filter_gradient(x, g, kernel.shape, _PADS, _STRIDE),
-    )
+    y = convolution(x, kernel, _PADS, _STRIDE)
+    return y, *gradients(x, kernel, g, _PADS, _STRIDE)
 
 
 def _works() -> bool:

@@ -16,6 +16,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import CustomVJPPrimal
+from jax.tree_util import Partial
 
 from cnnjax import ffi, onednn
 
@@ -69,24 +71,35 @@ def conv_onednn(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) 
     return ffi.convolution(x, kernel, _pads(x, kernel, stride, padding), stride)
 
 
+_GRADIENTS = {
+    (True, True): ffi.gradients,
+    (True, False): ffi.input_gradient,
+    (False, True): ffi.filter_gradient,
+}
+
+
 def _conv_onednn_forward(
-    x: jax.Array, kernel: jax.Array, stride: int, padding: Padding
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return conv_onednn(x, kernel, stride, padding), (x, kernel)
+    x: CustomVJPPrimal, kernel: CustomVJPPrimal, stride: int, padding: Padding
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Partial]]:
+    y = conv_onednn(x.value, kernel.value, stride, padding)
+    # XLA cannot leave out that half of a call which nothing needs, as the gradient by the images.
+    needed = _GRADIENTS[x.perturbed, kernel.perturbed]
+    return y, (x.value, kernel.value, Partial(needed))
 
 
 def _conv_onednn_backward(
-    stride: int, padding: Padding, saved: tuple[jax.Array, jax.Array], g: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    x, kernel = saved
-    pads = _pads(x, kernel, stride, padding)
-    return (
-        ffi.input_gradient(g, kernel, x.shape, pads, stride),
-        ffi.filter_gradient(x, g, kernel.shape, pads, stride),
-    )
+    stride: int,
+    padding: Padding,
+    saved: tuple[jax.Array, jax.Array, Partial],
+    g: jax.Array,
+) -> tuple[jax.Array | None, jax.Array | None]:
+    x, kernel, gradients = saved
+    found: tuple[jax.Array | None, jax.Array | None]
+    found = gradients(x, kernel, g, _pads(x, kernel, stride, padding), stride)
+    return found
 
 
-conv_onednn.defvjp(_conv_onednn_forward, _conv_onednn_backward)
+conv_onednn.defvjp(_conv_onednn_forward, _conv_onednn_backward, symbolic_zeros=True)
 
 
 def _pads(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> onednn.Pads:

@@ -56,7 +56,7 @@ def convolution(x: jax.Array, kernel: jax.Array, pads: onednn.Pads, stride: int)
         stride: step of the filters in both directions, in pixels.
 
     Returns:
-        [batch, height', width', out].
+        float32 [batch, height', width', out].
     """
     sides = zip(x.shape[1:3], pads, kernel.shape[:2], strict=True)
     height, width = ((side + sum(pad) - window) // stride + 1 for side, pad, window in sides)
@@ -69,8 +69,9 @@ def convolution(x: jax.Array, kernel: jax.Array, pads: onednn.Pads, stride: int)
 def gradients(
     x: jax.Array, kernel: jax.Array, g: jax.Array, pads: onednn.Pads, stride: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns those of `convolution` by images and by filters, from g, that by its result.
+    """Returns those of `convolution` by images and by filters, float32, from g, that by its result.
 
+    All three that are given are of one type.
     In one call: with another program's threads in between, g would leave the cores' caches.
     """
     sizes = x.shape, kernel.shape, g.shape
@@ -114,7 +115,7 @@ def _call(
         if other != dtype:
             raise TypeError(f"a convolution needs arrays of one type, got {dtype} and {other}")
     _register()
-    like = [jax.ShapeDtypeStruct(shape, dtype) for shape in results]
+    like = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in results]
     call = jax.ffi.ffi_call(_TARGET, like, vmap_method="sequential")
     found: Sequence[jax.Array] = call(*arrays, call=json.dumps((name, dtype.name, *sizes)))
     return found

@@ -11,7 +11,7 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from jax.tree_util import Partial
 from cnnjax import ffi, onednn
 
 Padding = Literal["SAME", "VALID"]
+Dtype = Any
 
 _portable: ContextVar[bool] = ContextVar("portable", default=False)
 
@@ -40,22 +41,29 @@ def portable() -> Iterator[None]:
 
 
 def conv(
-    x: jax.Array, kernel: jax.Array, *, stride: int = 1, padding: Padding = "SAME"
+    x: jax.Array,
+    kernel: jax.Array,
+    *,
+    stride: int = 1,
+    padding: Padding = "SAME",
+    dtype: Dtype = jnp.float32,
 ) -> jax.Array:
     """Convolves images with a bank of filters (cross-correlation, as the field has it).
 
     Args:
-        x: [batch, height, width, in].
-        kernel: [kernel height, kernel width, in, out], of x's dtype.
+        x: float [batch, height, width, in].
+        kernel: float [kernel height, kernel width, in, out].
         stride: step of the filters in both directions, in pixels.
         padding: `SAME` pads with zeros to ceil(size / stride), `VALID` does not pad.
+        dtype: what both are rounded to, and what products are taken in.
 
     Returns:
-        [batch, height', width', out].
+        [batch, height', width', out], of `dtype`, or of float32 where the sums are at hand in that.
     """
-    if not _portable.get() and ffi.available() and ffi.takes(x.dtype):
-        return conv_onednn(x, kernel, stride, padding)
-    return conv_plain(x, kernel, stride, padding)
+    if not _portable.get() and ffi.available() and ffi.takes(dtype):
+        both = (a.astype(jnp.float32) for a in (x, kernel))
+        return conv_onednn(*both, stride, padding, jnp.dtype(dtype))
+    return conv_plain(x.astype(dtype), kernel.astype(dtype), stride, padding)
 
 
 def conv_plain(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
@@ -65,9 +73,19 @@ def conv_plain(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def conv_onednn(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
-    """`conv` by oneDNN, and so its gradients."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def conv_onednn(
+    x: jax.Array,
+    kernel: jax.Array,
+    stride: int,
+    padding: Padding,
+    dtype: Dtype = jnp.float32,
+) -> jax.Array:
+    """`conv` of float32 by oneDNN, and so its gradients, all float32.
+
+    Neither is rounded to `dtype` on its way out: XLA would convert it back, pixel by pixel.
+    """
+    x, kernel = x.astype(dtype), kernel.astype(dtype)
     return ffi.convolution(x, kernel, _pads(x, kernel, stride, padding), stride)
 
 
@@ -79,23 +97,24 @@ _GRADIENTS = {
 
 
 def _conv_onednn_forward(
-    x: CustomVJPPrimal, kernel: CustomVJPPrimal, stride: int, padding: Padding
+    x: CustomVJPPrimal, kernel: CustomVJPPrimal, stride: int, padding: Padding, dtype: Dtype
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Partial]]:
-    y = conv_onednn(x.value, kernel.value, stride, padding)
+    y = conv_onednn(x.value, kernel.value, stride, padding, dtype)
     # XLA cannot leave out that half of a call which nothing needs, as the gradient by the images.
     needed = _GRADIENTS[x.perturbed, kernel.perturbed]
-    return y, (x.value, kernel.value, Partial(needed))
+    return y, (x.value.astype(dtype), kernel.value.astype(dtype), Partial(needed))
 
 
 def _conv_onednn_backward(
     stride: int,
     padding: Padding,
+    dtype: Dtype,
     saved: tuple[jax.Array, jax.Array, Partial],
     g: jax.Array,
 ) -> tuple[jax.Array | None, jax.Array | None]:
     x, kernel, gradients = saved
     found: tuple[jax.Array | None, jax.Array | None]
-    found = gradients(x, kernel, g, _pads(x, kernel, stride, padding), stride)
+    found = gradients(x, kernel, g.astype(dtype), _pads(x, kernel, stride, padding), stride)
     return found
 
 

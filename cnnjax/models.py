@@ -9,7 +9,6 @@ added to the feature maps `FINAL` or `FINE`, by name.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 from cnnjax import layers
 from cnnjax.config import Config, ModelConfig
 from cnnjax.errors import InputError
+from cnnjax.layers import Dtype
 
 AUXILIARY = "auxiliary"
 """The second head, and the collection in which a network made with one leaves its logits."""
@@ -29,7 +29,6 @@ SMALLEST = 10  # pixels: side of the smallest image that leaves BaselineCNN's po
 
 STEM_SIZES = {2: 3, 4: 7}  # side of the ResNet's first kernel, by its stride
 
-Dtype = Any
 Initializer = Callable[..., jax.Array]
 
 
@@ -97,10 +96,11 @@ class Conv(nn.Module):
         shape = (self.size, self.size, x.shape[-1] * self.repeat, self.features)
         kernel = _merge_equal(self.param("kernel", self.kernel_init, shape), self.repeat)
         return layers.conv(
-            x.astype(self.dtype),
-            kernel.astype(self.dtype),
+            x,
+            kernel,
             stride=self.stride,
             padding=self.padding,
+            dtype=self.dtype,
         )
 
 
@@ -122,8 +122,8 @@ class ConvPool(nn.Module):
         shape = (3, 3, x.shape[-1] * self.repeat, self.features)
         kernel = _merge_equal(self.param("kernel", kernel_init, shape), self.repeat)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        x = layers.conv(x.astype(self.dtype), kernel.astype(self.dtype), padding="VALID")
-        return nn.relu(layers.max_pool(x) + bias.astype(self.dtype))
+        x = layers.max_pool(layers.conv(x, kernel, padding="VALID", dtype=self.dtype))
+        return nn.relu(x + bias.astype(x.dtype))
 
 
 class BatchNorm(nn.Module):

@@ -47,7 +47,7 @@ class Convolution(NamedTuple):
         kind: `forward` maps images and filters to feature maps; `input gradient` the maps' gradient
             and the filters to the images'; `filter gradient` images and the maps' gradient to the
             filters'.
-        dtype: of all arrays, float32 or bfloat16.
+        dtype: of the two arrays that are given, float32 or bfloat16; the result is float32.
         images: [batch, height, width, in].
         filters: [kernel height, kernel width, in, out].
         maps: [batch, height', width', out].
@@ -96,25 +96,32 @@ class Primitive:
             self._make(convolution)
 
     def _make(self, convolution: Convolution) -> None:
+        kind, given, stride = convolution.kind, convolution.dtype, convolution.stride
         height, width, channels, features = convolution.filters
         filters = (features, channels, height, width)
-        images, maps = (
-            _described((batch, channels, height, width), convolution.dtype, (0, 2, 3, 1))
-            for batch, height, width, channels in (convolution.images, convolution.maps)
-        )
-        ours = _described(filters, convolution.dtype, (2, 3, 1, 0))
-        any_order = _described(filters, convolution.dtype, None)
-        stride = convolution.stride
         (top, bottom), (left, right) = convolution.pads
         geometry = (_Dims(stride, stride), _Dims(), _Dims(top, left), _Dims(bottom, right))
+
+        def dtype_where(is_result: bool) -> str:
+            return "float32" if is_result else given
+
+        of_images = dtype_where(kind == "input gradient")
+        of_filters = dtype_where(kind == "filter gradient")
+        of_maps = dtype_where(kind == "forward")
+        images = _channels_last(convolution.images, of_images)
+        maps = _channels_last(convolution.maps, of_maps)
+        ours = _described(filters, of_filters, (2, 3, 1, 0))
+        any_order = _described(filters, of_filters, None)
+        # The gradients' kernels want that of a convolution of given arrays for a hint.
         forward = _new(
             "dnnl_convolution_forward_primitive_desc_create",
-            _engine(), _TRAINING, _DIRECT, images, any_order, None, maps, *geometry, _attributes(),
+            _engine(), _TRAINING, _DIRECT, _channels_last(convolution.images, given),
+            _described(filters, given, None), None, maps, *geometry, _attributes(),
         )  # fmt: skip
-        if convolution.kind == "forward":
+        if kind == "forward":
             kernel = forward
             roles, sides = (_SRC, _WEIGHTS, _DST), (images, ours, maps)
-        elif convolution.kind == "input gradient":
+        elif kind == "input gradient":
             kernel = _new(
                 "dnnl_convolution_backward_data_primitive_desc_create",
                 _engine(), _DIRECT, images, any_order, maps, *geometry, forward,
@@ -129,7 +136,7 @@ class Primitive:
             )  # fmt: skip
             roles, sides = (_SRC, _DIFF_DST, _DIFF_WEIGHTS), (images, maps, ours)
         self._sides = [_memory(side, None) for side in sides]
-        is_result = convolution.kind == "filter gradient"
+        is_result = kind == "filter gradient"
         at = 2 if is_result else 1  # which of the three are the filters
         query = _api().dnnl_primitive_desc_query_md
         theirs = c_void_p(query(kernel, _DIFF_WEIGHTS_MD if is_result else _WEIGHTS_MD, 0))
@@ -225,6 +232,12 @@ def _described(sizes: Sequence[int], dtype: str, order: Sequence[int] | None) ->
         strides[axis] = step
         step *= sizes[axis]
     return _new("dnnl_memory_desc_create_with_strides", number, dims, _TYPES[dtype], strides)
+
+
+def _channels_last(sizes: Sequence[int], dtype: str) -> c_void_p:
+    """Returns the description of images or maps [batch, height, width, channels]."""
+    batch, height, width, channels = sizes
+    return _described((batch, channels, height, width), dtype, (0, 2, 3, 1))
 
 
 def _memory(description: c_void_p, address: int | None) -> c_void_p:

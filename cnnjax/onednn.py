@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import os
 import platform
 import sys
 from collections.abc import Iterator, Sequence
@@ -72,10 +73,31 @@ def library() -> ctypes.CDLL | None:
     try:
         files = metadata.files(PACKAGE) or []
         paths = [str(file.locate()) for file in files if file.name == "libdnnl.so.3"]
-        found = ctypes.CDLL(paths[0]) if paths else None
+        with _staying_awake():
+            found = ctypes.CDLL(paths[0]) if paths else None
     except (metadata.PackageNotFoundError, OSError):
         return None
     return found if found and found.dnnl_get_effective_cpu_isa() & _AVX2 == _AVX2 else None
+
+
+@contextlib.contextmanager
+def _staying_awake() -> Iterator[None]:
+    """Has libgomp, if it is loaded in the block, spin longer before its threads sleep.
+
+    Where it counts more threads than cores, as each of XLA's that calls has its own, they spin a
+    hundred times by default: too short to bridge the time between two calls. Other waits stay as
+    they are by default (https://gcc.gnu.org/onlinedocs/libgomp/GOMP_005fSPINCOUNT.html).
+    """
+    wanted = {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "300000"}
+    if wanted.keys() & os.environ.keys():  # the user's own
+        yield
+        return
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name in wanted:
+            del os.environ[name]
 
 
 def has_bfloat16() -> bool:

@@ -218,6 +218,26 @@ def test_a_program_that_calls_onednn_is_kept(tmp_path: Path) -> None:
 
 
 @needs_onednn
+@pytest.mark.parametrize(
+    ("own", "wait"), [({}, "ACTIVE"), ({"OMP_WAIT_POLICY": "passive"}, "PASSIVE")]
+)
+def test_openmp_waits_awake_unless_told_otherwise(own: dict[str, str], wait: str) -> None:
+    script = "import os; from cnnjax import onednn; onednn.library(); print(dict(os.environ))"
+    chosen = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    rest = {name: value for name, value in os.environ.items() if name not in chosen}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=rest | own | {"OMP_DISPLAY_ENV": "verbose"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert f"OMP_WAIT_POLICY = '{wait}'" in done.stderr
+    assert "GOMP_SPINCOUNT" not in done.stdout  # processes that are started later are not told
+    assert ("OMP_WAIT_POLICY" in done.stdout) == bool(own)
+
+
+@needs_onednn
 def test_what_onednn_refuses_is_an_error_of_the_program() -> None:
     x, g, pads = jnp.ones((2, 6, 6, 4)), jnp.ones((2, 4, 4, 8)), ((0, 0), (0, 0))
     _, right = ffi.filter_gradient(x, jnp.ones((3, 3, 4, 8)), g, pads, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import functools
+import io
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -353,6 +354,9 @@ def train(default: Config, description: str, arguments: Sequence[str] | None = N
 
 def guarded(command: Callable[[], int]) -> int:
     """Runs a command; bad input becomes one sentence and status 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A file's name may be any bytes; so it is shown, as `ls` does.
+        sys.stdout.reconfigure(errors="surrogateescape")
     try:
         return command()
     except InputError as error:

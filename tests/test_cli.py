@@ -129,6 +129,20 @@ def test_predict_shows_a_person_a_table(
     assert note.startswith("PNEUMONIA from probability 0.")
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="there, names of files are UTF-8")
+@pytest.mark.parametrize("form", ["table", "csv"])
+def test_predict_shows_a_name_of_any_bytes(
+    run: Path, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    one, *_ = sorted((tree / "test" / "PNEUMONIA").iterdir())
+    name = b"m\xfcller.jpeg"  # Latin-1
+    shutil.copy(one, tmp_path / os.fsdecode(name))
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "utf-8", write_through=True))
+    assert cnnjax("predict", "--run", run, "--format", form, tmp_path) == 0
+    assert name in shown.getvalue()
+
+
 def test_predict_reads_a_pipe(
     run: Path,
     tree: Path,

@@ -32,8 +32,16 @@ def recipe_of(name: str) -> Config:
     return config
 
 
-def in_turn(runs: Mapping[str, Run], rounds: int) -> dict[str, list[float]]:
+def in_turn(
+    runs: Mapping[str, Run], rounds: int, *, settled: bool = False
+) -> dict[str, list[float]]:
     """Times each run once a round: A B C, A B C. A busy machine slows all of them alike.
+
+    Args:
+        runs: what to time, by name.
+        rounds: how often.
+        settled: each turn starts with a run that is not counted, after which the caches and the
+            memory at hand are the run's own again, as in a process that does nothing else.
 
     Returns:
         Seconds of each run in each round; a first round warms up and is not counted.
@@ -41,6 +49,8 @@ def in_turn(runs: Mapping[str, Run], rounds: int) -> dict[str, list[float]]:
     took: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds + 1):
         for name, run in runs.items():
+            if settled:
+                run()
             start = time.perf_counter()
             run()
             took[name].append(time.perf_counter() - start)

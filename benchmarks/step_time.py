@@ -7,8 +7,9 @@
 The step is the one that `cnnjax.loop` takes: it fetches the batch from the data set on the device,
 augments it, and updates the weights; on an accelerator sixteen such steps are one call. Tracing,
 lowering and compiling are timed apart. Then each round times every row once, so that a busy machine
-slows all of them alike; a round is the mean over a few steps that end with the device idle. The
-images are random bytes. `--numpy` times the plain NumPy networks in the same rounds.
+slows all of them alike; a round is the mean over a few steps that end with the device idle, after
+as many that are not counted. The images are random bytes. `--numpy` times the plain NumPy networks
+in the same rounds.
 
 FLOP are counted by hand (products and convolutions) and by XLA; MFU is the former over the device's
 peak, the bound is the larger of operations over the peak and bytes, as XLA counts them, over the
@@ -261,7 +262,8 @@ def measure(options: Options) -> list[Row]:
     if options.numpy:
         for network in options.networks:
             timed += in_numpy(options, network)
-    took = in_turn({str(i): one.run for i, one in enumerate(timed)}, options.rounds)
+    runs = {str(i): one.run for i, one in enumerate(timed)}
+    took = in_turn(runs, options.rounds, settled=True)
     for i, one in enumerate(timed):
         finish(one, [seconds / one.steps for seconds in took[str(i)]])
     return [one.row for one in timed]

@@ -46,7 +46,7 @@ def conv(
     *,
     stride: int = 1,
     padding: Padding = "SAME",
-    dtype: Dtype = jnp.float32,
+    dtype: Dtype = None,
 ) -> jax.Array:
     """Convolves images with a bank of filters (cross-correlation, as the field has it).
 
@@ -55,14 +55,15 @@ def conv(
         kernel: float [kernel height, kernel width, in, out].
         stride: step of the filters in both directions, in pixels.
         padding: `SAME` pads with zeros to ceil(size / stride), `VALID` does not pad.
-        dtype: what both are rounded to, and what products are taken in.
+        dtype: what both are rounded to, and what products are taken in; by default x's.
 
     Returns:
         [batch, height', width', out], of `dtype`, or of float32 where the sums are at hand in that.
     """
+    dtype = x.dtype if dtype is None else jnp.dtype(dtype)
     if not _portable.get() and ffi.available() and ffi.takes(dtype):
         both = (a.astype(jnp.float32) for a in (x, kernel))
-        return conv_onednn(*both, stride, padding, jnp.dtype(dtype))
+        return conv_onednn(*both, stride, padding, dtype)
     return conv_plain(x.astype(dtype), kernel.astype(dtype), stride, padding)
 
 

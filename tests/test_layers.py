@@ -247,7 +247,6 @@ def test_what_onednn_refuses_is_an_error_of_the_program() -> None:
 
 
 _BFLOAT16 = """
-import functools
 import jax
 import jax.numpy as jnp
 from cnnjax import devices, ffi, layers
@@ -256,8 +255,7 @@ from cnnjax.config import DeviceConfig
 devices.make_mesh(DeviceConfig("cpu"))
 assert ffi.available()
 x, kernel = jnp.ones((2, 6, 6, 8), jnp.bfloat16), jnp.ones((3, 3, 8, 4), jnp.bfloat16)
-conv = functools.partial(layers.conv, dtype=jnp.bfloat16)
-y, pull = jax.vjp(jax.jit(conv), x, kernel)
+y, pull = jax.vjp(jax.jit(layers.conv), x, kernel)
 print(y[0, 2, 2, 0], *(g.dtype for g in pull(y)))
 """
 

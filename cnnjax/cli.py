@@ -354,9 +354,10 @@ def train(default: Config, description: str, arguments: Sequence[str] | None = N
 
 def guarded(command: Callable[[], int]) -> int:
     """Runs a command; bad input becomes one sentence and status 2."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # A file's name may be any bytes; so it is shown, as `ls` does.
-        sys.stdout.reconfigure(errors="surrogateescape")
+    with contextlib.suppress(ValueError):  # it is closed
+        if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+            # A file's name may be any bytes; so it is shown, as `ls` does.
+            sys.stdout.reconfigure(errors="surrogateescape")
     try:
         return command()
     except InputError as error:

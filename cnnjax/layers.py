@@ -16,7 +16,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_derivatives import CustomVJPPrimal
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.tree_util import Partial
 
 from cnnjax import ffi, onednn
@@ -111,8 +111,10 @@ def _conv_onednn_backward(
     padding: Padding,
     dtype: Dtype,
     saved: tuple[jax.Array, jax.Array, Partial],
-    g: jax.Array,
+    g: jax.Array | SymbolicZero,
 ) -> tuple[jax.Array | None, jax.Array | None]:
+    if isinstance(g, SymbolicZero):  # nothing comes of the result
+        return None, None
     x, kernel, gradients = saved
     found: tuple[jax.Array | None, jax.Array | None]
     found = gradients(x, kernel, g.astype(dtype), _pads(x, kernel, stride, padding), stride)

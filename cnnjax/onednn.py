@@ -97,7 +97,7 @@ def _staying_awake() -> Iterator[None]:
         yield
     finally:
         for name in wanted:
-            del os.environ[name]
+            os.environ.pop(name, None)
 
 
 def has_bfloat16() -> bool:

@@ -115,8 +115,29 @@ def test_a_gradient_that_is_not_needed_changes_nothing() -> None:
     both = jax.grad(total, (0, 1))(x, kernel)
     assert np.abs(both[0]).max() > 0
     assert np.abs(both[1]).max() > 0
-    for i, alone in enumerate(both):
-        np.testing.assert_array_equal(jax.grad(total, i)(x, kernel), alone)
+    for i, (alone, call) in enumerate(zip(both, ("input", "filter"), strict=True)):
+        by_one = jax.jit(jax.grad(total, i))
+        np.testing.assert_array_equal(by_one(x, kernel), alone)
+        text = by_one.lower(x, kernel).as_text()
+        assert f"{call} gradient" in text
+        assert "gradients" not in text
+
+
+@needs_onednn
+def test_a_result_that_nothing_depends_on_has_no_gradient() -> None:
+    @jax.custom_vjp
+    def second(a: jax.Array, b: jax.Array) -> jax.Array:
+        return a.sum() + b.sum()
+
+    second.defvjp(lambda a, b: (second(a, b), b), lambda b, g: (None, g * jnp.ones_like(b)))
+    x, kernel = jnp.ones((2, 6, 6, 4)), jnp.ones((3, 3, 4, 8))
+
+    def total(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return second(layers.conv_onednn(x, kernel, 1, "SAME"), x)
+
+    gx, gkernel = jax.grad(total, (0, 1))(x, kernel)
+    np.testing.assert_array_equal(gx, 1)
+    np.testing.assert_array_equal(gkernel, 0)
 
 
 @needs_onednn
@@ -138,7 +159,7 @@ def test_onednn_rounds_what_it_is_given_and_nothing_else() -> None:
     for found, expected in zip(pulled(jnp.dtype(jnp.bfloat16), *rounded), exact, strict=True):
         assert found.dtype == jnp.float32
         np.testing.assert_allclose(found, expected, atol=1e-4)
-    # An eighth of a bfloat16's last bit, which rounding takes away.
+    # Less than a half of a bfloat16's last bit, which rounding takes away.
     nudged = rounded[0] * (1 + 2**-12), *rounded[1:]
     np.testing.assert_array_equal(
         pulled(jnp.dtype(jnp.bfloat16), *nudged)[0], pulled(jnp.dtype(jnp.bfloat16), *rounded)[0]
@@ -233,6 +254,8 @@ def test_openmp_waits_awake_unless_told_otherwise(own: dict[str, str], wait: str
         check=True,
     )
     assert f"OMP_WAIT_POLICY = '{wait}'" in done.stderr
+    # Without it, an active wait would last for minutes where cores suffice for all threads.
+    assert ("GOMP_SPINCOUNT = '300000'" in done.stderr) == (not own)
     assert "GOMP_SPINCOUNT" not in done.stdout  # processes that are started later are not told
     assert ("OMP_WAIT_POLICY" in done.stdout) == bool(own)
 
@@ -255,23 +278,38 @@ from cnnjax.config import DeviceConfig
 devices.make_mesh(DeviceConfig("cpu"))
 assert ffi.available()
 x, kernel = jnp.ones((2, 6, 6, 8), jnp.bfloat16), jnp.ones((3, 3, 8, 4), jnp.bfloat16)
-y, pull = jax.vjp(jax.jit(layers.conv), x, kernel)
+conv = jax.jit(layers.conv)
+y, pull = jax.vjp(conv, x, kernel)
+# Its sums, as 72.0, are float32 where oneDNN takes them.
+print("bfloat16" in conv.lower(x, kernel).as_text())  # of XLA's own, the type is bf16
 print(y[0, 2, 2, 0], *(g.dtype for g in pull(y)))
 """
 
 
 @needs_onednn
-def test_bfloat16_runs_where_onednn_has_none() -> None:
+@pytest.mark.parametrize(
+    ("isa", "printed"),
+    [
+        pytest.param("AVX2", ["False", "72"], id="AVX2"),
+        pytest.param(
+            "DEFAULT",
+            ["True", "72.0"],
+            id="AVX-512",
+            marks=pytest.mark.skipif(not onednn.has_bfloat16(), reason="no AVX-512"),
+        ),
+    ],
+)
+def test_bfloat16_runs_with_onednn_and_without(isa: str, printed: list[str]) -> None:
     """Without AVX-512, oneDNN has no kernels for bfloat16."""
     done = subprocess.run(
         [sys.executable, "-c", _BFLOAT16],
-        env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"},
+        env=os.environ | {"ONEDNN_MAX_CPU_ISA": isa},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["72", "bfloat16", "bfloat16"]
+    assert done.stdout.split() == [*printed, "bfloat16", "bfloat16"]
 
 
 _ENDS_EARLY = """

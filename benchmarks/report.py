@@ -299,7 +299,7 @@ def _plot(plots: Path, name: str, alt: str, draw: Callable[[Any], None]) -> str:
     draw(axes)
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize="small")
+        figure.legend(loc="outside upper center", ncols=2, fontsize="small")
     file = f"{plots.name}-{name}.svg"
     with matplotlib.rc_context({"svg.hashsalt": file}):
         figure.savefig(plots.with_name(file), metadata={"Date": None})

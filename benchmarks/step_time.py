@@ -306,7 +306,7 @@ def draw(rows: list[Row], path: Path, title: str) -> None:
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside upper center", ncols=2, fontsize="small")
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:

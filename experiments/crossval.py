@@ -7,7 +7,8 @@ Any flag of the recipe goes here too, except --data.fold; `--data.validation blo
 blocks of the file numbering. Each fold is a run of its own in RUN/fold0, RUN/fold1, ...; the same
 command goes on where it was stopped. The figures are those of the last epoch, which the held-out
 fold had no part in choosing, at the operating point that was fitted on the other folds' held-out
-images. They go to the screen and to RUN/crossval.json.
+images. They go to the screen and to RUN/crossval.json, with what other operating points would come
+to and the probability to give `cnnjax evaluate` and `predict` for them as --threshold.
 """
 
 from __future__ import annotations
@@ -24,13 +25,20 @@ import tyro
 
 from cnnjax import devices, release, shifted
 from cnnjax.cli import guarded
-from cnnjax.config import Config
+from cnnjax.config import Config, OperatingConfig
 from cnnjax.errors import InputError
 from cnnjax.loop import fit_all
 from cnnjax.metrics import auc
 from cnnjax.predict import Predictor
 from cnnjax.steps import variables_of
 from cnnjax.workdir import Workdir, write_json
+
+OTHERS = (
+    OperatingConfig("youden"),
+    OperatingConfig("cost"),
+    *(OperatingConfig("sensitivity", sensitivity=wanted) for wanted in (0.98, 0.99)),
+)
+"""The operating points that are reported whichever the config asks for."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,24 @@ def judge(options: Options, runs: list[Path], views: int) -> tuple[shifted.HeldO
         "auc_by_fold": areas,
         "auc_mean": float(np.mean(areas)),
         "auc_sd": float(np.std(areas, ddof=1)),
+        "points": [operate(pooled, fold_of, criterion) for criterion in OTHERS],
     } | found
+
+
+def operate(
+    pooled: shifted.HeldOut, fold_of: np.ndarray, criterion: OperatingConfig
+) -> dict[str, Any]:
+    """Returns what an operating point comes to, and where it lies if fitted on all folds."""
+    found = shifted.judge(pooled, fold_of, criterion)
+    point = shifted.fit_point(pooled.sets, pooled.labels, criterion)
+    shares = shifted.METRICS[1:]
+    row: dict[str, Any] = {
+        "criterion": point.criterion,
+        "threshold": point.probability_threshold(),
+        "plain": {name: found["plain"][name] for name in shares},
+    }
+    changed = {name: found[name] for name in ("mean", "worst") if name in found}
+    return row | {name: {share: row[share] for share in shares} for name, row in changed.items()}
 
 
 def show(document: dict[str, Any]) -> None:
@@ -107,6 +132,12 @@ def show(document: dict[str, Any]) -> None:
     for name, value in document["plain"].items():
         low, high = value["ci95"]
         print(f"  {name:<12} {value['value']:.4f}  [{low:.4f}, {high:.4f}]")
+    names = ("threshold", *shifted.METRICS[1:])
+    print("\nas they are, at other operating points")
+    print(f"{'criterion':<58}" + "".join(f"{name:>13}" for name in names))
+    for point in document["points"]:
+        shares = [point["threshold"], *(value["value"] for value in point["plain"].values())]
+        print(f"{point['criterion']:<58}" + "".join(f"{share:>13.4f}" for share in shares))
 
 
 def write_release(

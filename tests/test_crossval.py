@@ -75,6 +75,22 @@ def test_every_rendering_is_judged(made: tuple[Path, Path]) -> None:
     assert found["one_view"]["mean"] != found["mean"]
 
 
+def test_other_operating_points_are_told(made: tuple[Path, Path]) -> None:
+    found = read(made[0] / "crossval.json")
+    youden, fewest, most, nearly_all = found["points"]
+    assert "Youden" in youden["criterion"]
+    assert youden["threshold"] == release.read(made[1]).operating[3].probability_threshold()
+    for kind in ("plain", "mean", "worst"):
+        assert youden[kind] == {name: found[kind][name] for name in shifted.METRICS[1:]}
+    assert "least cost" in fewest["criterion"]
+    assert fewest["mean"]["accuracy"] >= youden["mean"]["accuracy"] - 0.02
+    assert nearly_all["threshold"] <= most["threshold"]
+    assert nearly_all["mean"]["sensitivity"] >= most["mean"]["sensitivity"] > 0.9
+    assert nearly_all["mean"]["specificity"] <= most["mean"]["specificity"]
+    one_view = found["one_view"]["points"]
+    assert one_view[0]["threshold"] == release.read(made[1]).operating[1].probability_threshold()
+
+
 def test_the_release_gives_each_held_out_fold_the_logits_of_its_run(
     made: tuple[Path, Path], tree: Path
 ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib.metadata import version
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +33,7 @@ class Ours:
         model = make_model(config, jnp.dtype(problem.precision))
         size = problem.images.shape[2]
         variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 1)))
-        self._params = _unflatten(problem.params)
+        self._params = problem.tree()
         self._stats = jax.tree_util.tree_map_with_path(
             lambda path, leaf: (jnp.ones if path[-1].key == "var" else jnp.zeros)(leaf.shape),
             variables.get("batch_stats", {}),
@@ -93,17 +92,6 @@ class Ours:
         copied = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), variables)
         state = steps.state_of(copied, self._optimizer)
         return jax.device_put(state, devices.replicated(self._mesh))
-
-
-def _unflatten(params: dict[str, np.ndarray]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, value in params.items():
-        *folders, leaf = path.split("/")
-        inner: dict[str, Any] = tree
-        for folder in folders:
-            inner = inner.setdefault(folder, {})
-        inner[leaf] = value
-    return tree
 
 
 if __name__ == "__main__":

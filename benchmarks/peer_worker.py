@@ -76,6 +76,17 @@ class Problem:
         images = self.images[..., None].astype(np.float32) / 255
         return np.repeat(images, self.channels, -1)
 
+    def tree(self) -> dict[str, Any]:
+        """Returns the parameters as Flax nests them."""
+        tree: dict[str, Any] = {}
+        for path, value in self.params.items():
+            *folders, leaf = path.split("/")
+            inner = tree
+            for folder in folders:
+                inner = inner.setdefault(folder, {})
+            inner[leaf] = value
+        return tree
+
 
 def serve(make: Any) -> None:
     """Answers requests about `make(problem)` until standard input ends."""

@@ -1,7 +1,8 @@
-"""A train step of the same network in cnnjax, PyTorch and Keras, in turn in one run.
+"""A train step of the same network in cnnjax, PyTorch, Keras and NumPy, in turn in one run.
 
     python benchmarks/peers.py --setup          # makes an environment for each peer, once
     python benchmarks/peers.py --json peers.json
+    python benchmarks/peers.py --peers numpy    # needs no environment of its own
 
 Every library starts from the same weights and takes the same batches, resident on the device and
 without augmentation. First each must give the same logits (within 1e-4) and the same losses over
@@ -56,6 +57,7 @@ PACKAGES: dict[str, dict[str, list[str]]] = {
 FORMS = {
     "torch": ("eager", "eager channels_last", "compiled"),
     "keras": ("default", "graph"),
+    "numpy": ("",),
 }
 # Both networks as their recipes have them. Keras adds Adam's epsilon before the correction of the
 # second moment, the others after it: with a negligible one they take the same steps.
@@ -90,8 +92,8 @@ class Options:
     """Rounds after the first, which is not counted."""
     steps: int = 16
     """Steps in a turn."""
-    peers: tuple[Literal["torch", "keras"], ...] = ("torch", "keras")
-    """Which peers."""
+    peers: tuple[Literal["torch", "keras", "numpy"], ...] = ("torch", "keras")
+    """Which peers; `numpy` are the networks of `cnnjax.scratch`, on the CPU in float32."""
     device: Literal["cpu", "gpu"] = "cpu"
     """What all compute on."""
     json: Path | None = None
@@ -148,7 +150,7 @@ class Worker:
 
 def set_up(options: Options) -> None:
     """Makes the peers' environments with venv and pip."""
-    for peer in options.peers:
+    for peer in PACKAGES.keys() & options.peers:
         folder = options.environments / peer
         packages = PACKAGES[peer].get(options.device, PACKAGES[peer]["cpu"])
         print(f"{folder}: {' '.join(packages)}")
@@ -196,7 +198,9 @@ def workers(options: Options, problem: Path, precision: str) -> Iterator[list[Wo
         asked |= {peer: FORMS[peer] for peer in options.peers}
         for peer, forms in asked.items():
             python = sys.executable
-            if peer != "cnnjax":
+            if peer == "numpy" and precision != "float32":
+                continue
+            if peer in PACKAGES:
                 python = str(python_of(peer, options.environments))
                 if not Path(python).exists():
                     print(f"{peer} is left out: no {python}; make it with --setup")

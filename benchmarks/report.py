@@ -118,17 +118,17 @@ def _cell(value: Cell) -> str:
 def _step_time(document: dict[str, Any], plots: Path) -> str:
     rows = [
         [
-            *(row["network"], row["step"], row["by"], row["batch"], row["size"]),
+            *(row["network"], row["step"], row["batch"], row["size"]),
             *(row["precision"], row["devices"], row["compile_seconds"]),
             f"{row['median_ms']:.3g} ({row['quartile1_ms']:.3g} to {row['quartile3_ms']:.3g})",
             row["images_per_second"],
-            None if row["mfu"] is None else 100 * row["mfu"],
+            100 * row["mfu"],
             None if row["of_bound"] is None else 100 * row["of_bound"],
             row["memory_mib"],
         ]
         for row in document["rows"]
     ]
-    columns = ["network", "step", "by", "batch", "pixels", "precision", "devices", "compile, s"]
+    columns = ["network", "step", "batch", "pixels", "precision", "devices", "compile, s"]
     columns += ["step, ms (quartiles)", "images/s", "MFU, %", "of the roofline, %", "MiB"]
     plot = _throughput(document["rows"], plots)
     note = (
@@ -142,9 +142,8 @@ def _step_time(document: dict[str, Any], plots: Path) -> str:
 def _throughput(rows: list[dict[str, Any]], plots: Path) -> str:
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        if row["by"] == "jax":
-            name = f"{row['network']} {row['step']} {row['precision']}"
-            lines.setdefault(name, []).append(row)
+        name = f"{row['network']} {row['step']} {row['precision']}"
+        lines.setdefault(name, []).append(row)
     if max(map(len, lines.values()), default=0) < 2:
         return ""
 

@@ -8,8 +8,7 @@ The step is the one that `cnnjax.loop` takes: it fetches the batch from the data
 augments it, and updates the weights; on an accelerator sixteen such steps are one call. Tracing,
 lowering and compiling are timed apart. Then each round times every row once, so that a busy machine
 slows all of them alike; a round is the mean over a few steps that end with the device idle, after
-as many that are not counted. The images are random bytes. `--numpy` times the plain NumPy networks
-in the same rounds.
+as many that are not counted. The images are random bytes.
 
 FLOP are counted by hand (products and convolutions) and by XLA; MFU is the former over the device's
 peak, the bound is the larger of operations over the peak and bytes, as XLA counts them, over the
@@ -22,7 +21,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,9 +40,6 @@ from cnnjax.config import AugmentConfig, DeviceConfig, ModelConfig, TrainConfig
 from cnnjax.data.batches import Feeder, load
 from cnnjax.errors import InputError
 from cnnjax.models import make_model
-from cnnjax.scratch import models as scratch_models
-from cnnjax.scratch import steps as scratch_steps
-from cnnjax.scratch.optimizers import adam
 
 Network = Literal["baseline", "resnet"]
 Precision = Literal["float32", "bfloat16"]
@@ -71,8 +67,6 @@ class Options:
     """Rounds after the first, which is not counted."""
     steps: int = 4
     """Calls in a round."""
-    numpy: bool = False
-    """Time the networks in NumPy too (first batch, first size)."""
     json: Path | None = None
     """Write the rows and the circumstances to this file."""
     plot: Path | None = None
@@ -94,28 +88,27 @@ class Row:
     """One kind of step."""
 
     network: str
-    by: str
     step: str
     batch: int
     size: int
     precision: str
     devices: int
-    trace_seconds: float | None = None
-    lower_seconds: float | None = None
-    compile_seconds: float | None = None
+    trace_seconds: float
+    lower_seconds: float
+    compile_seconds: float
+    flops: int
+    xla_flops: float | None
+    xla_bytes: float | None
+    memory_mib: float | None
     median_ms: float = 0.0
     quartile1_ms: float = 0.0
     quartile3_ms: float = 0.0
     p95_ms: float = 0.0
     images_per_second: float = 0.0
     images_per_second_per_device: float = 0.0
-    flops: int = 0
-    xla_flops: float | None = None
-    xla_bytes: float | None = None
-    mfu: float | None = None
+    mfu: float = 0.0
     bound_ms: float | None = None
     of_bound: float | None = None
-    memory_mib: float | None = None
 
 
 @dataclass
@@ -125,8 +118,7 @@ class Timed:
     row: Row
     run: Callable[[], None]
     steps: int
-    peak: Peak | None = None
-    cost: dict[str, float] = field(default_factory=dict)
+    peak: Peak
 
 
 def compiled(
@@ -171,10 +163,13 @@ def compiled(
         program = lowered.compile()
         seconds.append(time.perf_counter())
         trace, lower, compile_ = np.diff(seconds).tolist()
-        memory = program.memory_analysis()
+        together = taken.together if name == "train" else 1
+        counted, memory = program, program.memory_analysis()
+        if together > 1:  # XLA counts a loop's body once, but with all of its operands
+            counted = taken.one.lower(start, feeder.data, alone, key).compile()
+        cost = counted.cost_analysis() or {}
         row = Row(
             network,
-            "jax",
             name,
             batch,
             size,
@@ -184,6 +179,8 @@ def compiled(
             lower_seconds=lower,
             compile_seconds=compile_,
             flops=flops,
+            xla_flops=cost.get("flops"),
+            xla_bytes=cost.get("bytes accessed"),
             memory_mib=memory
             and (
                 memory.temp_size_in_bytes
@@ -194,9 +191,8 @@ def compiled(
             / 2**20,
         )
         state = jax.tree.map(jnp.copy, start)
-        together = taken.together if name == "train" else 1
 
-        def run(program: Any = program) -> None:
+        def run() -> None:
             nonlocal state
             for i in range(options.steps):
                 if name == "train":
@@ -205,46 +201,12 @@ def compiled(
                     out = program(state, feeder.data, alone)
             jax.block_until_ready((state, out))
 
-        if together > 1:  # XLA counts a loop's body once, but with all of its operands
-            program = taken.one.lower(start, feeder.data, alone, key).compile()
-        return Timed(row, run, options.steps * together, peak, program.cost_analysis() or {})
+        return Timed(row, run, options.steps * together, peak)
 
     step = taken.many if fused else taken.one
     return [
         prepare("train", step, (start, feeder.data, feeds[0], key), train),
         prepare("eval", judge, (start, feeder.data, alone), forward),
-    ]
-
-
-def in_numpy(options: Options, network: Network) -> list[Timed]:
-    """Returns the train and eval step in NumPy, without augmentation."""
-    batch, size = options.batches[0], options.sizes[0]
-    model: scratch_models.Network = scratch_models.BaselineCNN(channels=options.channels)
-    if network == "resnet":
-        model = scratch_models.ResNet(channels=options.channels, width=options.width)
-    optimizer = adam(1e-3)
-    rng = np.random.default_rng(0)
-    state = scratch_steps.init_state(model, optimizer, rng, size)
-    data = scratch_steps.Batch(
-        rng.integers(0, 256, (batch, size, size), dtype=np.uint8),
-        rng.integers(0, 2, batch).astype(np.int32),
-        np.ones(batch, bool),
-    )
-    train_step = scratch_steps.make_train_step(model, optimizer)
-    eval_step = scratch_steps.make_eval_step(model)
-
-    def run_train() -> None:
-        nonlocal state
-        for _ in range(options.steps):
-            state, _ = train_step(state, data)
-
-    def run_eval() -> None:
-        for _ in range(options.steps):
-            eval_step(state, data)
-
-    return [
-        Timed(Row(network, "numpy", name, batch, size, "float32", 1), run, options.steps)
-        for name, run in (("train", run_train), ("eval", run_eval))
     ]
 
 
@@ -259,9 +221,6 @@ def measure(options: Options) -> list[Row]:
                 for batch in options.batches:
                     for precision in options.precisions:
                         timed += compiled(options, network, batch, size, precision, mesh)
-    if options.numpy:
-        for network in options.networks:
-            timed += in_numpy(options, network)
     runs = {str(i): one.run for i, one in enumerate(timed)}
     took = in_turn(runs, options.rounds, settled=True)
     for i, one in enumerate(timed):
@@ -277,13 +236,10 @@ def finish(one: Timed, seconds: list[float]) -> None:
     median = row.median_ms / 1e3
     row.images_per_second = row.batch / median
     row.images_per_second_per_device = row.images_per_second / row.devices
-    row.xla_flops = one.cost.get("flops")
-    row.xla_bytes = one.cost.get("bytes accessed")
-    if one.peak is not None:
-        row.mfu = row.flops / row.devices / median / one.peak.flops
-        if row.xla_bytes is not None:
-            bound = one.peak.bound(row.flops / row.devices, row.xla_bytes)
-            row.bound_ms, row.of_bound = bound * 1e3, bound / median
+    row.mfu = row.flops / row.devices / median / one.peak.flops
+    if row.xla_bytes is not None:
+        bound = one.peak.bound(row.flops / row.devices, row.xla_bytes)
+        row.bound_ms, row.of_bound = bound * 1e3, bound / median
 
 
 def draw(rows: list[Row], path: Path, title: str) -> None:
@@ -294,11 +250,11 @@ def draw(rows: list[Row], path: Path, title: str) -> None:
     axes = figure.subplots()
     lines: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        name = (row.network, row.by, row.step, row.size, row.precision, row.devices)
+        name = (row.network, row.step, row.size, row.precision, row.devices)
         lines.setdefault(name, []).append(row)
-    for (network, by, step, size, precision, count), line in lines.items():
+    for (network, step, size, precision, count), line in lines.items():
         line.sort(key=lambda row: row.batch)
-        label = f"{network} {step} {size} px {precision}, {by} x{count}"
+        label = f"{network} {step} {size} px {precision} x{count}"
         x, y = [row.batch for row in line], [row.images_per_second for row in line]
         axes.plot(x, y, marker="o" if step == "train" else "s", label=label)
     axes.set(xscale="log", yscale="log", xlabel="batch", ylabel="images/s", title=title)
@@ -320,18 +276,18 @@ def main() -> int:
     found = circumstances(DeviceConfig(options.device, max(options.counts)))
     rows = measure(options)
     print(headline(found))
-    columns = [*("network", "by", "step", "batch", "px", "precision", "devices")]
+    columns = [*("network", "step", "batch", "px", "precision", "devices")]
     columns += ["trace s", "lower s", "compile s", "median ms", "q1", "q3", "p95"]
     columns += ["images/s", "MFU %", "of bound %", "MiB"]
     print_table(
         columns,
         [
             [
-                *(row.network, row.by, row.step, row.batch, row.size, row.precision, row.devices),
+                *(row.network, row.step, row.batch, row.size, row.precision, row.devices),
                 *(row.trace_seconds, row.lower_seconds, row.compile_seconds),
                 *(row.median_ms, row.quartile1_ms, row.quartile3_ms, row.p95_ms),
                 row.images_per_second,
-                None if row.mfu is None else 100 * row.mfu,
+                100 * row.mfu,
                 None if row.of_bound is None else 100 * row.of_bound,
                 row.memory_mib,
             ]

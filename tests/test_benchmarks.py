@@ -37,20 +37,34 @@ def test_flops_are_those_counted_by_hand(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_step_time_writes_its_rows(tmp_path: Path) -> None:
     flags = ["--networks", "baseline", "--batches", "2", "4", "--sizes", "16", "--rounds", "1"]
-    flags += ["--steps", "1", "--numpy", "--device", "cpu"]
+    flags += ["--steps", "1", "--device", "cpu"]
     out, plot = tmp_path / "rows.json", tmp_path / "plot.svg"
     done = script("step_time.py", *flags, "--json", out, "--plot", plot)
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
-    assert {(row["by"], row["step"], row["batch"]) for row in found["rows"]} == {
-        *(("jax", step, batch) for step in ("train", "eval") for batch in (2, 4)),
-        *(("numpy", step, 2) for step in ("train", "eval")),
+    assert {(row["step"], row["batch"]) for row in found["rows"]} == {
+        (step, batch) for step in ("train", "eval") for batch in (2, 4)
     }
     for row in found["rows"]:
         assert row["images_per_second"] == pytest.approx(row["batch"] / row["median_ms"] * 1e3)
-        assert (row["compile_seconds"] is None) == (row["by"] == "numpy")
+        assert row["compile_seconds"] > 0
+        assert row["of_bound"] == pytest.approx(row["bound_ms"] / row["median_ms"])
     assert found["circumstances"]["platform"] == "cpu"
     assert plot.read_text().startswith("<?xml")
+
+
+def test_a_peer_is_proven_to_be_the_same_network_and_timed(tmp_path: Path) -> None:
+    flags = ["--peers", "numpy", "--networks", "resnet", "--batches", "4", "--size", "32"]
+    flags += ["--width", "4", "--rounds", "2", "--steps", "1"]
+    out = tmp_path / "rows.json"
+    done = script("peers.py", *flags, "--json", out)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    (row,), (proof,) = found["rows"], found["proofs"]
+    assert (row["network"], row["peer"], row["precision"]) == ("resnet", "numpy", "float32")
+    assert 0 < row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
+    assert 0 < proof["logits"] < 1e-4
+    assert proof["losses"] < 1e-3
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ import functools
 import json
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from ctypes import POINTER, c_char_p, c_int, c_int64, c_size_t, c_uint32, c_void_p
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ import numpy as np
 from cnnjax import onednn
 
 _TARGET = "cnnjax_convolution"
+_PLACES = "places"  # the one array that is not of numbers
 
 
 @functools.cache
@@ -58,66 +59,99 @@ def convolution(x: jax.Array, kernel: jax.Array, pads: onednn.Pads, stride: int)
     Returns:
         float32 [batch, height', width', out].
     """
-    sides = zip(x.shape[1:3], pads, kernel.shape[:2], strict=True)
-    height, width = ((side + sum(pad) - window) // stride + 1 for side, pad, window in sides)
-    maps = (x.shape[0], height, width, kernel.shape[3])
+    maps = maps_of(x, kernel, pads, stride)
     sizes = x.shape, kernel.shape, maps
-    (y,) = _call("forward", (x, kernel), (maps,), *sizes, stride, pads)
+    (y,) = _call({"x": x, "kernel": kernel}, {"y": maps}, *sizes, stride, pads)
     return y
 
 
-def gradients(
-    x: jax.Array, kernel: jax.Array, g: jax.Array, pads: onednn.Pads, stride: int
+def pooled_convolution(
+    x: jax.Array, kernel: jax.Array, pads: onednn.Pads, stride: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns those of `convolution` by images and by filters, float32, from g, that by its result.
+    """Returns the maxima of the 2x2 squares of a `convolution`, and of which pixel each is.
 
-    All three that are given are of one type.
-    In one call: with another program's threads in between, g would leave the cores' caches.
+    Of a square of nothing but NaN, the maximum is the least float32 there is; else a NaN is passed
+    over.
+
+    Returns:
+        float32 [batch, height' // 2, width' // 2, out], and as many bytes, for the gradients.
     """
-    sizes = x.shape, kernel.shape, g.shape
-    gx, gkernel = _call("gradients", (x, kernel, g), sizes[:2], *sizes, stride, pads)
-    return gx, gkernel
+    maps = maps_of(x, kernel, pads, stride)
+    pooled = onednn.pooled_sizes(maps)
+    sizes = x.shape, kernel.shape, maps
+    results = {"y": pooled, _PLACES: pooled}
+    y, places = _call({"x": x, "kernel": kernel}, results, *sizes, stride, pads)
+    return y, places
 
 
-def input_gradient(
-    x: jax.Array, kernel: jax.Array, g: jax.Array, pads: onednn.Pads, stride: int
-) -> tuple[jax.Array, None]:
-    """Returns the first of `gradients` alone."""
-    sizes = x.shape, kernel.shape, g.shape
-    (gx,) = _call("input gradient", (g, kernel), sizes[:1], *sizes, stride, pads)
-    return gx, None
+def gradients(
+    x: jax.Array,
+    kernel: jax.Array,
+    g: jax.Array,
+    pads: onednn.Pads,
+    stride: int,
+    places: jax.Array | None = None,
+    *,
+    wanted: Sequence[Literal["gx", "gkernel"]] = ("gx", "gkernel"),
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """Returns those of `convolution` by images and by filters, from that by its result.
+
+    In one call: with another program's threads in between, g would leave the cores' caches.
+
+    Args:
+        x: as `convolution` has it.
+        kernel: likewise.
+        g: gradient by what `convolution` returned, or `pooled_convolution`; of x's dtype.
+        pads: as `convolution` has them.
+        stride: likewise.
+        places: what `pooled_convolution` returned beside that.
+        wanted: which of the two to compute; the other is None.
+
+    Returns:
+        float32, of the shapes of x and of the kernel.
+    """
+    maps = g.shape
+    given = {"x": x, "kernel": kernel, "g": g}
+    if "gx" not in wanted:
+        del given["kernel"]
+    if "gkernel" not in wanted:
+        del given["x"]
+    if places is not None:
+        maps, given = maps_of(x, kernel, pads, stride), given | {_PLACES: places}
+        if not g.shape == places.shape == onednn.pooled_sizes(maps):
+            raise TypeError(f"{maps} do not pool to {g.shape} and {places.shape}")
+    shapes = {"gx": x.shape, "gkernel": kernel.shape}
+    results = {name: shapes[name] for name in wanted}
+    sizes = x.shape, kernel.shape, maps
+    found = dict(zip(results, _call(given, results, *sizes, stride, pads), strict=True))
+    return found.get("gx"), found.get("gkernel")
 
 
-def filter_gradient(
-    x: jax.Array, kernel: jax.Array, g: jax.Array, pads: onednn.Pads, stride: int
-) -> tuple[None, jax.Array]:
-    """Returns the second of `gradients` alone."""
-    sizes = x.shape, kernel.shape, g.shape
-    (gkernel,) = _call("filter gradient", (x, g), sizes[1:2], *sizes, stride, pads)
-    return None, gkernel
-
-
-# What a call computes, one after another, and from which arrays: those that it is given, in order,
-# and then those that it returns.
-_STEPS: dict[str, dict[onednn.Kind, tuple[int, int, int]]] = {
-    "forward": {"forward": (0, 1, 2)},
-    "input gradient": {"input gradient": (0, 1, 2)},
-    "filter gradient": {"filter gradient": (0, 1, 2)},
-    "gradients": {"input gradient": (2, 1, 3), "filter gradient": (0, 2, 4)},
-}
+def maps_of(
+    x: jax.Array, kernel: jax.Array, pads: onednn.Pads, stride: int
+) -> tuple[int, int, int, int]:
+    """Returns the shape of what `convolution` returns."""
+    sides = zip(x.shape[1:3], pads, kernel.shape[:2], strict=True)
+    height, width = ((side + sum(pad) - window) // stride + 1 for side, pad, window in sides)
+    return x.shape[0], height, width, kernel.shape[3]
 
 
 def _call(
-    name: str, arrays: tuple[jax.Array, ...], results: Sequence[tuple[int, ...]], *sizes: Any
+    given: Mapping[str, jax.Array], results: Mapping[Any, tuple[int, ...]], *sizes: Any
 ) -> Sequence[jax.Array]:
-    dtype, *others = (a.dtype for a in arrays)
+    """Calls `onednn.Call`, whose roles are the names of the arrays."""
+    dtype, *others = (array.dtype for name, array in given.items() if name != _PLACES)
     for other in others:
         if other != dtype:
             raise TypeError(f"a convolution needs arrays of one type, got {dtype} and {other}")
     _register()
-    like = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in results]
+    like = [
+        jax.ShapeDtypeStruct(shape, jnp.uint8 if name == _PLACES else jnp.float32)
+        for name, shape in results.items()
+    ]
     call = jax.ffi.ffi_call(_TARGET, like, vmap_method="sequential")
-    found: Sequence[jax.Array] = call(*arrays, call=json.dumps((name, dtype.name, *sizes)))
+    text = json.dumps(((*given, *results), dtype.name, *sizes))
+    found: Sequence[jax.Array] = call(*given.values(), call=text)
     return found
 
 
@@ -264,9 +298,9 @@ def _serve(frame: _CallFrame) -> None:
         for side in (frame.arguments, frame.results)
         for i in range(side.size)
     ]
+    roles, compute = _computation(ctypes.string_at(text.start, text.length))
     with _one_at_a_time:
-        for compute, arrays in _steps(ctypes.string_at(text.start, text.length)):
-            compute(*(addresses[i] for i in arrays))
+        compute(dict(zip(roles, addresses, strict=True)))
 
 
 # One call uses all cores; and a primitive holds the addresses of one call.
@@ -274,13 +308,10 @@ _one_at_a_time = threading.Lock()
 
 
 @functools.cache
-def _steps(text: bytes) -> list[tuple[onednn.Primitive, tuple[int, int, int]]]:
-    """Returns the kernels of a call and the arrays of each; kept, for each size that there is."""
-    name, *sizes = json.loads(text)
-    return [
-        (onednn.Primitive(onednn.Convolution(kind, *sizes)), arrays)
-        for kind, arrays in _STEPS[name].items()
-    ]
+def _computation(text: bytes) -> tuple[list[str], onednn.Call]:
+    """Returns the names of a call's arrays and its kernels; kept, for each size that there is."""
+    roles, *sizes = json.loads(text)
+    return roles, onednn.Call(roles, *sizes)
 
 
 @functools.cache
@@ -311,7 +342,10 @@ def _example() -> tuple[jax.Array, jax.Array, jax.Array]:
 @jax.jit
 def _all_three(x: jax.Array, kernel: jax.Array, g: jax.Array) -> tuple[jax.Array, ...]:
     y = convolution(x, kernel, _PADS, _STRIDE)
-    return y, *gradients(x, kernel, g, _PADS, _STRIDE)
+    gx, gkernel = gradients(x, kernel, g, _PADS, _STRIDE)
+    assert gx is not None
+    assert gkernel is not None
+    return y, gx, gkernel
 
 
 def _works() -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any, Literal
@@ -23,6 +24,11 @@ from cnnjax import ffi, onednn
 
 Padding = Literal["SAME", "VALID"]
 Dtype = Any
+
+# Bytes of maps from which on they had better not be written down. On 2 cores of a Xeon, with 2 MiB
+# of second-level cache each, the post's network takes a step 8 % faster then at batch 32 (15 MiB),
+# twice as fast at 128; at 8 (4 MiB), it would be slower by a third.
+_LARGE = 2**23
 
 _portable: ContextVar[bool] = ContextVar("portable", default=False)
 
@@ -61,10 +67,39 @@ def conv(
         [batch, height', width', out], of `dtype`, or of float32 where the sums are at hand in that.
     """
     dtype = x.dtype if dtype is None else jnp.dtype(dtype)
-    if not _portable.get() and ffi.available() and ffi.takes(dtype):
+    if _onednn_serves(dtype):
         both = (a.astype(jnp.float32) for a in (x, kernel))
         return conv_onednn(*both, stride, padding, dtype)
     return conv_plain(x.astype(dtype), kernel.astype(dtype), stride, padding)
+
+
+def conv_pool(
+    x: jax.Array, kernel: jax.Array, *, padding: Padding = "SAME", dtype: Dtype = None
+) -> jax.Array:
+    """Convolves with stride 1 and takes the maximum of each 2x2 square: `max_pool` of `conv`.
+
+    Where oneDNN serves, a few images at a time pass both if the maps between them are large, which
+    then need no memory. A NaN among numbers is passed over there; a square of NaN alone is NaN.
+
+    Args:
+        x: float [batch, height, width, in].
+        kernel: float [kernel height, kernel width, in, out].
+        padding: as `conv` has it.
+        dtype: likewise.
+
+    Returns:
+        [batch, height' // 2, width' // 2, out], of the dtype that `conv` has.
+    """
+    dtype = x.dtype if dtype is None else jnp.dtype(dtype)
+    maps = ffi.maps_of(x, kernel, _pads(x, kernel, 1, padding), 1)
+    if _onednn_serves(dtype) and 4 * math.prod(maps) >= _LARGE:
+        both = (a.astype(jnp.float32) for a in (x, kernel))
+        return conv_onednn(*both, 1, padding, dtype, True)
+    return max_pool(conv(x, kernel, padding=padding, dtype=dtype))
+
+
+def _onednn_serves(dtype: Dtype) -> bool:
+    return not _portable.get() and ffi.available() and ffi.takes(dtype)
 
 
 def conv_plain(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
@@ -74,50 +109,70 @@ def conv_plain(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
 def conv_onednn(
     x: jax.Array,
     kernel: jax.Array,
     stride: int,
     padding: Padding,
     dtype: Dtype = jnp.float32,
+    pooled: bool = False,
 ) -> jax.Array:
-    """`conv` of float32 by oneDNN, and so its gradients, all float32.
+    """`conv` of float32 by oneDNN, or `conv_pool`, and so its gradients, all float32.
 
-    Neither is rounded to `dtype` on its way out: XLA would convert it back, pixel by pixel.
+    None is rounded to `dtype` on its way out: XLA would convert it back, pixel by pixel.
     """
-    x, kernel = x.astype(dtype), kernel.astype(dtype)
-    return ffi.convolution(x, kernel, _pads(x, kernel, stride, padding), stride)
+    y, _ = _computed(x.astype(dtype), kernel.astype(dtype), stride, padding, pooled)
+    return y
+
+
+def _computed(
+    x: jax.Array, kernel: jax.Array, stride: int, padding: Padding, pooled: bool
+) -> tuple[jax.Array, jax.Array | None]:
+    """Returns the result, and what the gradients of a pool want to know of it."""
+    pads = _pads(x, kernel, stride, padding)
+    if not pooled:
+        return ffi.convolution(x, kernel, pads, stride), None
+    y, places = ffi.pooled_convolution(x, kernel, pads, stride)
+    return jnp.where(y > jnp.finfo(y.dtype).min, y, jnp.nan), places
 
 
 _GRADIENTS = {
     (True, True): ffi.gradients,
-    (True, False): ffi.input_gradient,
-    (False, True): ffi.filter_gradient,
+    (True, False): functools.partial(ffi.gradients, wanted=("gx",)),
+    (False, True): functools.partial(ffi.gradients, wanted=("gkernel",)),
 }
 
 
 def _conv_onednn_forward(
-    x: CustomVJPPrimal, kernel: CustomVJPPrimal, stride: int, padding: Padding, dtype: Dtype
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Partial]]:
-    y = conv_onednn(x.value, kernel.value, stride, padding, dtype)
+    x: CustomVJPPrimal,
+    kernel: CustomVJPPrimal,
+    stride: int,
+    padding: Padding,
+    dtype: Dtype,
+    pooled: bool,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array | None, Partial]]:
+    both = x.value.astype(dtype), kernel.value.astype(dtype)
+    y, places = _computed(*both, stride, padding, pooled)
     # XLA cannot leave out that half of a call which nothing needs, as the gradient by the images.
     needed = _GRADIENTS[x.perturbed, kernel.perturbed]
-    return y, (x.value.astype(dtype), kernel.value.astype(dtype), Partial(needed))
+    return y, (*both, places, Partial(needed))
 
 
 def _conv_onednn_backward(
     stride: int,
     padding: Padding,
     dtype: Dtype,
-    saved: tuple[jax.Array, jax.Array, Partial],
+    pooled: bool,
+    saved: tuple[jax.Array, jax.Array, jax.Array | None, Partial],
     g: jax.Array | SymbolicZero,
 ) -> tuple[jax.Array | None, jax.Array | None]:
     if isinstance(g, SymbolicZero):  # nothing comes of the result
         return None, None
-    x, kernel, gradients = saved
+    x, kernel, places, gradients = saved
+    pads = _pads(x, kernel, stride, padding)
     found: tuple[jax.Array | None, jax.Array | None]
-    found = gradients(x, kernel, g.astype(dtype), _pads(x, kernel, stride, padding), stride)
+    found = gradients(x, kernel, g.astype(dtype), pads, stride, places)
     return found
 
 

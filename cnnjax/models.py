@@ -122,7 +122,7 @@ class ConvPool(nn.Module):
         shape = (3, 3, x.shape[-1] * self.repeat, self.features)
         kernel = _merge_equal(self.param("kernel", kernel_init, shape), self.repeat)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        x = layers.max_pool(layers.conv(x, kernel, padding="VALID", dtype=self.dtype))
+        x = layers.conv_pool(x, kernel, padding="VALID", dtype=self.dtype)
         return nn.relu(x + bias.astype(x.dtype))
 
 

@@ -1,4 +1,4 @@
-"""oneDNN's convolutions on an x86 CPU, by its C API.
+"""oneDNN's convolutions, and the max-pool after one, on an x86 CPU, by its C API.
 
 XLA's own convolution on a CPU is Eigen's, and its gradients are several times slower than oneDNN's
 (https://uxlfoundation.github.io/oneDNN). The package onednn-cpu-gomp brings that library, on Linux,
@@ -13,11 +13,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import itertools
+import math
 import os
 import platform
 import sys
-from collections.abc import Iterator, Sequence
-from ctypes import POINTER, byref, c_int, c_int64, c_size_t, c_void_p
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from ctypes import POINTER, byref, c_float, c_int, c_int64, c_size_t, c_void_p
 from importlib import metadata
 from typing import Any, Literal, NamedTuple
 
@@ -28,27 +30,38 @@ Kind = Literal["forward", "input gradient", "filter gradient"]
 
 # From oneDNN's dnnl_types.h and dnnl_common_types.h, version 3.
 _CPU, _IN_ORDER, _DIRECT, _TRAINING, _ANY = 1, 1, 1, 64, 1
-_TYPES = {"bfloat16": 2, "float32": 3}
-_SRC, _DST, _WEIGHTS, _SCRATCHPAD = 1, 17, 33, 80
+_TYPES = {"bfloat16": 2, "float32": 3, "uint8": 6}
+_MAX = 0x1FF  # of a pool
+_SRC, _DST, _WEIGHTS, _WORKSPACE, _SCRATCHPAD = 1, 17, 33, 64, 80
 _DIFF_SRC, _DIFF_DST, _DIFF_WEIGHTS = 129, 145, 161
-_WEIGHTS_MD, _DIFF_WEIGHTS_MD, _SCRATCHPAD_MD = 131, 132, 136
+_WEIGHTS_MD, _DIFF_WEIGHTS_MD, _WORKSPACE_MD, _SCRATCHPAD_MD = 131, 132, 135, 136
 _USER = 1  # whose scratchpad
 _AVX2, _AVX512 = 0x7, 0x27  # the latter with its instructions for bytes, words and short vectors
-_ALLOCATE = 2**64 - 1  # in place of an address: memory of oneDNN's own
+_ALLOCATE = c_void_p(2**64 - 1)  # in place of an address: memory of oneDNN's own
 _Dims = c_int64 * 12
+
+_BYTES = {"bfloat16": 2, "float32": 4}
 
 # OpenMP starts so many for each of XLA's threads that calls; small networks have no use for more.
 _THREADS = 16
 
+# Bytes of maps for each thread that go from a convolution to its pool at once: what stays in a
+# core's cache until then.
+_PIECE = 2**20
+
+# The arrays of each kind of convolution, with oneDNN's numbers for them; the last is the result.
+_ROLES: dict[Kind, dict[str, int]] = {
+    "forward": {"x": _SRC, "kernel": _WEIGHTS, "y": _DST},
+    "input gradient": {"g": _DIFF_DST, "kernel": _WEIGHTS, "gx": _DIFF_SRC},
+    "filter gradient": {"x": _SRC, "g": _DIFF_DST, "gkernel": _DIFF_WEIGHTS},
+}
+
 
 class Convolution(NamedTuple):
-    """A convolution or one of its gradients, with all that a kernel is made for.
+    """A convolution of images, and all that its kernels are made for.
 
     Attributes:
-        kind: `forward` maps images and filters to feature maps; `input gradient` the maps' gradient
-            and the filters to the images'; `filter gradient` images and the maps' gradient to the
-            filters'.
-        dtype: of the two arrays that are given, float32 or bfloat16; the result is float32.
+        dtype: of the arrays that are given, float32 or bfloat16; results are float32.
         images: [batch, height, width, in].
         filters: [kernel height, kernel width, in, out].
         maps: [batch, height', width', out].
@@ -56,13 +69,16 @@ class Convolution(NamedTuple):
         pads: rows of zeros (above, below) and columns of zeros (left, right).
     """
 
-    kind: Kind
     dtype: str
     images: tuple[int, ...]
     filters: tuple[int, ...]
     maps: tuple[int, ...]
     stride: int
     pads: Pads
+
+    def of(self, count: int) -> Convolution:
+        """Returns that of so many images."""
+        return self._replace(images=(count, *self.images[1:]), maps=(count, *self.maps[1:]))
 
 
 @functools.cache
@@ -106,90 +122,146 @@ def has_bfloat16() -> bool:
     return found is not None and found.dnnl_get_effective_cpu_isa() & _AVX512 == _AVX512
 
 
-class Primitive:
-    """The kernels of a convolution: itself, and one that puts its filters in order.
+def pooled_sizes(maps: Sequence[int]) -> tuple[int, int, int, int]:
+    """Returns what a pool of 2x2 squares leaves of [batch, height, width, channels]."""
+    batch, height, width, channels = maps
+    return batch, height // 2, width // 2, channels
 
-    Raises:
-        RuntimeError: oneDNN has no such kernel.
+
+class Call:
+    """A convolution or its gradients, or those of one with a max-pool: kernels, one after another.
+
+    The pool is of squares of 2x2; a last odd row or column is dropped. The maps between the two,
+    the largest arrays of a network that pools, are never whole: a few images at a time pass both,
+    in memory that stays in the cores' caches.
     """
 
-    def __init__(self, convolution: Convolution) -> None:
-        with _at_most(_THREADS):
-            self._make(convolution)
+    def __init__(self, roles: Sequence[str], *sizes: Any) -> None:
+        """Makes the kernels.
 
-    def _make(self, convolution: Convolution) -> None:
-        kind, given, stride = convolution.kind, convolution.dtype, convolution.stride
-        height, width, channels, features = convolution.filters
-        filters = (features, channels, height, width)
-        (top, bottom), (left, right) = convolution.pads
-        geometry = (_Dims(stride, stride), _Dims(), _Dims(top, left), _Dims(bottom, right))
+        Args:
+            roles: what arrays there are. Given are x, images, kernel, filters, and g, the maps'
+                gradient; results are y, maps, and gx and gkernel, gradients. With a pool, y and g
+                are of the maxima, and there are places: which of its four pixels each maximum was,
+                in a byte.
+            sizes: what `Convolution` holds; maps are those before a pool.
 
-        def dtype_where(is_result: bool) -> str:
-            return "float32" if is_result else given
+        Raises:
+            RuntimeError: oneDNN has no such kernels.
+        """
+        whole = Convolution(*sizes)
+        batch, pieces = whole.images[0], 1
+        self._arrays: list[tuple[c_void_p, str, int]] = []  # each with its role and first byte
+        self._kernels: list[_Kernel] = []
+        self._filters: dict[tuple[Kind, int], c_void_p] = {}  # in the order that is fastest
+        self._between: c_void_p | None = None  # the maps, where they are pooled at once
+        if "places" in roles:
+            threads = min(_THREADS, _openmp().omp_get_max_threads())
+            of_image = math.prod(whole.maps[1:]) * _BYTES["float32"]
+            pieces = min(batch, -(-batch * of_image // (threads * _PIECE)))
+            most = _described((-(-batch // pieces) * of_image,), "uint8", (0,))
+            self._between = _address(_memory(most, _ALLOCATE))
+        edges = [batch * i // pieces for i in range(pieces + 1)]
+        kinds = [kind for kind, arrays in _ROLES.items() if [*arrays][-1] in roles]
+        for start, stop in itertools.pairwise(edges):
+            part = whole.of(stop - start)
+            if self._between and "y" not in roles:
+                self._pool("g", part, start)
+            for kind in kinds:
+                self._convolve(kind, part, start)
+            if self._between and "y" in roles:
+                self._pool("y", part, start)
 
-        of_images = dtype_where(kind == "input gradient")
-        of_filters = dtype_where(kind == "filter gradient")
-        of_maps = dtype_where(kind == "forward")
-        images = _channels_last(convolution.images, of_images)
-        maps = _channels_last(convolution.maps, of_maps)
-        ours = _described(filters, of_filters, (2, 3, 1, 0))
-        any_order = _described(filters, of_filters, None)
-        # The gradients' kernels want that of a convolution of given arrays for a hint.
-        forward = _new(
-            "dnnl_convolution_forward_primitive_desc_create",
-            _engine(), _TRAINING, _DIRECT, _channels_last(convolution.images, given),
-            _described(filters, given, None), None, maps, *geometry, _attributes(),
-        )  # fmt: skip
-        if kind == "forward":
-            kernel = forward
-            roles, sides = (_SRC, _WEIGHTS, _DST), (images, ours, maps)
-        elif kind == "input gradient":
-            kernel = _new(
-                "dnnl_convolution_backward_data_primitive_desc_create",
-                _engine(), _DIRECT, images, any_order, maps, *geometry, forward,
-                _attributes(),
-            )  # fmt: skip
-            roles, sides = (_DIFF_DST, _WEIGHTS, _DIFF_SRC), (maps, ours, images)
-        else:
-            kernel = _new(
-                "dnnl_convolution_backward_weights_primitive_desc_create",
-                _engine(), _DIRECT, images, any_order, None, maps, *geometry, forward,
-                _attributes(),
-            )  # fmt: skip
-            roles, sides = (_SRC, _DIFF_DST, _DIFF_WEIGHTS), (images, maps, ours)
-        self._sides = [_memory(side, None) for side in sides]
-        is_result = kind == "filter gradient"
-        at = 2 if is_result else 1  # which of the three are the filters
-        query = _api().dnnl_primitive_desc_query_md
-        theirs = c_void_p(query(kernel, _DIFF_WEIGHTS_MD if is_result else _WEIGHTS_MD, 0))
-        inner = _memory(theirs, _ALLOCATE)
-        own = [inner if i == at else side for i, side in enumerate(self._sides)]
-        main = _Kernel(kernel, zip(roles, own, strict=True))
-        ends = (inner, self._sides[at]) if is_result else (self._sides[at], inner)
-        orders = (theirs, ours) if is_result else (ours, theirs)
-        with _at_most(1):  # filters are small: waking a second thread takes longer
-            reorder = _Kernel(
-                _new(
-                    "dnnl_reorder_primitive_desc_create",
-                    orders[0], _engine(), orders[1], _engine(), _attributes(),
-                ),
-                zip((_SRC, _DST), ends, strict=True),
-            )  # fmt: skip
-        self._kernels = (main, reorder) if is_result else (reorder, main)
-
-    def __call__(self, first: int, second: int, result: int) -> None:
-        """Computes, from two arrays to a third, given by their addresses.
+    def __call__(self, addresses: Mapping[str, int]) -> None:
+        """Computes, from and to the arrays at these addresses, by role.
 
         Not to be called by two threads at once.
 
         Raises:
             RuntimeError: oneDNN failed.
         """
+        # All before the first kernel: OpenMP's threads stay awake for microseconds between two.
         handle = _api().dnnl_memory_set_data_handle
-        for memory, address in zip(self._sides, (first, second, result), strict=True):
-            _check("dnnl_memory_set_data_handle", handle(memory, address))
+        for memory, role, offset in self._arrays:
+            _check("dnnl_memory_set_data_handle", handle(memory, addresses[role] + offset))
         for kernel in self._kernels:
             kernel()
+
+    def _array(self, role: str, description: c_void_p, offset: int = 0) -> c_void_p:
+        """Returns the memory of an array, which each call places."""
+        memory = _memory(description, None)
+        self._arrays.append((memory, role, offset))
+        return memory
+
+    def _images(self, role: str, sizes: Sequence[int], dtype: str, start: int) -> c_void_p:
+        """Returns the memory of images, or of what belongs to each, from a number on."""
+        offset = start * math.prod(sizes[1:]) * _BYTES[dtype]
+        return self._array(role, _channels_last(sizes, dtype), offset)
+
+    def _convolve(self, kind: Kind, part: Convolution, start: int) -> None:
+        """Adds the kernels of a part of the images."""
+        with _at_most(_THREADS):
+            kernel = _convolution(kind, part)
+        *_, result = _ROLES[kind]
+        arguments = []
+        for role, number in _ROLES[kind].items():
+            dtype = "float32" if role == result else part.dtype
+            if "kernel" in role:
+                memory = self._ordered(kind, part, kernel)
+            elif "x" in role:
+                memory = self._images(role, part.images, dtype, start)
+            elif self._between:
+                memory = _memory(_channels_last(part.maps, dtype), self._between)
+            else:
+                memory = self._images(role, part.maps, dtype, start)
+            arguments.append((number, memory))
+        self._kernels.append(_Kernel(kernel, arguments))
+        if kind == "filter gradient":
+            ours = _filters(part, "float32")
+            found = self._array(result, ours)
+            ordered = self._filters[kind, part.images[0]]
+            theirs = _queried(kernel, _DIFF_WEIGHTS_MD)
+            self._kernels.append(_reorder(theirs, ordered, ours, found, add=start > 0))
+
+    def _ordered(self, kind: Kind, part: Convolution, kernel: c_void_p) -> c_void_p:
+        """Returns memory for filters in a kernel's order; given ones are written there first."""
+        key = kind, part.images[0]
+        if key not in self._filters:
+            gradient = kind == "filter gradient"
+            theirs = _queried(kernel, _DIFF_WEIGHTS_MD if gradient else _WEIGHTS_MD)
+            self._filters[key] = _memory(theirs, _ALLOCATE)
+            if not gradient:
+                ours = _filters(part, part.dtype)
+                given = self._array("kernel", ours)
+                self._kernels.append(_reorder(ours, given, theirs, self._filters[key]))
+        return self._filters[key]
+
+    def _pool(self, role: str, part: Convolution, start: int) -> None:
+        """Adds the pool of a part's maps, y, or what spreads their gradient, g, over pixels."""
+        forward = role == "y"
+        dtype = "float32" if forward else part.dtype
+        pooled = pooled_sizes(part.maps)
+        sides = _channels_last(part.maps, dtype), _channels_last(pooled, dtype)
+        geometry = (_Dims(2, 2), _Dims(2, 2), _Dims(), _Dims(), _Dims())
+        with _at_most(_THREADS):
+            kernel = _new(
+                "dnnl_pooling_forward_primitive_desc_create",
+                _engine(), _TRAINING, _MAX, *sides, *geometry, _attributes(),
+            )  # fmt: skip
+            if not forward:
+                kernel = _new(
+                    "dnnl_pooling_backward_primitive_desc_create",
+                    _engine(), _MAX, *sides, *geometry, kernel, _attributes(),
+                )  # fmt: skip
+        theirs = _queried(kernel, _WORKSPACE_MD)
+        size = _api().dnnl_memory_desc_get_size(theirs)
+        if size != math.prod(pooled):
+            raise RuntimeError(f"places of {math.prod(pooled)} maxima take {size} bytes")
+        places = self._array("places", theirs, start * math.prod(pooled[1:]))
+        numbers = (_SRC, _DST) if forward else (_DIFF_SRC, _DIFF_DST)
+        whole, less = _memory(sides[0], self._between), self._images(role, pooled, dtype, start)
+        arguments = zip((*numbers, _WORKSPACE), (whole, less, places), strict=True)
+        self._kernels.append(_Kernel(kernel, arguments))
 
 
 class _Argument(ctypes.Structure):
@@ -199,17 +271,61 @@ class _Argument(ctypes.Structure):
 class _Kernel:
     """A primitive with its arguments."""
 
-    def __init__(self, description: c_void_p, arguments: Any) -> None:
+    def __init__(self, description: c_void_p, arguments: Iterable[tuple[int, c_void_p]]) -> None:
         self._primitive = _new("dnnl_primitive_create", description)
         found = [_Argument(role, memory) for role, memory in arguments]
-        scratch = _api().dnnl_primitive_desc_query_md(description, _SCRATCHPAD_MD, 0)
-        found.append(_Argument(_SCRATCHPAD, _memory(c_void_p(scratch), _ALLOCATE)))
+        scratch = _queried(description, _SCRATCHPAD_MD)
+        found.append(_Argument(_SCRATCHPAD, _memory(scratch, _ALLOCATE)))
         self._arguments = (_Argument * len(found))(*found)
 
     def __call__(self) -> None:
         name = "dnnl_primitive_execute"
         number, arguments = len(self._arguments), self._arguments
         _check(name, _api().dnnl_primitive_execute(self._primitive, _stream(), number, arguments))
+
+
+def _convolution(kind: Kind, sizes: Convolution) -> c_void_p:
+    """Returns the description of a kernel."""
+    given, stride = sizes.dtype, sizes.stride
+    height, width, channels, features = sizes.filters
+    (top, bottom), (left, right) = sizes.pads
+    geometry = (_Dims(stride, stride), _Dims(), _Dims(top, left), _Dims(bottom, right))
+
+    def filters(dtype: str) -> c_void_p:
+        return _described((features, channels, height, width), dtype, None)
+
+    # The gradients' kernels want that of a convolution of given arrays for a hint.
+    forward = _new(
+        "dnnl_convolution_forward_primitive_desc_create",
+        _engine(), _TRAINING, _DIRECT, _channels_last(sizes.images, given), filters(given), None,
+        _channels_last(sizes.maps, "float32" if kind == "forward" else given), *geometry,
+        _attributes(),
+    )  # fmt: skip
+    if kind == "input gradient":
+        return _new(
+            "dnnl_convolution_backward_data_primitive_desc_create",
+            _engine(), _DIRECT, _channels_last(sizes.images, "float32"), filters(given),
+            _channels_last(sizes.maps, given), *geometry, forward, _attributes(),
+        )  # fmt: skip
+    if kind == "filter gradient":
+        return _new(
+            "dnnl_convolution_backward_weights_primitive_desc_create",
+            _engine(), _DIRECT, _channels_last(sizes.images, given), filters("float32"), None,
+            _channels_last(sizes.maps, given), *geometry, forward, _attributes(),
+        )  # fmt: skip
+    return forward
+
+
+def _reorder(
+    before: c_void_p, given: c_void_p, after: c_void_p, result: c_void_p, *, add: bool = False
+) -> _Kernel:
+    """Returns the kernel that writes filters in another order, or adds them to what is there."""
+    with _at_most(1):  # filters are small: waking a second thread takes longer
+        description = _new(
+            "dnnl_reorder_primitive_desc_create",
+            before, _engine(), after, _engine(), _attributes(add=add),
+        )  # fmt: skip
+        return _Kernel(description, ((_SRC, given), (_DST, result)))
 
 
 @functools.cache
@@ -220,6 +336,8 @@ def _api() -> ctypes.CDLL:
     found.dnnl_primitive_desc_query_md.restype = c_void_p
     found.dnnl_primitive_desc_query_md.argtypes = (c_void_p, c_int, c_int)
     found.dnnl_memory_set_data_handle.argtypes = (c_void_p, c_void_p)
+    found.dnnl_memory_desc_get_size.restype = c_size_t
+    found.dnnl_post_ops_append_sum.argtypes = (c_void_p, c_float, c_int, c_int)
     found.dnnl_primitive_execute.argtypes = (c_void_p, c_void_p, c_int, POINTER(_Argument))
     return found
 
@@ -230,11 +348,21 @@ def _engine() -> c_void_p:
 
 
 @functools.cache
-def _attributes() -> c_void_p:
-    """Returns the wish for scratch memory of our own; oneDNN's may be of the thread that calls."""
+def _attributes(*, add: bool = False) -> c_void_p:
+    """Returns the wish for scratch memory of our own; oneDNN's may be of the thread that calls.
+
+    Args:
+        add: and that the result is added to what is there.
+    """
     created = _new("dnnl_primitive_attr_create")
     name = "dnnl_primitive_attr_set_scratchpad_mode"
     _check(name, _api().dnnl_primitive_attr_set_scratchpad_mode(created, _USER))
+    if add:
+        after, same_type = _new("dnnl_post_ops_create"), 0
+        name = "dnnl_post_ops_append_sum"
+        _check(name, _api().dnnl_post_ops_append_sum(after, 1.0, 0, same_type))
+        name = "dnnl_primitive_attr_set_post_ops"
+        _check(name, _api().dnnl_primitive_attr_set_post_ops(created, after))
     return created
 
 
@@ -256,14 +384,33 @@ def _described(sizes: Sequence[int], dtype: str, order: Sequence[int] | None) ->
     return _new("dnnl_memory_desc_create_with_strides", number, dims, _TYPES[dtype], strides)
 
 
+def _filters(sizes: Convolution, dtype: str) -> c_void_p:
+    """Returns the description of filters [height, width, in, out]."""
+    height, width, channels, features = sizes.filters
+    return _described((features, channels, height, width), dtype, (2, 3, 1, 0))
+
+
 def _channels_last(sizes: Sequence[int], dtype: str) -> c_void_p:
     """Returns the description of images or maps [batch, height, width, channels]."""
     batch, height, width, channels = sizes
     return _described((batch, channels, height, width), dtype, (0, 2, 3, 1))
 
 
-def _memory(description: c_void_p, address: int | None) -> c_void_p:
-    return _new("dnnl_memory_create", description, _engine(), c_void_p(address))
+def _memory(description: c_void_p, address: c_void_p | None) -> c_void_p:
+    return _new("dnnl_memory_create", description, _engine(), address)
+
+
+def _address(memory: c_void_p) -> c_void_p:
+    """Returns the place of memory that has one."""
+    found = c_void_p()
+    name = "dnnl_memory_get_data_handle"
+    _check(name, _api().dnnl_memory_get_data_handle(memory, byref(found)))
+    return found
+
+
+def _queried(kernel: c_void_p, what: int) -> c_void_p:
+    """Returns what a kernel wants an array to be like."""
+    return c_void_p(_api().dnnl_primitive_desc_query_md(kernel, what, 0))
 
 
 def _new(name: str, *arguments: Any) -> c_void_p:

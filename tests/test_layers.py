@@ -103,24 +103,83 @@ def test_onednn_is_the_plain_convolution(
 
 
 @needs_onednn
-def test_a_gradient_that_is_not_needed_changes_nothing() -> None:
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+@pytest.mark.parametrize("channels", [1, 16])
+@pytest.mark.parametrize(("images", "pieces"), [(1, 1), (7, 1), (7, 3)])
+def test_onednn_is_the_plain_convolution_with_a_pool(
+    padding: layers.Padding,
+    channels: int,
+    images: int,
+    pieces: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of whole numbers, so that many maxima are ties and every sum is exact."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.integers(-2, 3, (images, 12, 11 + pieces, channels)), jnp.float32)
+    kernel = jnp.asarray(rng.integers(-1, 2, (3, 3, channels, 5)), jnp.float32)
+
+    def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return plain_pool(layers.conv_plain(x, kernel, 1, padding))
+
+    def pulled(form: Any, g: jax.Array) -> Any:
+        y, pull = jax.vjp(form, x, kernel)
+        return y, *pull(g)
+
+    maps = layers.conv_plain(x, kernel, 1, padding)
+    threads = min(onednn._THREADS, onednn._openmp().omp_get_max_threads())
+    monkeypatch.setattr(onednn, "_PIECE", -(-maps.nbytes // (threads * pieces)))
+    g = jnp.asarray(rng.integers(-3, 4, plain(x, kernel).shape), jnp.float32)
+    form = functools.partial(layers.conv_onednn, stride=1, padding=padding, pooled=True)
+    for found, expected in zip(pulled(jax.jit(form), g), pulled(plain, g), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+@needs_onednn
+def test_large_maps_are_pooled_a_few_images_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ffi, "available", lambda: True)  # though there are several devices
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(40, 64, 64, 1)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(3, 3, 1, 16)), jnp.float32)
+    pooled = jax.jit(lambda x, kernel: layers.conv_pool(x, kernel))
+    assert "places" in pooled.lower(x, kernel).as_text()
+    expected = plain_pool(layers.conv_plain(x, kernel, 1, "SAME"))
+    np.testing.assert_allclose(pooled(x, kernel), expected, atol=1e-4)
+    few = jax.jit(lambda x, kernel: layers.conv_pool(x, kernel))
+    assert "places" not in few.lower(x[:2], kernel).as_text()
+    np.testing.assert_allclose(few(x[:2], kernel), expected[:2], atol=1e-4)
+
+
+@needs_onednn
+def test_a_pool_of_nothing_but_nan_is_nan() -> None:
+    """oneDNN passes over NaN: a run that diverges would look as if it went on."""
+    x, kernel = jnp.ones((2, 6, 6, 4)), jnp.ones((3, 3, 4, 8)).at[0, 0, 0, 5].set(jnp.nan)
+    y = layers.conv_onednn(x, kernel, 1, "VALID", pooled=True)
+    np.testing.assert_array_equal(jnp.isnan(y).any((0, 1, 2)), np.arange(8) == 5)
+    np.testing.assert_array_equal(jnp.isnan(y).all((0, 1, 2)), np.arange(8) == 5)
+
+
+@needs_onednn
+@pytest.mark.parametrize("pooled", [False, True])
+def test_a_gradient_that_is_not_needed_changes_nothing(pooled: bool) -> None:
     """What oneDNN computes in one call it also computes alone."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(2, 7, 8, 4)), jnp.float32)
     kernel = jnp.asarray(rng.normal(size=(3, 3, 4, 8)), jnp.float32)
+    stride = 1 if pooled else 2
 
     def total(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return jnp.square(layers.conv_onednn(x, kernel, 2, "SAME")).sum()
+        return jnp.square(layers.conv_onednn(x, kernel, stride, "SAME", pooled=pooled)).sum()
 
     both = jax.grad(total, (0, 1))(x, kernel)
     assert np.abs(both[0]).max() > 0
     assert np.abs(both[1]).max() > 0
-    for i, (alone, call) in enumerate(zip(both, ("input", "filter"), strict=True)):
+    for i, (alone, call) in enumerate(zip(both, ("gx", "gkernel"), strict=True)):
         by_one = jax.jit(jax.grad(total, i))
         np.testing.assert_array_equal(by_one(x, kernel), alone)
         text = by_one.lower(x, kernel).as_text()
-        assert f"{call} gradient" in text
-        assert "gradients" not in text
+        (other,) = {"gx", "gkernel"} - {call}
+        assert f"\\22{call}\\22" in text
+        assert f"\\22{other}\\22" not in text
 
 
 @needs_onednn
@@ -142,16 +201,19 @@ def test_a_result_that_nothing_depends_on_has_no_gradient() -> None:
 
 @needs_onednn
 @pytest.mark.skipif(not onednn.has_bfloat16(), reason="no AVX-512")
-def test_onednn_rounds_what_it_is_given_and_nothing_else() -> None:
+@pytest.mark.parametrize("pooled", [False, True])
+def test_onednn_rounds_what_it_is_given_and_nothing_else(pooled: bool) -> None:
     """Products of bfloat16 are float32, as are their sums: nothing is left to round."""
     rng = np.random.default_rng(0)
     rounded = [
         jnp.asarray(rng.normal(size=shape), jnp.bfloat16).astype(jnp.float32)
-        for shape in ((2, 7, 8, 4), (3, 3, 4, 8), (2, 4, 4, 8))
+        for shape in ((2, 8, 9, 4), (3, 3, 4, 8), (2, 4, 5 - pooled, 8))
     ]
 
     def pulled(dtype: Any, x: jax.Array, kernel: jax.Array, g: jax.Array) -> Any:
-        form = functools.partial(layers.conv_onednn, stride=2, padding="SAME", dtype=dtype)
+        form = functools.partial(
+            layers.conv_onednn, stride=2 - pooled, padding="SAME", dtype=dtype, pooled=pooled
+        )
         y, pull = jax.vjp(form, x, kernel)
         return y, *pull(g)
 
@@ -263,10 +325,11 @@ def test_openmp_waits_awake_unless_told_otherwise(own: dict[str, str], wait: str
 @needs_onednn
 def test_what_onednn_refuses_is_an_error_of_the_program() -> None:
     x, g, pads = jnp.ones((2, 6, 6, 4)), jnp.ones((2, 4, 4, 8)), ((0, 0), (0, 0))
-    _, right = ffi.filter_gradient(x, jnp.ones((3, 3, 4, 8)), g, pads, 1)
+    gradient = functools.partial(ffi.gradients, wanted=("gkernel",))
+    _, right = gradient(x, jnp.ones((3, 3, 4, 8)), g, pads, 1)
     np.testing.assert_array_equal(right, np.full((3, 3, 4, 8), 32))
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"oneDNN: .* failed with status"):
-        jax.block_until_ready(ffi.filter_gradient(x, jnp.ones((3, 3, 4, 9)), g, pads, 1))
+        jax.block_until_ready(gradient(x, jnp.ones((3, 3, 4, 9)), g, pads, 1))
 
 
 _BFLOAT16 = """

@@ -110,10 +110,10 @@ def _with_precision(config: Config, mesh: Mesh) -> Config:
     """Settles `--train.precision auto`: a run keeps what it began with, on whatever device."""
     if config.train.precision != "auto":
         return config
-    begun = Workdir(config.workdir)
+    workdir = Workdir(config.workdir)
     precision: Precision = "float32" if devices.platform(mesh) == "cpu" else "bfloat16"
-    if begun.config.exists():
-        precision = begun.read_config().train.precision
+    if workdir.begun:
+        precision = workdir.read_config().train.precision
     return replace(config, train=replace(config.train, precision=precision))
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import filelock
@@ -63,6 +63,11 @@ class Workdir:
         self.operating = root / "operating.json"
         self.summary = root / "summary.json"
 
+    @property
+    def begun(self) -> bool:
+        """Whether a run lives here: one that was given up before its data were read is none."""
+        return self.config.exists() and (self.data.exists() or self.checkpoints.exists())
+
     def read_config(self) -> Config:
         """Returns the run's config.
 
@@ -112,6 +117,14 @@ class Workdir:
             [row["patient"] for row in rows],
             np.array([float(row["logit_best"]) for row in rows]),
         )
+
+    def trained_on(self, names: Iterable[str]) -> int:
+        """Counts the names, by split, class and file, that the run's training images bear."""
+        if not self.split.exists():
+            return 0
+        rows = read_table(self.split)
+        ours = {PurePosixPath(row["image"]).parts[-3:] for row in rows if row["role"] == "train"}
+        return sum(PurePosixPath(name).parts[-3:] in ours for name in names)
 
     def claim_data(self, fingerprint: str, classes: tuple[str, str]) -> None:
         """Notes what the run is trained on, or checks that it is the same as before.
@@ -169,18 +182,15 @@ def claim(config: Config) -> Iterator[Workdir]:
             f"--workdir {workdir.root} cannot be written ({error.strerror or error})"
         ) from None
     try:
-        # One that was given up before its data were read, as a mistaken flag does, is anyone's.
-        begun = workdir.data.exists() or workdir.checkpoints.exists()
-        if workdir.config.exists() and begun:
+        if workdir.begun:
             changed = differences(config, workdir.read_config())
             if changed:
                 raise InputError(
                     f"{workdir.root} belongs to another config: {', '.join(changed)};"
                     " give the same flags to resume it, or choose another --workdir"
                 )
-        else:
-            with write_atomically(workdir.config) as file:
-                file.write(to_json(config))
+        with write_atomically(workdir.config) as file:
+            file.write(to_json(config))
         yield workdir
     finally:
         lock.release()

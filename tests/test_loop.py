@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import shutil
+import signal
 import struct
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,7 +18,14 @@ import numpy as np
 import pytest
 
 from cnnjax import checkpoint, loop, programs
-from cnnjax.config import Config, DataConfig, DeviceConfig, ModelConfig, TrainConfig
+from cnnjax.config import (
+    Config,
+    DataConfig,
+    DeviceConfig,
+    ModelConfig,
+    OperatingConfig,
+    TrainConfig,
+)
 from cnnjax.errors import InputError
 from cnnjax.loop import fit
 from cnnjax.workdir import append_line, claim, read_lines
@@ -439,7 +447,7 @@ def test_of_two_checkpoints_the_older_counts(tree: Path, tmp_path: Path, finishe
     """As after a power cut between a save and the removal of the one before."""
     run = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(checkpoint.ocp.CheckpointManager, "delete", stop)
+        patched.setattr(checkpoint.Checkpoints, "_remove", stop)
         with pytest.raises(KeyboardInterrupt):
             fit(config_for(tree, run))
     (both,) = (kind for kind in (run / "checkpoints").iterdir() if len(list(kind.iterdir())) == 2)
@@ -452,6 +460,71 @@ def test_of_two_checkpoints_the_older_counts(tree: Path, tmp_path: Path, finishe
 
 def stop(*_: object) -> None:
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("deletion", [1, 2, 3])
+def test_a_checkpoint_goes_at_once(
+    tree: Path, tmp_path: Path, finished: Path, deletion: int
+) -> None:
+    """The process dies among the files of a checkpoint that it takes away."""
+    run = tmp_path / "run"
+    remove, calls = shutil.rmtree, []
+
+    def partly(path: Path, **options: Any) -> None:
+        if Path(path).exists():
+            calls.append(path)
+            if len(calls) == deletion:
+                for file in [file for file in Path(path).rglob("*") if file.is_file()][::2]:
+                    file.unlink()
+                raise KeyboardInterrupt
+        remove(path, **options)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(checkpoint.shutil, "rmtree", partly)
+        with pytest.raises(KeyboardInterrupt):
+            fit(config_for(tree, run))
+    assert len(calls) == deletion
+    fit(config_for(tree, run))
+    assert outcome(run) == outcome(finished)
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"latest", "best"}
+
+
+def test_an_interrupt_waits_for_a_checkpoint(tree: Path, tmp_path: Path, finished: Path) -> None:
+    run = tmp_path / "run"
+    save = checkpoint.ocp.CheckpointManager.save
+
+    def interrupted(self: Any, epoch: int, **options: Any) -> Any:
+        if epoch == 2:
+            signal.raise_signal(signal.SIGINT)
+        return save(self, epoch, **options)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(checkpoint.ocp.CheckpointManager, "save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            fit(config_for(tree, run))
+    assert [path.name for path in (run / "checkpoints" / "latest").iterdir()] == ["2"]
+    fit(config_for(tree, run))
+    assert outcome(run) == outcome(finished)
+
+
+def test_what_an_abandoned_start_asked_for_is_forgotten(tree: Path, tmp_path: Path) -> None:
+    config = config_for(tree, tmp_path / "run", epochs=1, precision="bfloat16")
+    with pytest.raises(InputError, match="nowhere does not exist"):
+        fit(replace(config, data=replace(config.data, root="nowhere")))
+    fit(config_for(tree, config.workdir, epochs=1))
+    assert '"precision": "float32"' in (config.workdir / "config.json").read_text()
+
+
+def test_another_operating_point_needs_no_other_training(
+    tree: Path, tmp_path: Path, finished: Path
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    config = config_for(tree, tmp_path / "run")
+    fit(replace(config, operating=OperatingConfig("sensitivity", sensitivity=0.99)))
+    point = json.loads((tmp_path / "run" / "operating.json").read_text())["best"]["1"]
+    assert point["criterion"] == "sensitivity 0.99"
+    assert outcome(tmp_path / "run")["metrics.jsonl"] == outcome(finished)["metrics.jsonl"]
+    assert '"sensitivity": 0.99' in (tmp_path / "run" / "config.json").read_text()
 
 
 def test_a_run_without_its_history_says_so(tree: Path, tmp_path: Path, finished: Path) -> None:

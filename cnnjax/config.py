@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import numbers
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -43,6 +45,7 @@ class DataConfig:
     """Data sets up to this size, in MiB, live on the device; larger ones are streamed."""
 
     def __post_init__(self) -> None:
+        _settle(self, "data.")
         _require(8 <= self.size <= 4096, "--data.size", "be between 8 and 4096 pixels", self.size)
         _require(self.folds >= 2, "--data.folds", "be at least 2", self.folds)
         _require(
@@ -73,6 +76,7 @@ class ModelConfig:
     """Bring each image to mean 0 and standard deviation 1 before the network sees it."""
 
     def __post_init__(self) -> None:
+        _settle(self, "model.")
         _require(self.channels in (1, 3), "--model.channels", "be 1 or 3", self.channels)
         _require(self.width >= 1, "--model.width", "be at least 1", self.width)
         _require(self.depth >= 1, "--model.depth", "be at least 1", self.depth)
@@ -117,6 +121,7 @@ class AugmentConfig:
     every image; 1 judges images as they are. (In training, validation always does.)"""
 
     def __post_init__(self) -> None:
+        _settle(self, "augment.")
         _require(0 <= self.shear < 90, "--augment.shear", "be in [0, 90) degrees", self.shear)
         _require(0 <= self.zoom < 1, "--augment.zoom", "be in [0, 1)", self.zoom)
         _require(0 <= self.rotate <= 180, "--augment.rotate", "be in [0, 180]", self.rotate)
@@ -179,11 +184,14 @@ class TrainConfig:
     float32 is multiplied with fewer bits unless JAX_DEFAULT_MATMUL_PRECISION=highest is set.)"""
 
     def __post_init__(self) -> None:
+        _settle(self, "train.")
         _require(self.epochs >= 1, "--train.epochs", "be at least 1", self.epochs)
         _require(self.batch >= 1, "--train.batch", "be at least 1", self.batch)
         _require(self.learning_rate > 0, "--train.learning-rate", "be positive", self.learning_rate)
         _require(self.warmup >= 0, "--train.warmup", "be at least 0", self.warmup)
         _require(self.weight_decay >= 0, "--train.weight-decay", "be at least 0", self.weight_decay)
+        if self.warmup != 1 and self.schedule != "cosine":
+            raise InputError("--train.warmup needs --train.schedule cosine")
         if self.weight_decay and self.optimizer != "adamw":
             raise InputError(
                 f"--train.weight-decay needs --train.optimizer adamw, not {self.optimizer}"
@@ -216,9 +224,18 @@ class OperatingConfig:
     """For `cost`: share of positives where the network is to be used; by default the data's."""
 
     def __post_init__(self) -> None:
+        _settle(self, "operating.")
         flag = "--operating."
         _require(0 < self.sensitivity <= 1, f"{flag}sensitivity", "be in (0, 1]", self.sensitivity)
         _require(self.cost > 0, f"{flag}cost", "be positive", self.cost)
+        default = {each.name: each.default for each in dataclasses.fields(self)}
+        for name, criterion in (
+            ("sensitivity", "sensitivity"),
+            ("cost", "cost"),
+            ("prevalence", "cost"),
+        ):
+            if getattr(self, name) != default[name] and self.criterion != criterion:
+                raise InputError(f"{flag}{name} needs {flag}criterion {criterion}")
         if self.prevalence is not None:
             _require(0 < self.prevalence < 1, f"{flag}prevalence", "be in (0, 1)", self.prevalence)
 
@@ -234,6 +251,7 @@ class DeviceConfig:
     what several do; it gets no faster."""
 
     def __post_init__(self) -> None:
+        _settle(self, "device.")
         _require(self.count >= 0, "--device.count", "be at least 0", self.count)
 
 
@@ -257,6 +275,7 @@ class Config:
     device: DeviceConfig = field(default_factory=DeviceConfig)
 
     def __post_init__(self) -> None:
+        _settle(self, "")
         _require(0 <= self.seed < 2**32, "--seed", "be between 0 and 2**32 - 1", self.seed)
         if self.model.name == "baseline" and self.data.size < 10:
             raise InputError(
@@ -264,8 +283,8 @@ class Config:
             )
 
 
-# Where a run takes place does not decide what comes out of it: these may change on a resume. (The
-# data are compared by their content, not by where they lie.)
+# These do not decide what the network becomes, so they may change on a resume. (The data are
+# compared by their content, not by where they lie.)
 _INCIDENTAL = {
     "--workdir",
     "--profile",
@@ -276,6 +295,11 @@ _INCIDENTAL = {
     "--data.resident-mib",
     "--device.platform",
     "--device.count",
+    # What is made of the logits once training has ended; it is made anew by each start.
+    "--operating.criterion",
+    "--operating.sensitivity",
+    "--operating.cost",
+    "--operating.prevalence",
 }
 
 
@@ -346,12 +370,34 @@ def from_dict(cls: type[_T], values: Any, source: str, prefix: str = "") -> _T:
         if dataclasses.is_dataclass(hint):
             value = from_dict(hint, value, source, f"{prefix}{name}.")  # type: ignore[arg-type]
         elif not _fits(value, hint):
-            wanted = " | ".join(map(str, get_args(hint))) or hint.__name__
-            raise InputError(f"{source}: {prefix}{name} must be {wanted}, got {value!r}")
+            raise InputError(f"{source}: {prefix}{name} must be {_wanted(hint)}, got {value!r}")
         elif hint in (Path, Path | None) and value is not None:
             value = Path(value)
         parsed[name] = value
     return cls(**parsed)
+
+
+def _settle(config: Any, prefix: str) -> None:
+    """Gives every field a value of its type, as JSON keeps it: NumPy's numbers, and text for paths.
+
+    Raises:
+        InputError: a value is of another type, or none of the words that there are.
+    """
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if isinstance(value, numbers.Number) and hasattr(value, "item"):
+            value = value.item()  # a scalar of NumPy or JAX
+        if hint in (str, Path, Path | None) and isinstance(value, str | os.PathLike):
+            value = os.fspath(value) if hint is str else Path(value)
+        object.__setattr__(config, name, value)
+        plain = str(value) if isinstance(value, Path) else value
+        if not (type(value) is hint or _fits(plain, hint)):
+            flag = f"--{prefix}{name}".replace("_", "-")
+            raise InputError(f"{flag} must be {_wanted(hint)}, got {value!r}")
+
+
+def _wanted(hint: Any) -> str:
+    return " | ".join(getattr(arg, "__name__", str(arg)) for arg in get_args(hint) or (hint,))
 
 
 def _fits(value: object, hint: Any) -> bool:

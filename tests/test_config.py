@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cnnjax.config import (
@@ -14,6 +16,7 @@ from cnnjax.config import (
     DataConfig,
     DeviceConfig,
     ModelConfig,
+    OperatingConfig,
     TrainConfig,
     differences,
     from_json,
@@ -67,12 +70,37 @@ def test_no_json() -> None:
         (lambda: TrainConfig(weight_decay=0.1), "--train.weight-decay needs"),
         (lambda: DeviceConfig(count=-1), "--device.count"),
         (lambda: Config(seed=-1), "--seed"),
+        (lambda: TrainConfig(optimizer="rmsprop"), "--train.optimizer must be adam | adamw | sgd"),
+        (lambda: ModelConfig("Baseline"), "--model.name must be baseline | resnet, got 'Baseline'"),
+        (lambda: TrainConfig(epochs=2.5), "--train.epochs must be int, got 2.5"),
+        (lambda: TrainConfig(warmup=3), "--train.warmup needs --train.schedule cosine"),
+        (
+            lambda: OperatingConfig(sensitivity=0.99),
+            "--operating.sensitivity needs --operating.criterion sensitivity",
+        ),
+        (
+            lambda: OperatingConfig(prevalence=0.1),
+            "--operating.prevalence needs --operating.criterion cost",
+        ),
         (lambda: Config(data=DataConfig(size=8)), "--data.size must be at least 10"),
     ],
 )
 def test_values_out_of_range_name_their_flag(make: object, flag: str) -> None:
-    with pytest.raises(InputError, match=flag):
+    with pytest.raises(InputError, match=re.escape(flag)):
         make()  # type: ignore[operator]
+
+
+def test_numbers_of_numpy_and_paths_as_text_are_taken() -> None:
+    config = Config(
+        workdir="runs/x",  # type: ignore[arg-type]
+        seed=np.arange(3)[1],
+        data=DataConfig(root=Path("films"), cache="c"),  # type: ignore[arg-type]
+        train=TrainConfig(learning_rate=np.float32(0.5)),  # type: ignore[arg-type]
+    )
+    assert config.workdir == Path("runs/x")
+    assert config.data == DataConfig(root="films", cache=Path("c"))
+    assert from_json(to_json(config), "config.json") == config
+    assert '"seed": 1,' in to_json(config)
 
 
 def test_differences_are_those_that_change_the_outcome() -> None:

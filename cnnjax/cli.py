@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import functools
 import io
 import json
@@ -53,11 +54,11 @@ class Evaluate:
 
     def __call__(self) -> int:
         """Prints the metrics with their intervals; returns the exit status."""
-        from cnnjax import devices, metrics
+        from cnnjax import devices, metrics, release
         from cnnjax.data import cache
         from cnnjax.data.prepare import open_index
         from cnnjax.predict import Predictor
-        from cnnjax.workdir import write_json
+        from cnnjax.workdir import Workdir, write_json
 
         _check_probabilities(self.threshold, self.prevalence)
         _expect_folder(self.json, "--json")
@@ -73,7 +74,10 @@ class Evaluate:
             print(f"  left out: {name}: {reason}")
         if self.run is None and self.data == "phantom":
             print("  note: drawn images; the released networks were trained on real ones alone")
-        if seen := _trained_on(self.run, {e.name for e in decoded.examples}):
+        if self.run is None or release.is_release(self.run):
+            if self.split != "test":
+                print("  note: a release is trained on all images of train and val of its data set")
+        elif seen := Workdir(self.run).trained_on(e.name for e in decoded.examples):
             print(f"  warning: the run was trained on {seen:,} images of these names")
         point, threshold = predictor.operating, self.threshold
         judged = metrics.evaluate(
@@ -371,6 +375,9 @@ def guarded(command: Callable[[], int]) -> int:
         sys.stdout = None
         return 141
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            print("error: the disk is full; make room and give the command again", file=sys.stderr)
+            return 2
         if error.filename is None:  # no file of the user's
             raise
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
@@ -388,15 +395,6 @@ def _writing(path: Path, flag: str) -> Iterator[None]:
             if ours != theirs and ours not in theirs.parents and theirs not in ours.parents:
                 raise  # of a file that was read meanwhile
         raise InputError(f"{flag} {path} cannot be written ({error.strerror or error})") from None
-
-
-def _trained_on(run: Path | None, names: set[str]) -> int:
-    """Counts the images of a run's training side that bear one of the names."""
-    from cnnjax.workdir import Workdir, read_table
-
-    if run is None or not (split := Workdir(run).split).exists():
-        return 0
-    return sum(row["role"] == "train" and row["image"] in names for row in read_table(split))
 
 
 def _expect_folder(path: Path | None, flag: str) -> None:

@@ -83,8 +83,15 @@ class Convolution(NamedTuple):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """Returns the library; None where it is not installed, does not load, or finds no AVX2."""
-    if not sys.platform.startswith("linux") or platform.machine() != "x86_64":
+    """Returns the library; None where it is not installed, does not load, or finds no AVX2.
+
+    CNNJAX_ONEDNN=0 in the environment has the same effect.
+    """
+    if (
+        os.environ.get("CNNJAX_ONEDNN") == "0"
+        or not sys.platform.startswith("linux")
+        or platform.machine() != "x86_64"
+    ):
         return None
     try:
         files = metadata.files(PACKAGE) or []

@@ -90,7 +90,8 @@ class Predictor:
         about: a phrase that names the weights.
         model: the network.
         members: the states of each.
-        views: how many views of an image are judged. Members share them: each draws its own.
+        views: how many views of an image are judged. Members share them: each draws its own, at
+            least two, as one would be the image as it is.
     """
 
     def __init__(
@@ -109,7 +110,7 @@ class Predictor:
         self.size, self.classes, self.operating, self.about = size, classes, operating, about
         self.model, self.members, self.views = model, tuple(members), views
         self._mesh = mesh
-        each = -(-views // len(self.members))
+        each = max(2, -(-views // len(self.members))) if views > 1 else 1
         self._logits = make_logits(model, mesh, each, augment)
         self._few_logits = make_logits(model, mesh, each, augment, FEW)
         self._cam = make_hires_cam(model)

@@ -72,10 +72,11 @@ def held_out_logits(
     if kept.exists():
         with np.load(kept) as file:
             sets = {name: file[name] for name in file.files}
-        if np.array_equal(sets.pop(_MADE_FROM, ()), made_from) and (
-            len(sets) > 1 or not renderings
-        ):
-            return HeldOut(labels, patients, sets)
+        if np.array_equal(sets.pop(_MADE_FROM, ()), made_from):
+            if not renderings:
+                return HeldOut(labels, patients, {PLAIN: sets[PLAIN]})
+            if len(sets) > 1:
+                return HeldOut(labels, patients, sets)
     predictor = Predictor.of_run(run, mesh, "latest", views)
     sets = {PLAIN: predictor.logits(np.asarray(data.decoded.images[rows]))}
     for name, images in (_renderings(run, data) if renderings else {}).items():
@@ -110,6 +111,8 @@ def fit_point(
         config: by what the threshold is chosen.
     """
     plain = fit_operating_point(sets[PLAIN], labels, config)
+    if len(sets) == 1:
+        return plain
     every = fit_operating_point(
         np.concatenate([*sets.values()]), np.tile(labels, len(sets)), config
     )

@@ -54,6 +54,8 @@ class Metrics(NamedTuple):
     """int32, images."""
 
 
+_MIXUP = 2**31  # folded into a step's key; images fold in their rows, which are fewer
+
 TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]
 
 
@@ -151,8 +153,7 @@ def make_train_step(
         targets = batch.labels.astype(jnp.float32)
         weights = weights_of(batch.labels, class_weights)
         if mixup:
-            # Rows have the keys folded with their number: past the last is one of our own.
-            mix_key = jax.random.fold_in(key, len(targets))
+            mix_key = jax.random.fold_in(key, _MIXUP)
             partner, share = _mixing(mix_key, mixup, images_seen, len(targets))
             images = _mix(images, images[partner], share[:, None, None, None])
             targets = _mix(targets, targets[partner], share)

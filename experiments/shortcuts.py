@@ -62,7 +62,12 @@ def numbers(index: Index) -> dict[str, np.ndarray]:
         encoded = index.source.read(example.name)
         if isinstance(encoded, np.ndarray):
             raise InputError(f"{index.root} holds arrays; shortcuts.py needs image files")
-        with Image.open(io.BytesIO(encoded)) as image:
+        try:
+            opened = Image.open(io.BytesIO(encoded))
+            opened.load()
+        except OSError:
+            raise InputError(f"{index.root}: {example.name} is no image; take it out") from None
+        with opened as image:
             width, height = image.size
             gray = np.asarray(image.convert("L"), np.float64)
             rows.append(

@@ -64,7 +64,7 @@ def test_evaluate(
 
 
 def test_evaluate_warns_of_images_that_trained_the_run(
-    run: Path, tree: Path, capsys: pytest.CaptureFixture[str]
+    run: Path, tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cnnjax("evaluate", "--run", run, "--data", tree, "--split", "train") == 0
     said = re.search(r"was trained on (\d+) images of these names", capsys.readouterr().out)
@@ -74,6 +74,9 @@ def test_evaluate_warns_of_images_that_trained_the_run(
     assert int(said[1]) == sum(r["role"] == "train" and "train/" in r["image"] for r in rows)
     assert cnnjax("evaluate", "--run", run, "--data", tree) == 0
     assert "was trained on" not in capsys.readouterr().out
+    shutil.copytree(tree, tmp_path / "zip" / tree.name)  # as a zip holds it
+    assert cnnjax("evaluate", "--run", run, "--data", tmp_path / "zip", "--split", "train") == 0
+    assert said[0] in capsys.readouterr().out
 
 
 def test_a_tree_with_only_test_can_be_evaluated(run: Path, tree: Path, tmp_path: Path) -> None:

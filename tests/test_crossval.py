@@ -75,6 +75,20 @@ def test_every_rendering_is_judged(made: tuple[Path, Path]) -> None:
     assert found["one_view"]["mean"] != found["mean"]
 
 
+def test_without_renderings_none_is_looked_at(made: tuple[Path, Path]) -> None:
+    """Though a run has kept their logits."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXPERIMENTS)
+        import crossval
+
+        runs = [made[0] / f"fold{fold}" for fold in range(FOLDS)]
+        options = crossval.Options(Workdir(runs[0]).read_config())
+        pooled, document = crossval.judge(options, runs, 3)
+    assert [*pooled.sets] == [*document["sets"]] == [shifted.PLAIN]
+    assert "mean" not in document
+    assert "re-rendered" not in document["points"][0]["criterion"]
+
+
 def test_other_operating_points_are_told(made: tuple[Path, Path]) -> None:
     found = read(made[0] / "crossval.json")
     youden, fewest, most, nearly_all = found["points"]
@@ -139,6 +153,19 @@ def test_members_share_the_views_and_each_draws_its_own(
         np.testing.assert_allclose(found[draw], np.mean(each, axis=0), atol=2e-3)
 
 
+def test_more_members_than_views_draw_some_all_the_same(
+    made: tuple[Path, Path], tree: Path
+) -> None:
+    released = release.read(made[1])
+    many = replace(released, members=(released.members[0],) * 4)
+    images = cache.load(read_index(tree).split("test"), read_index(tree).source, 24).images[:5]
+    mesh = devices.make_mesh(DeviceConfig())
+    in_views, alone = (
+        Predictor.of_release(many, mesh, views=views).logits(images) for views in (3, 1)
+    )
+    assert np.abs(in_views - alone).max() > 1e-3
+
+
 def test_images_of_another_size_or_type_are_refused(made: tuple[Path, Path]) -> None:
     predictor = Predictor.open(made[1], devices.make_mesh(DeviceConfig()))
     for images in (np.zeros((2, 25, 24), np.uint8), np.zeros((2, 24, 24), np.float32)):
@@ -169,7 +196,10 @@ def test_evaluate_takes_a_release(
     with pytest.raises(SystemExit):
         cli.main([*command, "--views", "1"])
     assert read(out)["threshold"] == points[1].probability_threshold()
-    capsys.readouterr()
+    assert "a release is trained on" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--split", "train"])
+    assert "a release is trained on all images of train and val" in capsys.readouterr().out
     with pytest.raises(SystemExit) as ended:
         cli.main([*command, "--views", "2"])
     assert ended.value.code == 2

@@ -20,6 +20,8 @@ from cnnjax import cli
 from cnnjax.data import dicom
 from cnnjax.data.decode import DecodeError, decode
 from cnnjax.data.index import read_index
+from cnnjax.data.patients import block_folds
+from cnnjax.errors import InputError
 
 RAMP = np.add.outer(np.arange(40), 10 * np.arange(30)).astype(np.uint16)  # 0 to 329
 
@@ -177,6 +179,8 @@ def test_the_patient_is_a_hash_of_the_identifier(tmp_path: Path) -> None:
     examples = read_index(tmp_path).examples
     assert len({example.patient for example in examples}) == 2
     assert all(len(example.patient) == 16 for example in examples)
+    with pytest.raises(InputError, match="blocks goes by the numbers of patients"):
+        block_folds(examples, 2)
 
 
 def test_predict_judges_a_dicom_file_and_passes_its_doubts_on(

@@ -98,11 +98,16 @@ def test_the_page_says_what_the_run_found(run: Path) -> None:
 
 def test_another_split_is_judged(run: Path, tree: Path, tmp_path: Path) -> None:
     out = tmp_path / "page.html"
+    command = ["report", "--run", str(run), "--data", str(tree), "--out", str(out)]
     with pytest.raises(SystemExit) as ended:
-        cli.main(["report", "--run", str(run), "--data", str(tree), "--out", str(out)])
+        cli.main(command)
     assert ended.value.code == 0
     assert "the test split of" in out.read_text()
     assert "32 images of 16 patients" in re.sub(r"\s+", " ", Page(out.read_text()).text)
+    assert "it was trained on" not in out.read_text()
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--split", "train"])
+    assert "whose images bear names of those it was trained on" in out.read_text()
 
 
 def test_without_the_images_it_says_so(run: Path, tmp_path: Path) -> None:

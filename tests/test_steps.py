@@ -243,6 +243,28 @@ def without_head(variables: Any) -> Any:
     return jax.tree.map(jnp.array, {**variables, "params": params})
 
 
+def test_rows_that_fill_up_change_no_mixture() -> None:
+    """As on other numbers of devices."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (8, 16, 16), dtype=np.uint8)
+    labels = rng.integers(0, 2, 8).astype(np.int32)
+    model = BaselineCNN()
+    losses = []
+    for rows in (8, 9, 12):
+        fill = rows - 8
+        batch = Batch(
+            jnp.asarray(np.pad(pixels, ((0, fill), (0, 0), (0, 0)))),
+            jnp.asarray(np.pad(labels, (0, fill))),
+            jnp.arange(rows) < 8,
+        )
+        optimizer = optax.sgd(0.1)
+        first = model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 1)), train=True)
+        state = state_of(first, optimizer)
+        step = make_train_step(model, optimizer, lambda _, images: images, mixup=0.4)
+        losses.append(float(step(state, batch, jax.random.key(7))[1].loss))
+    np.testing.assert_allclose(losses, losses[0], rtol=1e-5)
+
+
 def test_mixup_is_a_mix_of_images_labels_and_weights() -> None:
     """Against the gradient of the mixed loss, written out, with the shares that the images tell."""
     seen: list[jax.Array] = []

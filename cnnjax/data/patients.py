@@ -92,8 +92,14 @@ def block_folds(examples: Sequence[Example], folds: int) -> np.ndarray:
         int64 [n], the fold, from 0 to folds - 1, in which each image is held out.
 
     Raises:
-        InputError: there are too few patients of a class for so many folds.
+        InputError: there are too few patients of a class for so many folds, or patients have no
+            numbers, as in DICOM files.
     """
+    if any(_HASHED.fullmatch(e.patient) for e in examples):
+        raise InputError(
+            "--data.validation blocks goes by the numbers of patients, and those of DICOM files"
+            " have none here but a hash; take --data.validation patients"
+        )
     groups = [group_of(e.patient) for e in examples]
     fold_of: dict[str, int] = {}
     for label in (0, 1):
@@ -118,6 +124,9 @@ def block_folds(examples: Sequence[Example], folds: int) -> np.ndarray:
         for group, place in zip(ranked, middle, strict=True):
             fold_of.setdefault(group, int(place * runs))
     return np.array([fold_of[group] for group in groups])
+
+
+_HASHED = re.compile("[0-9a-f]{16}")  # as `cnnjax.data.dicom` names a patient
 
 
 def _place_in_numbering(group: str) -> tuple[str, int]:

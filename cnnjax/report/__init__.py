@@ -79,6 +79,8 @@ def write(
         asked = DataConfig(data, config.data.size, config.data.positive, cache=config.data.cache)
         judged, images = _split(predictor, asked, split)
         where = f"the {split} split of {data}"
+        if seen := workdir.trained_on(judged.names):
+            where += f", {seen:,} of whose images bear names of those it was trained on"
     rules = workdir.read_summary()["rules"] if data is None else None
     page = _render(workdir, config, predictor, judged, where, images, rules)
     path = run / "report.html" if out is None else out

@@ -170,14 +170,15 @@ class Call:
             self._between = _address(_memory(most, _ALLOCATE))
         edges = [batch * i // pieces for i in range(pieces + 1)]
         kinds = [kind for kind, arrays in _ROLES.items() if [*arrays][-1] in roles]
-        for start, stop in itertools.pairwise(edges):
-            part = whole.of(stop - start)
-            if self._between and "y" not in roles:
-                self._pool("g", part, start)
-            for kind in kinds:
-                self._convolve(kind, part, start)
-            if self._between and "y" in roles:
-                self._pool("y", part, start)
+        with _at_most(_THREADS):
+            for start, stop in itertools.pairwise(edges):
+                part = whole.of(stop - start)
+                if self._between and "y" not in roles:
+                    self._pool("g", part, start)
+                for kind in kinds:
+                    self._convolve(kind, part, start)
+                if self._between and "y" in roles:
+                    self._pool("y", part, start)
 
     def __call__(self, addresses: Mapping[str, int]) -> None:
         """Computes, from and to the arrays at these addresses, by role.
@@ -207,15 +208,14 @@ class Call:
 
     def _convolve(self, kind: Kind, part: Convolution, start: int) -> None:
         """Adds the kernels of a part of the images."""
-        with _at_most(_THREADS):
-            kernel = _convolution(kind, part)
+        kernel = _convolution(kind, part)
         *_, result = _ROLES[kind]
         arguments = []
         for role, number in _ROLES[kind].items():
             dtype = "float32" if role == result else part.dtype
-            if "kernel" in role:
+            if role in ("kernel", "gkernel"):
                 memory = self._ordered(kind, part, kernel)
-            elif "x" in role:
+            elif role in ("x", "gx"):
                 memory = self._images(role, part.images, dtype, start)
             elif self._between:
                 memory = _memory(_channels_last(part.maps, dtype), self._between)
@@ -250,16 +250,15 @@ class Call:
         pooled = pooled_sizes(part.maps)
         sides = _channels_last(part.maps, dtype), _channels_last(pooled, dtype)
         geometry = (_Dims(2, 2), _Dims(2, 2), _Dims(), _Dims(), _Dims())
-        with _at_most(_THREADS):
+        kernel = _new(
+            "dnnl_pooling_forward_primitive_desc_create",
+            _engine(), _TRAINING, _MAX, *sides, *geometry, _attributes(),
+        )  # fmt: skip
+        if not forward:
             kernel = _new(
-                "dnnl_pooling_forward_primitive_desc_create",
-                _engine(), _TRAINING, _MAX, *sides, *geometry, _attributes(),
+                "dnnl_pooling_backward_primitive_desc_create",
+                _engine(), _MAX, *sides, *geometry, kernel, _attributes(),
             )  # fmt: skip
-            if not forward:
-                kernel = _new(
-                    "dnnl_pooling_backward_primitive_desc_create",
-                    _engine(), _MAX, *sides, *geometry, kernel, _attributes(),
-                )  # fmt: skip
         theirs = _queried(kernel, _WORKSPACE_MD)
         size = _api().dnnl_memory_desc_get_size(theirs)
         if size != math.prod(pooled):

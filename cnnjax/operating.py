@@ -112,7 +112,7 @@ def fit_operating_point(
         missed = config.cost * wanted / prevalence
         alarm = (1 - wanted) / (1 - prevalence)
         threshold = least_cost_threshold(logits, labels, alarm, missed)
-        criterion = f"least cost, a miss {config.cost:g} times a false alarm, of {wanted:g} ill"
+        criterion = f"least cost, a miss {config.cost:g} times a false alarm, of {wanted:.3g} ill"
     else:
         threshold = least_cost_threshold(logits, labels, 1 / (1 - prevalence), 1 / prevalence)
         criterion = "highest sensitivity + specificity (Youden)"

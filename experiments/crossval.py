@@ -134,10 +134,11 @@ def show(document: dict[str, Any]) -> None:
         print(f"  {name:<12} {value['value']:.4f}  [{low:.4f}, {high:.4f}]")
     names = ("threshold", *shifted.METRICS[1:])
     print("\nas they are, at other operating points")
-    print(f"{'criterion':<58}" + "".join(f"{name:>13}" for name in names))
+    width = max(len(point["criterion"]) for point in document["points"])
+    print(f"{'criterion':<{width}}" + "".join(f"{name:>13}" for name in names))
     for point in document["points"]:
         shares = [point["threshold"], *(value["value"] for value in point["plain"].values())]
-        print(f"{point['criterion']:<58}" + "".join(f"{share:>13.4f}" for share in shares))
+        print(f"{point['criterion']:<{width}}" + "".join(f"{share:>13.4f}" for share in shares))
 
 
 def write_release(

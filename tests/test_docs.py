@@ -74,6 +74,21 @@ def test_links_lead_somewhere(document: Path) -> None:
         assert (document.parent / link).exists(), link
 
 
+def test_flags_of_commands_are_fields() -> None:
+    """Every flag that a document gives a script is a field of its options, or of the config."""
+    config = (ROOT / "cnnjax" / "config.py").read_text("utf-8")
+    found = 0
+    for document in (*DOCUMENTS, ROOT / "benchmarks" / "README.md"):
+        text = document.read_text("utf-8").replace("\\\n", " ")
+        for script, rest in re.findall(r"((?:benchmarks|experiments)/\w+\.py)([^`\n;)]*)", text):
+            fields = config + (ROOT / script).read_text("utf-8")
+            for flag in re.findall(r"--([\w.-]+)", rest):
+                found += 1
+                name = flag.rpartition(".")[2].removeprefix("no-").replace("-", "_")
+                assert re.search(rf"^    {name}: ", fields, re.MULTILINE), (document, script, flag)
+    assert found > 20
+
+
 def test_minimal_is_short_and_learns(tree: Path) -> None:
     script = ROOT / "experiments" / "minimal.py"
     assert len(script.read_text("utf-8").splitlines()) <= 125

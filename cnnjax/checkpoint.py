@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -91,20 +92,22 @@ class Checkpoints:
             # reuse; these states take milliseconds to write.
             options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
             folder = (self.folder / kind).absolute()
-            shutil.rmtree(self._going(kind), ignore_errors=True)  # of a process that was killed
+            self._sweep(kind)  # after a process that was killed
             self._managers[kind] = ocp.CheckpointManager(folder, options=options)
         return self._managers[kind]
 
-    def _going(self, kind: Kind) -> Path:
-        return self.folder / f"{kind}.old"
+    def _sweep(self, kind: Kind) -> None:
+        for going in self.folder.glob(f"{kind}.*.old"):
+            shutil.rmtree(going, ignore_errors=True)
 
     def _remove(self, kind: Kind, epoch: int) -> None:
         """Takes a checkpoint away at once, and then its files; Orbax deletes one by one."""
-        going = self._going(kind)
+        self._sweep(kind)
+        going = self.folder / f"{kind}.{time.time_ns()}.old"  # another's may be in use and stay
         (self.folder / kind / str(epoch)).replace(going)
         _sync_one(self.folder / kind)
         _sync_one(self.folder)
-        shutil.rmtree(going, ignore_errors=True)
+        self._sweep(kind)
         self._manager(kind).reload()
 
 

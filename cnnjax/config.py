@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import numbers
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -190,8 +189,6 @@ class TrainConfig:
         _require(self.learning_rate > 0, "--train.learning-rate", "be positive", self.learning_rate)
         _require(self.warmup >= 0, "--train.warmup", "be at least 0", self.warmup)
         _require(self.weight_decay >= 0, "--train.weight-decay", "be at least 0", self.weight_decay)
-        if self.warmup != 1 and self.schedule != "cosine":
-            raise InputError("--train.warmup needs --train.schedule cosine")
         if self.weight_decay and self.optimizer != "adamw":
             raise InputError(
                 f"--train.weight-decay needs --train.optimizer adamw, not {self.optimizer}"
@@ -228,14 +225,6 @@ class OperatingConfig:
         flag = "--operating."
         _require(0 < self.sensitivity <= 1, f"{flag}sensitivity", "be in (0, 1]", self.sensitivity)
         _require(self.cost > 0, f"{flag}cost", "be positive", self.cost)
-        default = {each.name: each.default for each in dataclasses.fields(self)}
-        for name, criterion in (
-            ("sensitivity", "sensitivity"),
-            ("cost", "cost"),
-            ("prevalence", "cost"),
-        ):
-            if getattr(self, name) != default[name] and self.criterion != criterion:
-                raise InputError(f"{flag}{name} needs {flag}criterion {criterion}")
         if self.prevalence is not None:
             _require(0 < self.prevalence < 1, f"{flag}prevalence", "be in (0, 1)", self.prevalence)
 
@@ -301,6 +290,21 @@ _INCIDENTAL = {
     "--operating.cost",
     "--operating.prevalence",
 }
+
+
+def expect_effect(config: Config) -> None:
+    """Raises InputError where a flag of a new run has no effect without another."""
+    default = Config()
+    given, usual = config.operating, default.operating
+    for name, criterion in (
+        ("sensitivity", "sensitivity"),
+        ("cost", "cost"),
+        ("prevalence", "cost"),
+    ):
+        if getattr(given, name) != getattr(usual, name) and given.criterion != criterion:
+            raise InputError(f"--operating.{name} needs --operating.criterion {criterion}")
+    if config.train.warmup != default.train.warmup and config.train.schedule != "cosine":
+        raise InputError("--train.warmup needs --train.schedule cosine")
 
 
 def to_json(config: Config) -> str:
@@ -378,14 +382,14 @@ def from_dict(cls: type[_T], values: Any, source: str, prefix: str = "") -> _T:
 
 
 def _settle(config: Any, prefix: str) -> None:
-    """Gives every field a value of its type, as JSON keeps it: NumPy's numbers, and text for paths.
+    """Brings scalars of NumPy and JAX, and paths, to the types that fields have in JSON.
 
     Raises:
         InputError: a value is of another type, or none of the words that there are.
     """
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
-        if isinstance(value, numbers.Number) and hasattr(value, "item"):
+        if getattr(value, "ndim", None) == 0:
             value = value.item()  # a scalar of NumPy or JAX
         if hint in (str, Path, Path | None) and isinstance(value, str | os.PathLike):
             value = os.fspath(value) if hint is str else Path(value)

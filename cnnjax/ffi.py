@@ -70,8 +70,8 @@ def pooled_convolution(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the maxima of the 2x2 squares of a `convolution`, and of which pixel each is.
 
-    Of a square of nothing but NaN, the maximum is the least float32 there is; else a NaN is passed
-    over.
+    Of a square of nothing but NaN or -inf, the maximum is the least float32 there is; else a NaN is
+    passed over.
 
     Returns:
         float32 [batch, height' // 2, width' // 2, out], and as many bytes, for the gradients.
@@ -298,8 +298,8 @@ def _serve(frame: _CallFrame) -> None:
         for side in (frame.arguments, frame.results)
         for i in range(side.size)
     ]
-    roles, compute = _computation(ctypes.string_at(text.start, text.length))
     with _one_at_a_time:
+        roles, compute = _computation(ctypes.string_at(text.start, text.length))
         compute(dict(zip(roles, addresses, strict=True)))
 
 

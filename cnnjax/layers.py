@@ -79,7 +79,8 @@ def conv_pool(
     """Convolves with stride 1 and takes the maximum of each 2x2 square: `max_pool` of `conv`.
 
     Where oneDNN serves, a few images at a time pass both if the maps between them are large, which
-    then need no memory. A NaN among numbers is passed over there; a square of NaN alone is NaN.
+    then need no memory. A NaN among numbers is passed over there; a square of nothing but NaN or
+    -inf is NaN.
 
     Args:
         x: float [batch, height, width, in].

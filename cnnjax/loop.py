@@ -340,6 +340,7 @@ def _conclude(member: Member, mesh: Mesh) -> Result:
         "last": judged["latest"].to_json(),
         "rules": _trivial_rules(data),
     }
+    workdir.write_config(config)
     write_json(workdir.operating, points)
     write_json(workdir.summary, summary)
     return Result(judged["best"], judged["latest"], data.classes, summary)

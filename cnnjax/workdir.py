@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import filelock
 import numpy as np
 
-from cnnjax.config import Config, differences, from_json, to_json
+from cnnjax.config import Config, differences, expect_effect, from_json, to_json
 from cnnjax.data.files import write_atomically
 from cnnjax.errors import InputError
 from cnnjax.operating import OperatingPoint, Points, points_from_json
@@ -78,6 +78,11 @@ class Workdir:
             missing = "it has no config.json" if self.root.exists() else "it does not exist"
             raise InputError(f"{self.root} is no run: {missing}; give a run's --workdir")
         return from_json(_read_text(self.config), str(self.config))
+
+    def write_config(self, config: Config) -> None:
+        """Writes down what the run was last given; what decides it is the same as before."""
+        with write_atomically(self.config) as file:
+            file.write(to_json(config))
 
     def read_classes(self) -> tuple[str, str]:
         """Returns the names of labels 0 and 1."""
@@ -189,8 +194,9 @@ def claim(config: Config) -> Iterator[Workdir]:
                     f"{workdir.root} belongs to another config: {', '.join(changed)};"
                     " give the same flags to resume it, or choose another --workdir"
                 )
-        with write_atomically(workdir.config) as file:
-            file.write(to_json(config))
+        else:
+            expect_effect(config)
+            workdir.write_config(config)
         yield workdir
     finally:
         lock.release()

@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -19,6 +20,7 @@ from cnnjax.config import (
     OperatingConfig,
     TrainConfig,
     differences,
+    expect_effect,
     from_json,
     to_json,
 )
@@ -73,15 +75,6 @@ def test_no_json() -> None:
         (lambda: TrainConfig(optimizer="rmsprop"), "--train.optimizer must be adam | adamw | sgd"),
         (lambda: ModelConfig("Baseline"), "--model.name must be baseline | resnet, got 'Baseline'"),
         (lambda: TrainConfig(epochs=2.5), "--train.epochs must be int, got 2.5"),
-        (lambda: TrainConfig(warmup=3), "--train.warmup needs --train.schedule cosine"),
-        (
-            lambda: OperatingConfig(sensitivity=0.99),
-            "--operating.sensitivity needs --operating.criterion sensitivity",
-        ),
-        (
-            lambda: OperatingConfig(prevalence=0.1),
-            "--operating.prevalence needs --operating.criterion cost",
-        ),
         (lambda: Config(data=DataConfig(size=8)), "--data.size must be at least 10"),
     ],
 )
@@ -90,12 +83,36 @@ def test_values_out_of_range_name_their_flag(make: object, flag: str) -> None:
         make()  # type: ignore[operator]
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            Config(train=TrainConfig(warmup=3)),
+            "--train.warmup needs --train.schedule cosine",
+        ),
+        (
+            Config(operating=OperatingConfig(sensitivity=0.99)),
+            "--operating.sensitivity needs --operating.criterion sensitivity",
+        ),
+        (
+            Config(operating=OperatingConfig(prevalence=0.1)),
+            "--operating.prevalence needs --operating.criterion cost",
+        ),
+    ],
+)
+def test_a_flag_without_effect_names_the_one_it_needs(config: Config, message: str) -> None:
+    assert from_json(to_json(config), "config.json") == config  # a run that has it can be read
+    with pytest.raises(InputError, match=re.escape(message)):
+        expect_effect(config)
+
+
 def test_numbers_of_numpy_and_paths_as_text_are_taken() -> None:
     config = Config(
         workdir="runs/x",  # type: ignore[arg-type]
         seed=np.arange(3)[1],
         data=DataConfig(root=Path("films"), cache="c"),  # type: ignore[arg-type]
-        train=TrainConfig(learning_rate=np.float32(0.5)),  # type: ignore[arg-type]
+        model=ModelConfig(standardize=np.bool_(True)),  # type: ignore[arg-type]
+        train=TrainConfig(learning_rate=jnp.float32(0.5)),
     )
     assert config.workdir == Path("runs/x")
     assert config.data == DataConfig(root="films", cache=Path("c"))

@@ -156,6 +156,8 @@ def test_a_pool_of_nothing_but_nan_is_nan() -> None:
     y = layers.conv_onednn(x, kernel, 1, "VALID", pooled=True)
     np.testing.assert_array_equal(jnp.isnan(y).any((0, 1, 2)), np.arange(8) == 5)
     np.testing.assert_array_equal(jnp.isnan(y).all((0, 1, 2)), np.arange(8) == 5)
+    least = jnp.full((3, 3, 4, 8), -jnp.inf)
+    assert jnp.isnan(layers.conv_onednn(x, least, 1, "VALID", pooled=True)).all()
 
 
 @needs_onednn

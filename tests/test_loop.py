@@ -515,6 +515,19 @@ def test_what_an_abandoned_start_asked_for_is_forgotten(tree: Path, tmp_path: Pa
     assert '"precision": "float32"' in (config.workdir / "config.json").read_text()
 
 
+def test_a_refused_start_leaves_the_config_as_it_was(
+    tree: Path, tmp_path: Path, finished: Path
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    config = config_for(tree, tmp_path / "run")
+    with pytest.raises(InputError, match="nowhere does not exist"):
+        fit(replace(config, data=replace(config.data, root="nowhere")))
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+    with pytest.raises(InputError, match=r"--train\.warmup needs"):
+        fit(config_for(tree, tmp_path / "new", warmup=3))
+
+
 def test_another_operating_point_needs_no_other_training(
     tree: Path, tmp_path: Path, finished: Path
 ) -> None:

@@ -150,7 +150,7 @@ class Worker:
 
 def set_up(options: Options) -> None:
     """Makes the peers' environments with venv and pip."""
-    for peer in PACKAGES.keys() & options.peers:
+    for peer in filter(PACKAGES.get, options.peers):  # the others have ours
         folder = options.environments / peer
         packages = PACKAGES[peer].get(options.device, PACKAGES[peer]["cpu"])
         print(f"{folder}: {' '.join(packages)}")

@@ -111,13 +111,11 @@ def operate(
     found = shifted.judge(pooled, fold_of, criterion)
     point = shifted.fit_point(pooled.sets, pooled.labels, criterion)
     shares = shifted.METRICS[1:]
-    row: dict[str, Any] = {
+    kinds = [kind for kind in ("plain", "mean", "worst") if kind in found]
+    return {
         "criterion": point.criterion,
         "threshold": point.probability_threshold(),
-        "plain": {name: found["plain"][name] for name in shares},
-    }
-    changed = {name: found[name] for name in ("mean", "worst") if name in found}
-    return row | {name: {share: row[share] for share in shares} for name, row in changed.items()}
+    } | {kind: {share: found[kind][share] for share in shares} for kind in kinds}
 
 
 def show(document: dict[str, Any]) -> None:

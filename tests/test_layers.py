@@ -104,6 +104,43 @@ def test_onednn_is_the_plain_convolution(
 
 @needs_onednn
 @pytest.mark.parametrize("padding", ["SAME", "VALID"])
+@pytest.mark.parametrize(("side", "stride"), [(8, 2), (9, 2), (9, 3), (11, 3)])
+def test_filters_of_one_pixel_see_every_second_or_third(
+    padding: layers.Padding, side: int, stride: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ffi, "available", lambda: True)  # though there are several devices
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(3, side, side + 1, 16)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(1, 1, 16, 5)), jnp.float32)
+
+    def pulled(form: Any) -> Any:
+        y, pull = jax.vjp(form, x, kernel)
+        return y, *pull(jnp.cos(y))
+
+    ours = jax.jit(functools.partial(layers.conv, stride=stride, padding=padding))
+    assert "cnnjax_convolution" in ours.lower(x, kernel).as_text()
+    plain = functools.partial(layers.conv_plain, stride=stride, padding=padding)
+    for found, expected in zip(pulled(ours), pulled(plain), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@needs_onednn
+@pytest.mark.parametrize("form", [layers.conv, layers.conv_pool])
+@pytest.mark.parametrize("channels", [1, 4])
+def test_bfloat16_does_not_round_images_of_one_channel(
+    form: Any, channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ffi, "available", lambda: True)  # though there are several devices
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(40, 64, 64, channels)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(3, 3, channels, 16)), jnp.float32)
+    exact, found = (form(x, kernel, dtype=dtype) for dtype in (jnp.float32, jnp.bfloat16))
+    assert bool((exact == found).all()) == (channels == 1)
+    np.testing.assert_allclose(found, exact, atol=0.2)
+
+
+@needs_onednn
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
 @pytest.mark.parametrize("channels", [1, 16])
 @pytest.mark.parametrize(("images", "pieces"), [(1, 1), (7, 1), (7, 3)])
 def test_onednn_is_the_plain_convolution_with_a_pool(

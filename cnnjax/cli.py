@@ -48,6 +48,8 @@ class Evaluate:
     which takes less time."""
     json: Path | None = None
     """Write the metrics to this file."""
+    csv: Path | None = None
+    """Write each image's patient, class, probability and what it is called to this file."""
     cache: Path | None = None
     """Folder of the decoded images; by default the user's cache folder."""
     device: DeviceConfig = field(default_factory=DeviceConfig)
@@ -56,12 +58,14 @@ class Evaluate:
         """Prints the metrics with their intervals; returns the exit status."""
         from cnnjax import devices, metrics, release
         from cnnjax.data import cache
+        from cnnjax.data.files import write_atomically
         from cnnjax.data.prepare import open_index
         from cnnjax.predict import Predictor
         from cnnjax.workdir import Workdir, write_json
 
         _check_probabilities(self.threshold, self.prevalence)
         _expect_folder(self.json, "--json")
+        _expect_folder(self.csv, "--csv")
         mesh = devices.make_mesh(self.device)
         predictor = Predictor.open(self.run, mesh, self.checkpoint, self.views)
         positive = predictor.classes[1]
@@ -80,19 +84,34 @@ class Evaluate:
         elif seen := Workdir(self.run).trained_on(e.name for e in decoded.examples):
             print(f"  warning: the run was trained on {seen:,} images of these names")
         point, threshold = predictor.operating, self.threshold
-        judged = metrics.evaluate(
-            point.calibrated(predictor.logits(decoded.images), self.prevalence),
-            decoded.labels,
-            [e.patient for e in decoded.examples],
-            threshold=point.probability_threshold(self.prevalence)
-            if threshold is None
-            else threshold,
-        )
+        if threshold is None:
+            threshold = point.probability_threshold(self.prevalence)
+        logits = point.calibrated(predictor.logits(decoded.images), self.prevalence)
+        patients = [e.patient for e in decoded.examples]
+        judged = metrics.evaluate(logits, decoded.labels, patients, threshold=threshold)
         print(f"\n{self.split} split, {predictor.about}, with 95 % intervals")
         print(judged.report(predictor.classes))
         if self.json is not None:
             with _writing(self.json, "--json"):
                 write_json(self.json, judged.to_json())
+        if self.csv is not None:
+            rows = [
+                {
+                    "path": example.name,
+                    "patient": example.patient,
+                    "truth": predictor.classes[label],
+                    "probability": probability,
+                    "class": predictor.classes[int(probability >= threshold)],
+                }
+                for example, label, probability in zip(
+                    decoded.examples,
+                    decoded.labels.tolist(),
+                    metrics.sigmoid(logits).tolist(),
+                    strict=True,
+                )
+            ]
+            with _writing(self.csv, "--csv"), write_atomically(self.csv) as file:
+                _write_csv(file, rows, _JUDGED)
         return 0
 
 
@@ -410,15 +429,18 @@ def _check_probabilities(threshold: float | None, prevalence: float | None) -> N
         raise InputError(f"--prevalence must be between 0 and 1, got {prevalence}")
 
 
-_COLUMNS = ("path", "probability", "class", "confidence", "warning", "error")
+_PREDICTED = ("path", "probability", "class", "confidence", "warning", "error")
+_JUDGED = ("path", "patient", "truth", "probability", "class")
 
 
 def _write_lines(file: TextIO, rows: Sequence[dict[str, Any]]) -> None:
     file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def _write_csv(file: TextIO, rows: Sequence[dict[str, Any]]) -> None:
-    table = csv.DictWriter(file, _COLUMNS, lineterminator="\n")
+def _write_csv(
+    file: TextIO, rows: Sequence[dict[str, Any]], columns: Sequence[str] = _PREDICTED
+) -> None:
+    table = csv.DictWriter(file, columns, lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
 

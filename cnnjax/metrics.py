@@ -6,7 +6,7 @@ The positive class is label 1. Where a metric has nothing to divide by, it is No
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,8 @@ import numpy as np
 _Z95 = 1.959963984540054  # the standard normal's 97.5th percentile
 _BINS = 15  # of the probability, for the calibration error
 _CHUNK = 2_000_000  # bootstrap weights held at once
+
+_AT_ZERO = ("auc", "accuracy", "sensitivity", "specificity")
 
 
 @dataclass(frozen=True)
@@ -115,11 +117,11 @@ def evaluate(
 ) -> Evaluation:
     """Judges logits against labels.
 
-    Accuracy, sensitivity, specificity and precision get Wilson's score interval (J. Am. Stat.
-    Assoc. 22, 1927), which takes images as independent; F1, AUC, Brier score and calibration error
-    get the percentile interval of a bootstrap that draws whole patients. That of the calibration
-    error is moved by the bootstrap's bias: each draw adds noise, and an average of absolute values
-    rises with it.
+    All intervals allow for what the images of one patient have in common. Accuracy, sensitivity,
+    specificity and precision get Wilson's, as `share` has it; F1, AUC, Brier score and calibration
+    error get the percentile interval of a bootstrap that draws whole patients. That of the
+    calibration error is moved by the bootstrap's bias: each draw adds noise, and an average of
+    absolute values rises with it.
 
     Args:
         logits: float [n].
@@ -148,46 +150,114 @@ def evaluate(
     )
 
     whom, patient = np.unique(np.asarray(patients), return_inverse=True)
-    rng = np.random.default_rng(seed)
     drawn: dict[str, list[np.ndarray]] = {"f1": [], "auc": [], "brier": [], "ece": []}
     # [n, bins]: how much each image's probability is too high, in the column of its bin
     excess = np.zeros((len(labels), _BINS))
     bins = np.minimum((probability * _BINS).astype(int), _BINS - 1)
     excess[np.arange(len(labels)), bins] = probability - truth
-    chunk = max(1, _CHUNK // len(labels))
-    for start in range(0, replicates, chunk):
-        draws = min(chunk, replicates - start)
-        times = rng.multinomial(len(whom), np.full(len(whom), 1 / len(whom)), size=draws)
-        weights = times[:, patient].astype(np.float64)
+    for weights in draws_of_patients(patients, replicates, seed):
         drawn["auc"].append(_weighted_auc(logits, truth, weights))
         drawn["brier"].append(weights @ (probability - truth) ** 2 / weights.sum(1))
         drawn["ece"].append(np.abs(weights @ excess).sum(1) / weights.sum(1))
         hits = weights @ (truth & decided)
         drawn["f1"].append(_divide(2 * hits, weights @ decided + weights @ truth))
 
-    def bootstrapped(name: str, value: float | None) -> Estimate:
-        draws = np.concatenate([np.empty(0), *drawn[name]])
-        draws = draws[np.isfinite(draws)]
-        if value is None or not len(draws):
-            return Estimate(value, None)
-        low, high = np.percentile(draws, (2.5, 97.5))
-        if name == "ece":
-            low, high = np.maximum(np.array([low, high]) + value - np.median(draws), 0)
-        return Estimate(value, (float(low), float(high)))
+    draws = {name: np.concatenate([np.empty(0), *parts]) for name, parts in drawn.items()}
+    ece = float(np.abs(excess.sum(0)).sum() / len(labels))
+    if replicates:
+        draws["ece"] = np.maximum(draws["ece"] + ece - np.median(draws["ece"]), 0)
 
     return Evaluation(
-        accuracy=proportion(c.tn + c.tp, len(labels)),
-        sensitivity=proportion(c.tp, c.tp + c.fn),
-        specificity=proportion(c.tn, c.tn + c.fp),
-        precision=proportion(c.tp, c.tp + c.fp),
-        f1=bootstrapped("f1", _ratio(2 * c.tp, 2 * c.tp + c.fp + c.fn)),
-        auc=bootstrapped("auc", auc(logits, labels)),
-        brier=bootstrapped("brier", float(np.mean((probability - truth) ** 2))),
-        ece=bootstrapped("ece", float(np.abs(excess.sum(0)).sum() / len(labels))),
+        accuracy=share(decided == truth, patient),
+        sensitivity=share(decided[truth], patient[truth]),
+        specificity=share(~decided[~truth], patient[~truth]),
+        precision=share(truth[decided], patient[decided]),
+        f1=_bootstrapped(_ratio(2 * c.tp, 2 * c.tp + c.fp + c.fn), draws["f1"]),
+        auc=_bootstrapped(auc(logits, labels), draws["auc"]),
+        brier=_bootstrapped(float(np.mean((probability - truth) ** 2)), draws["brier"]),
+        ece=_bootstrapped(ece, draws["ece"]),
         confusion=c,
         threshold=threshold,
         n=len(labels),
         patients=len(whom),
+    )
+
+
+def draws_of_patients(
+    patients: Sequence[str], replicates: int, seed: int = 0
+) -> Iterator[np.ndarray]:
+    """Yields float64 [draws, n]: how often each of n images is in a bootstrap of whole patients.
+
+    Args:
+        patients: n patients.
+        replicates: draws in all; they come some at a time, so that they fit into memory.
+        seed: of the draws.
+    """
+    whom, patient = np.unique(np.asarray(patients), return_inverse=True)
+    rng = np.random.default_rng(seed)
+    chunk = max(1, _CHUNK // len(patients))
+    for start in range(0, replicates, chunk):
+        draws = min(chunk, replicates - start)
+        times = rng.multinomial(len(whom), np.full(len(whom), 1 / len(whom)), size=draws)
+        yield times[:, patient].astype(np.float64)
+
+
+def differences(
+    logits: np.ndarray,
+    others: np.ndarray,
+    labels: np.ndarray,
+    patients: Sequence[str],
+    *,
+    replicates: int = 2000,
+    seed: int = 0,
+) -> dict[str, Estimate]:
+    """Returns how far the second logits of the same images are above the first, by metric.
+
+    AUC, accuracy, sensitivity and specificity; positive are logits from 0 on. The intervals are
+    percentiles of a bootstrap that draws whole patients, the same for both: what makes an image
+    hard for both does not widen them, as it does those of the two.
+
+    Args:
+        logits: float [n].
+        others: float [n].
+        labels: int [n], 0 or 1.
+        patients: n patients.
+        replicates: draws of the bootstrap.
+        seed: of the bootstrap.
+    """
+    truth = np.asarray(labels) == 1
+
+    def gain(weights: np.ndarray) -> np.ndarray:
+        first, second = (_weighted_at_zero(scores, truth, weights) for scores in (logits, others))
+        return second - first
+
+    values = gain(np.ones((1, len(truth))))[:, 0].tolist()
+    drawn = np.hstack([gain(weights) for weights in draws_of_patients(patients, replicates, seed)])
+    return {
+        name: _bootstrapped(None if math.isnan(value) else value, draws)
+        for name, value, draws in zip(_AT_ZERO, values, drawn, strict=True)
+    }
+
+
+def _bootstrapped(value: float | None, draws: np.ndarray) -> Estimate:
+    """Returns a metric with the interval of its draws, those apart that do not define it."""
+    draws = draws[np.isfinite(draws)]
+    if value is None or not len(draws):
+        return Estimate(value, None)
+    low, high = np.percentile(draws, (2.5, 97.5))
+    return Estimate(value, (float(low), float(high)))
+
+
+def _weighted_at_zero(scores: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Returns [metrics, draws] under each row of weights [draws, n]; NaN where undefined."""
+    decided = np.asarray(scores) >= 0
+    return np.stack(
+        [
+            _weighted_auc(np.asarray(scores), truth, weights),
+            weights @ (decided == truth) / weights.sum(1),
+            _divide(weights @ (decided & truth), weights @ truth),
+            _divide(weights @ ~(decided | truth), weights @ ~truth),
+        ]
     )
 
 
@@ -198,15 +268,9 @@ def at_zero(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         logits: float [n].
         labels: int [n], 0 and 1, both of them.
     """
-    positive, decided = labels == 1, logits >= 0
-    area = auc(logits, labels)
-    assert area is not None, "training_data() sees to it that both classes validate"
-    return {
-        "auc": area,
-        "accuracy": float(np.mean(decided == positive)),
-        "sensitivity": float(np.mean(decided[positive])),
-        "specificity": float(np.mean(~decided[~positive])),
-    }
+    values = _weighted_at_zero(logits, labels == 1, np.ones((1, len(labels))))[:, 0]
+    assert not np.isnan(values).any(), "training_data() sees to it that both classes validate"
+    return dict(zip(_AT_ZERO, values.tolist(), strict=True))
 
 
 def auc(scores: np.ndarray, labels: np.ndarray) -> float | None:
@@ -223,13 +287,42 @@ def auc(scores: np.ndarray, labels: np.ndarray) -> float | None:
     return None if math.isnan(value) else float(value)
 
 
-def proportion(hits: int, n: int) -> Estimate:
-    """Returns hits / n with Wilson's 95 % score interval."""
+def share(hits: np.ndarray, patients: np.ndarray) -> Estimate:
+    """Returns the share of images that are hits, with its 95 % interval.
+
+    Wilson's, for the effective number of images: their number over the design effect (Kish, Survey
+    Sampling, 1965), which is by how much the share varies more among draws of patients than among
+    draws of images (see Dean and Pagano, J. Surv. Stat. Methodol. 3, 2015). Where all images are
+    hits, or none is, that cannot be seen: then those of one patient count as one.
+
+    Args:
+        hits: bool [n].
+        patients: [n], whom each image shows.
+    """
+    n, k = len(hits), int(hits.sum())
+    _, patient = np.unique(patients, return_inverse=True)
+    whole = int(patient.max(initial=-1)) + 1
+    if k in (0, n) or whole == 1:
+        return proportion(k, n, whole)
+    excess = np.bincount(patient, hits - k / n)
+    among_patients = whole / (whole - 1) * np.square(excess).sum() / n**2
+    among_images = k / n * (1 - k / n) / (n - 1)
+    return proportion(k, n, n / max(1.0, float(among_patients / among_images)))
+
+
+def proportion(hits: int, n: int, effective: float | None = None) -> Estimate:
+    """Returns hits / n with Wilson's 95 % score interval (J. Am. Stat. Assoc. 22, 1927).
+
+    Args:
+        hits: how many of n.
+        n: of how many.
+        effective: how many independent ones tell as much; n if None.
+    """
     if n == 0:
         return Estimate(None, None)
-    p, z2 = hits / n, _Z95**2
-    middle = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = _Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    p, m, z2 = hits / n, n if effective is None else effective, _Z95**2
+    middle = (p + z2 / (2 * m)) / (1 + z2 / m)
+    half = _Z95 / (1 + z2 / m) * math.sqrt(p * (1 - p) / m + z2 / (4 * m * m))
     return Estimate(p, (max(0.0, middle - half), min(1.0, middle + half)))
 
 

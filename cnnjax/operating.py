@@ -53,6 +53,13 @@ class OperatingPoint:
         """Returns the probability from which on an image counts as positive."""
         return float(self.probabilities(np.array([self.threshold]), prevalence)[0])
 
+    def margins(self, logits: np.ndarray) -> np.ndarray:
+        """Returns float64 [n], how far above the threshold logits [n] are, in log-odds.
+
+        From 0 on an image is positive. Those of networks of other scales can be compared.
+        """
+        return self.slope * (np.asarray(logits, np.float64) - self.threshold)
+
     def to_json(self) -> dict[str, Any]:
         """Returns plain numbers and strings, for `OperatingPoint(**values)`."""
         return asdict(self)

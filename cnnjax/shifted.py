@@ -144,8 +144,7 @@ def judge(held_out: HeldOut, parts: np.ndarray, config: OperatingConfig) -> dict
         point = fit_point(others, labels[~inside], config)
         calibrated[inside] = point.calibrated(held_out.sets[PLAIN][inside])
         for name, logits in held_out.sets.items():
-            # In log-odds from the threshold, which makes parts of different networks comparable.
-            moved[name][inside] = point.slope * (logits[inside] - point.threshold)
+            moved[name][inside] = point.margins(logits[inside])
     sets = {name: at_zero(logits, labels) for name, logits in moved.items()}
     plain = evaluate(moved[PLAIN], labels, held_out.patients).to_json()
     probabilities = evaluate(calibrated, labels, held_out.patients).to_json()

@@ -48,8 +48,9 @@ def cnnjax(*arguments: object) -> int:
 def test_evaluate(
     run: Path, tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "metrics.json"
-    assert cnnjax("evaluate", "--run", run, "--data", tree, "--split", "test", "--json", out) == 0
+    out, table = tmp_path / "metrics.json", tmp_path / "images.csv"
+    command = ("evaluate", "--run", run, "--data", tree, "--split", "test")
+    assert cnnjax(*command, "--json", out, "--csv", table) == 0
     found = json.loads(out.read_text())
     c = found["confusion"]
     assert found["n"] == c["tn"] + c["fp"] + c["fn"] + c["tp"] == 32
@@ -58,6 +59,15 @@ def test_evaluate(
     screen = capsys.readouterr().out
     assert "test split, best checkpoint" in screen
     assert f"{found['auc']['value']:.4f}" in screen
+
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["path"].split("/")[-2] for row in rows] == [row["truth"] for row in rows]
+    assert len({row["patient"] for row in rows}) == found["patients"]
+    assert sum(row["class"] == row["truth"] for row in rows) == c["tp"] + c["tn"]
+    probability = np.array([float(row["probability"]) for row in rows])
+    ill = np.array([row["truth"] == "PNEUMONIA" for row in rows])
+    assert np.square(probability - ill).mean() == pytest.approx(found["brier"]["value"])
 
     assert cnnjax("evaluate", "--run", run, "--data", tree, "--threshold", 0, "--json", out) == 0
     assert json.loads(out.read_text())["sensitivity"]["value"] == 1
@@ -270,6 +280,7 @@ def test_predict_draws_heat_maps_of_what_it_can_read(run: Path, tree: Path, tmp_
             ["evaluate", "--run", "RUN", "--data", "TREE", "--json", "no/dir/x"],
             "--json no/dir/x can",
         ),
+        (["evaluate", "--run", "RUN", "--data", "TREE", "--csv", "no/dir/x"], "--csv no/dir/x can"),
         (["predict", "--run", "RUN", "EMPTY"], "holds no .jpeg, .jpg, .png, .dcm"),
         (["devices", "--device.platform", "gpu"], "--device.platform gpu: JAX finds none here"),
         (["devices", "--device.count", "99"], "--device.count 99: there are only 4 cpu devices"),

@@ -52,7 +52,8 @@ def test_wilson_against_scipy(hits: int, n: int) -> None:
     assert metrics.proportion(hits, n).ci95 == pytest.approx((interval.low, interval.high))
 
 
-def test_bootstrap_draws_patients_not_images() -> None:
+@pytest.mark.parametrize("metric", ["auc", "brier", "accuracy", "sensitivity", "specificity"])
+def test_intervals_count_patients_not_images(metric: str) -> None:
     """Each image five times over, under one patient, tells no more than the image once."""
     logits, labels, _ = drawn(1, 100)
     names = [str(i) for i in range(100)]
@@ -63,11 +64,63 @@ def test_bootstrap_draws_patients_not_images() -> None:
     )
 
     def width(found: metrics.Evaluation) -> float:
-        assert found.auc.ci95 is not None
-        return found.auc.ci95[1] - found.auc.ci95[0]
+        low, high = getattr(found, metric).ci95
+        return high - low
 
     assert width(again) == pytest.approx(width(once), rel=0.1)
     assert width(independent) < 0.6 * width(once)
+
+
+def test_the_interval_of_a_share_covers_it() -> None:
+    """Of images like those of the same patient; one of independent images is too short."""
+    rng = np.random.default_rng(0)
+    covered = {"share": 0, "proportion": 0}
+    for _ in range(1000):
+        sizes = 1 + rng.poisson(2, 200)
+        patients = np.repeat(np.arange(len(sizes)), sizes)
+        rates = rng.beta(9 / 2, 1 / 2, len(sizes))  # mean 0.9
+        hits = rng.random(len(patients)) < rates[patients]
+        for name, found in (
+            ("share", metrics.share(hits, patients)),
+            ("proportion", metrics.proportion(int(hits.sum()), len(hits))),
+        ):
+            assert found.ci95 is not None
+            covered[name] += found.ci95[0] <= 0.9 <= found.ci95[1]
+    assert 935 <= covered["share"] <= 970
+    assert covered["proportion"] < 920
+
+
+@pytest.mark.parametrize("hit", [False, True])
+def test_a_share_of_all_or_none_is_of_patients(hit: bool) -> None:
+    found = metrics.share(np.full(12, hit), np.repeat(["a", "b", "c", "d"], 3))
+    assert found == metrics.proportion(4 * hit, 4)
+
+
+def test_differences_are_judged_in_pairs() -> None:
+    logits, labels, patients = drawn(5)
+    others = logits + np.random.default_rng(6).normal(scale=0.1, size=len(logits))
+    found = metrics.differences(logits, others, labels, patients)
+    first, second = metrics.at_zero(logits, labels), metrics.at_zero(others, labels)
+    alone = metrics.evaluate(logits, labels, patients).to_json()
+    assert found.keys() == first.keys()
+    for name, estimate in found.items():
+        assert estimate.value == pytest.approx(second[name] - first[name], abs=1e-12)
+        assert estimate.ci95 is not None
+        low, high = estimate.ci95
+        assert low <= estimate.value <= high
+        own = alone[name]["ci95"]
+        assert high - low < 0.8 * (own[1] - own[0])
+    same = metrics.differences(logits, logits, labels, patients)
+    assert set(same.values()) == {metrics.Estimate(0.0, (0.0, 0.0))}
+    better = metrics.differences(logits, logits + 3 * labels, labels, patients)
+    assert better["auc"].ci95 is not None
+    assert better["auc"].ci95[0] > 0
+
+
+def test_differences_of_a_class_that_is_missing_are_undefined() -> None:
+    found = metrics.differences(np.zeros(3), np.ones(3), np.ones(3, int), ["a", "b", "c"])
+    assert found["auc"] == found["specificity"] == metrics.Estimate(None, None)
+    assert found["sensitivity"] == metrics.Estimate(0.0, (0.0, 0.0))
 
 
 def test_bootstrap_is_a_function_of_its_seed() -> None:

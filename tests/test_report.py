@@ -161,6 +161,12 @@ def test_runs_are_set_side_by_side(run: Path, other: Path, tmp_path: Path) -> No
         found = json.loads((folder / "summary.json").read_text())["best"]["auc"]["value"]
         assert f"{folder.name} {found:.3f}" in words
     assert "--train.learning-rate 0.001 0.01" in words
+    first, second = (
+        metrics.auc(judged.logits, judged.labels) or 0
+        for judged in (Workdir(folder).read_validation() for folder in (run, other))
+    )
+    assert f"Above or below {run.name}" in words
+    assert f"{other.name} {second - first:+.4f}" in words
     assert "--seed" not in words.partition("In what they differ")[2]
 
 
@@ -171,6 +177,7 @@ def test_runs_on_other_images_are_not_called_comparable(run: Path, tmp_path: Pat
     (fewer / "validation.csv").write_text("".join(lines[:-2]))
     page = Page(report.compare([run, fewer], tmp_path / "both.html").read_text("utf-8"))
     assert "They were judged on different held-out images" in page.text
+    assert "Above or below" not in page.text
     data = json.loads((fewer / "data.json").read_text())
     data["classes"].reverse()
     (fewer / "data.json").write_text(json.dumps(data))

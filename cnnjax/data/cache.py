@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -26,6 +27,10 @@ from cnnjax.errors import InputError
 from cnnjax.machine import cache_folder, cpu_cores
 
 _VERSION = 1  # raise it when decode() gives other pixels for the same file
+
+# Images that a thread decodes before it hands them over: a small one takes hardly longer than to wake
+# another thread for it. Each thread has some such turns, so that none works alone in the end.
+_TURN, _TURNS = 32, 8
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,12 @@ def _decode_into(
 ) -> None:
     passing = []  # files that may be readable the next time
 
+    cores = cpu_cores()
+    turn = max(1, min(_TURN, len(examples) // (cores * _TURNS)))
+
+    def decode_some(start: int) -> list[np.ndarray | str]:
+        return [decode_one(example) for example in examples[start : start + turn]]
+
     def decode_one(example: Example) -> np.ndarray | str:
         try:
             return decode(source.read(example.name), size)
@@ -152,9 +163,10 @@ def _decode_into(
         quarantine: list[tuple[str, str]] = []
         row = 0
         # Threads suffice: Pillow decodes and resizes without holding the interpreter's lock.
-        with ThreadPoolExecutor(cpu_cores()) as pool:
+        with ThreadPoolExecutor(cores) as pool:
+            turns = pool.map(decode_some, range(0, len(examples), turn))
             outcomes = tqdm(
-                zip(examples, pool.map(decode_one, examples), strict=True),
+                zip(examples, itertools.chain.from_iterable(turns), strict=True),
                 desc="decoding",
                 total=len(examples),
                 unit="image",

@@ -70,7 +70,8 @@ def decode(encoded: bytes | np.ndarray, size: int) -> np.ndarray:
             raise DecodeError(f"too many pixels: {width} x {height}")
         try:
             image.draft("L", (size, size))
-            return _to_square(ImageOps.exif_transpose(image), size)
+            ImageOps.exif_transpose(image, in_place=True)
+            return _to_square(image, size)
         except Exception as error:  # OSError, SyntaxError, ValueError, struct.error...
             raise DecodeError(f"broken image: {error}") from None
 

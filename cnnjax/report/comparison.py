@@ -14,7 +14,7 @@ from cnnjax import metrics
 from cnnjax.config import flags
 from cnnjax.data.files import write_atomically
 from cnnjax.errors import InputError
-from cnnjax.metrics import Evaluation
+from cnnjax.metrics import Estimate, Evaluation
 from cnnjax.report import plots
 from cnnjax.report.template import render
 from cnnjax.workdir import Workdir, read_lines
@@ -33,11 +33,12 @@ class Run:
     """Every flag with its value."""
     summary: dict[str, Any]
     history: list[dict[str, Any]]
-    held_out: frozenset[tuple[str, int]]
-    """Names and labels of the held-out images."""
+    names: list[str]
+    """Of the held-out images, in order, as are what follows."""
+    patients: list[str]
     labels: np.ndarray
-    logits: np.ndarray
-    """Of the best epoch, calibrated log-odds."""
+    margins: np.ndarray
+    """Of the best epoch, log-odds above the run's own operating point."""
     found: Evaluation
     """At the run's own operating point."""
     seconds: float
@@ -60,7 +61,6 @@ def read(folder: Path, name: str) -> Run:
     workdir.expect_ended()
     held_out = workdir.read_validation()
     point = workdir.read_operating("best")[config.augment.views]
-    logits = point.calibrated(held_out.logits)
     speeds = read_lines(workdir.throughput)
     return Run(
         name=name,
@@ -68,15 +68,29 @@ def read(folder: Path, name: str) -> Run:
         settings=flags(config),
         summary=workdir.read_summary(),
         history=read_lines(workdir.metrics),
-        held_out=frozenset(zip(held_out.names, held_out.labels.tolist(), strict=True)),
+        names=held_out.names,
+        patients=held_out.patients,
         labels=held_out.labels,
-        logits=logits,
+        margins=point.margins(held_out.logits),
         found=metrics.evaluate(
-            logits, held_out.labels, held_out.patients, threshold=point.probability_threshold()
+            point.calibrated(held_out.logits),
+            held_out.labels,
+            held_out.patients,
+            threshold=point.probability_threshold(),
         ),
         seconds=sum(line["train_seconds"] + line["validation_seconds"] for line in speeds),
         speed=float(np.median([line["images_per_second"] for line in speeds])),
     )
+
+
+def differences(first: Run, other: Run) -> dict[str, Estimate] | None:
+    """Returns how far the other is above the first by metric; None unless of the same images."""
+    place = {image: i for i, image in enumerate(zip(other.names, other.labels, strict=True))}
+    images = list(zip(first.names, first.labels, strict=True))
+    if place.keys() != set(images):
+        return None
+    others = other.margins[[place[image] for image in images]]
+    return metrics.differences(first.margins, others, first.labels, first.patients)
 
 
 def compare(folders: Sequence[Path], out: Path) -> Path:
@@ -105,7 +119,7 @@ def compare(folders: Sequence[Path], out: Path) -> Path:
         if flag != "--workdir" and len({str(run.settings[flag]) for run in runs}) > 1
     ]
     figures = {
-        "roc": plots.rocs([(run.name, run.logits, run.labels) for run in runs]),
+        "roc": plots.rocs([(run.name, run.margins, run.labels) for run in runs]),
         "progress": plots.progress([(run.name, run.history) for run in runs]),
         "forest": plots.forest([(run.name, run.found) for run in runs]),
     }
@@ -114,7 +128,7 @@ def compare(folders: Sequence[Path], out: Path) -> Path:
         figures,
         runs=runs,
         differing=differing,
-        same_images=len({run.held_out for run in runs}) == 1,
+        against=[differences(runs[0], run) for run in runs[1:]],
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     with write_atomically(out) as file:

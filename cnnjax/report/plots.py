@@ -13,7 +13,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from cnnjax.metrics import Evaluation
+from cnnjax.metrics import Evaluation, draws_of_patients
 from cnnjax.operating import reliability
 
 BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"
@@ -264,12 +264,7 @@ def _band(
     curve: Callable[[np.ndarray], np.ndarray], patients: Sequence[str], draws: int = 300
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the 2.5th and 97.5th percentile of a curve over resampled patients."""
-    rng = np.random.default_rng(0)
-    whom, patient = np.unique(np.asarray(patients), return_inverse=True)
     with np.errstate(invalid="ignore", divide="ignore"):
-        drawn = [
-            curve(rng.multinomial(len(whom), np.full(len(whom), 1 / len(whom)))[patient])
-            for _ in range(draws)
-        ]
+        drawn = [curve(one) for some in draws_of_patients(patients, draws) for one in some]
     low, high = np.nanpercentile(drawn, (2.5, 97.5), axis=0)
     return low, high

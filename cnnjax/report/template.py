@@ -24,10 +24,14 @@ def render(template: str, figures: Mapping[str, str], **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = _number
+    environment.filters |= {"number": _number, "signed": _signed}
     shown = {name: Markup(figure) for name, figure in figures.items()}
     return environment.get_template(template).render(figures=shown, **values)
 
 
 def _number(value: float | None, digits: int = 3) -> str:
     return "undefined" if value is None else f"{value:.{digits}f}"
+
+
+def _signed(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:+.4f}"

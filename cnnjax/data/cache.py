@@ -28,8 +28,8 @@ from cnnjax.machine import cache_folder, cpu_cores
 
 _VERSION = 1  # raise it when decode() gives other pixels for the same file
 
-# Images that a thread decodes before it hands them over: a small one takes hardly longer than to wake
-# another thread for it. Each thread has some such turns, so that none works alone in the end.
+# Images that a thread decodes before it hands them over: a small one takes hardly longer than to
+# wake another thread. Each thread has some such turns, so that none works alone in the end.
 _TURN, _TURNS = 32, 8
 
 

@@ -49,7 +49,8 @@ class Evaluate:
     json: Path | None = None
     """Write the metrics to this file."""
     csv: Path | None = None
-    """Write each image's patient, class, probability and what it is called to this file."""
+    """Write to this file, for each image that can be decoded, patient, true class, probability and
+    predicted class."""
     cache: Path | None = None
     """Folder of the decoded images; by default the user's cache folder."""
     device: DeviceConfig = field(default_factory=DeviceConfig)
@@ -97,7 +98,7 @@ class Evaluate:
         if self.csv is not None:
             rows = [
                 {
-                    "path": example.name,
+                    "image": example.name,
                     "patient": example.patient,
                     "truth": predictor.classes[label],
                     "probability": probability,
@@ -430,7 +431,7 @@ def _check_probabilities(threshold: float | None, prevalence: float | None) -> N
 
 
 _PREDICTED = ("path", "probability", "class", "confidence", "warning", "error")
-_JUDGED = ("path", "patient", "truth", "probability", "class")
+_JUDGED = ("image", "patient", "truth", "probability", "class")
 
 
 def _write_lines(file: TextIO, rows: Sequence[dict[str, Any]]) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 
 _Z95 = 1.959963984540054  # the standard normal's 97.5th percentile
 _BINS = 15  # of the probability, for the calibration error
+_REPLICATES = 2000  # draws of the bootstrap
 _CHUNK = 2_000_000  # bootstrap weights held at once
 
 _AT_ZERO = ("auc", "accuracy", "sensitivity", "specificity")
@@ -112,15 +113,15 @@ def evaluate(
     patients: Sequence[str],
     *,
     threshold: float = 0.5,
-    replicates: int = 2000,
+    replicates: int = _REPLICATES,
     seed: int = 0,
 ) -> Evaluation:
     """Judges logits against labels.
 
     All intervals allow for what the images of one patient have in common. Accuracy, sensitivity,
-    specificity and precision get Wilson's, as `share` has it; F1, AUC, Brier score and calibration
-    error get the percentile interval of a bootstrap that draws whole patients. That of the
-    calibration error is moved by the bootstrap's bias: each draw adds noise, and an average of
+    specificity and precision get that of `clustered_proportion`; F1, AUC, Brier score and
+    calibration error get the percentile interval of a bootstrap that draws whole patients. That of
+    the calibration error is moved by the bootstrap's bias: each draw adds noise, and an average of
     absolute values rises with it.
 
     Args:
@@ -136,9 +137,7 @@ def evaluate(
     """
     logits = np.asarray(logits, np.float64)
     labels = np.asarray(labels)
-    if not len(logits) == len(labels) == len(patients) or not len(logits):
-        sizes = f"{len(logits)}, {len(labels)} and {len(patients)}"
-        raise ValueError(f"need as many logits, labels and patients, at least one; got {sizes}")
+    _expect_as_many(logits=logits, labels=labels, patients=patients)
     probability = sigmoid(logits)
     decided = probability >= threshold
     truth = labels == 1
@@ -155,7 +154,7 @@ def evaluate(
     excess = np.zeros((len(labels), _BINS))
     bins = np.minimum((probability * _BINS).astype(int), _BINS - 1)
     excess[np.arange(len(labels)), bins] = probability - truth
-    for weights in draws_of_patients(patients, replicates, seed):
+    for weights in patient_bootstrap(patients, replicates, seed):
         drawn["auc"].append(_weighted_auc(logits, truth, weights))
         drawn["brier"].append(weights @ (probability - truth) ** 2 / weights.sum(1))
         drawn["ece"].append(np.abs(weights @ excess).sum(1) / weights.sum(1))
@@ -168,10 +167,10 @@ def evaluate(
         draws["ece"] = np.maximum(draws["ece"] + ece - np.median(draws["ece"]), 0)
 
     return Evaluation(
-        accuracy=share(decided == truth, patient),
-        sensitivity=share(decided[truth], patient[truth]),
-        specificity=share(~decided[~truth], patient[~truth]),
-        precision=share(truth[decided], patient[decided]),
+        accuracy=clustered_proportion(decided == truth, patient),
+        sensitivity=clustered_proportion(decided[truth], patient[truth]),
+        specificity=clustered_proportion(~decided[~truth], patient[~truth]),
+        precision=clustered_proportion(truth[decided], patient[decided]),
         f1=_bootstrapped(_ratio(2 * c.tp, 2 * c.tp + c.fp + c.fn), draws["f1"]),
         auc=_bootstrapped(auc(logits, labels), draws["auc"]),
         brier=_bootstrapped(float(np.mean((probability - truth) ** 2)), draws["brier"]),
@@ -183,7 +182,7 @@ def evaluate(
     )
 
 
-def draws_of_patients(
+def patient_bootstrap(
     patients: Sequence[str], replicates: int, seed: int = 0
 ) -> Iterator[np.ndarray]:
     """Yields float64 [draws, n]: how often each of n images is in a bootstrap of whole patients.
@@ -202,29 +201,25 @@ def draws_of_patients(
         yield times[:, patient].astype(np.float64)
 
 
-def differences(
-    logits: np.ndarray,
-    others: np.ndarray,
-    labels: np.ndarray,
-    patients: Sequence[str],
-    *,
-    replicates: int = 2000,
-    seed: int = 0,
+def paired_differences(
+    logits: np.ndarray, others: np.ndarray, labels: np.ndarray, patients: Sequence[str]
 ) -> dict[str, Estimate]:
     """Returns how far the second logits of the same images are above the first, by metric.
 
     AUC, accuracy, sensitivity and specificity; positive are logits from 0 on. The intervals are
-    percentiles of a bootstrap that draws whole patients, the same for both: what makes an image
-    hard for both does not widen them, as it does those of the two.
+    percentiles of 2000 bootstrap draws of whole patients, the same for both: what makes an image
+    hard for both does not widen them.
 
     Args:
         logits: float [n].
         others: float [n].
         labels: int [n], 0 or 1.
         patients: n patients.
-        replicates: draws of the bootstrap.
-        seed: of the bootstrap.
+
+    Raises:
+        ValueError: the four do not have the same length, or are empty.
     """
+    _expect_as_many(logits=logits, others=others, labels=labels, patients=patients)
     truth = np.asarray(labels) == 1
 
     def gain(weights: np.ndarray) -> np.ndarray:
@@ -232,11 +227,18 @@ def differences(
         return second - first
 
     values = gain(np.ones((1, len(truth))))[:, 0].tolist()
-    drawn = np.hstack([gain(weights) for weights in draws_of_patients(patients, replicates, seed)])
+    drawn = np.hstack([gain(weights) for weights in patient_bootstrap(patients, _REPLICATES)])
     return {
         name: _bootstrapped(None if math.isnan(value) else value, draws)
         for name, value, draws in zip(_AT_ZERO, values, drawn, strict=True)
     }
+
+
+def _expect_as_many(**arrays: Sequence[Any] | np.ndarray) -> None:
+    sizes = [len(array) for array in arrays.values()]
+    if min(sizes) < max(sizes) or not min(sizes):
+        names, counts = (", ".join(map(str, some)) for some in (arrays, sizes))
+        raise ValueError(f"need as many {names}, at least one; got {counts}")
 
 
 def _bootstrapped(value: float | None, draws: np.ndarray) -> Estimate:
@@ -287,27 +289,33 @@ def auc(scores: np.ndarray, labels: np.ndarray) -> float | None:
     return None if math.isnan(value) else float(value)
 
 
-def share(hits: np.ndarray, patients: np.ndarray) -> Estimate:
+def clustered_proportion(hits: np.ndarray, patients: np.ndarray) -> Estimate:
     """Returns the share of images that are hits, with its 95 % interval.
 
     Wilson's, for the effective number of images: their number over the design effect (Kish, Survey
-    Sampling, 1965), which is by how much the share varies more among draws of patients than among
-    draws of images (see Dean and Pagano, J. Surv. Stat. Methodol. 3, 2015). Where all images are
-    hits, or none is, that cannot be seen: then those of one patient count as one.
+    Sampling, 1965), the ratio of the share's variance among draws of patients to that among draws
+    of images, at least 1 (see Dean and Pagano, J. Surv. Stat. Methodol. 3, 2015). What tells of it
+    are the patients with the rarer outcome. So that few or none of them do not make the interval
+    short, one is added for whom images of a patient are all alike, which makes it n over patients.
 
     Args:
         hits: bool [n].
         patients: [n], whom each image shows.
     """
     n, k = len(hits), int(hits.sum())
+    if n == 0:
+        return proportion(0, 0)
     _, patient = np.unique(patients, return_inverse=True)
-    whole = int(patient.max(initial=-1)) + 1
-    if k in (0, n) or whole == 1:
-        return proportion(k, n, whole)
-    excess = np.bincount(patient, hits - k / n)
-    among_patients = whole / (whole - 1) * np.square(excess).sum() / n**2
-    among_images = k / n * (1 - k / n) / (n - 1)
-    return proportion(k, n, n / max(1.0, float(among_patients / among_images)))
+    people = int(patient.max()) + 1
+    effect = n / people
+    if 0 < k < n and people > 1:
+        residuals = np.bincount(patient, hits - k / n)
+        among_patients = people / (people - 1) * np.square(residuals).sum() / n**2
+        among_images = k / n * (1 - k / n) / (n - 1)
+        rarer = np.unique(patient[hits == (k < n / 2)]).size
+        effect += rarer * max(1.0, float(among_patients / among_images))
+        effect /= 1 + rarer
+    return proportion(k, n, n / effect)
 
 
 def proportion(hits: int, n: int, effective: float | None = None) -> Estimate:

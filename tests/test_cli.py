@@ -62,7 +62,7 @@ def test_evaluate(
 
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["path"].split("/")[-2] for row in rows] == [row["truth"] for row in rows]
+    assert [row["image"].split("/")[-2] for row in rows] == [row["truth"] for row in rows]
     assert len({row["patient"] for row in rows}) == found["patients"]
     assert sum(row["class"] == row["truth"] for row in rows) == c["tp"] + c["tn"]
     probability = np.array([float(row["probability"]) for row in rows])

@@ -61,6 +61,12 @@ needs_onednn = pytest.mark.skipif(
 
 
 @needs_onednn
+def test_the_environment_turns_onednn_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CNNJAX_ONEDNN", "0")
+    assert onednn.library.__wrapped__() is None
+
+
+@needs_onednn
 @pytest.mark.parametrize("padding", ["SAME", "VALID"])
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize(

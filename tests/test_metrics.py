@@ -74,32 +74,46 @@ def test_intervals_count_patients_not_images(metric: str) -> None:
 def test_the_interval_of_a_share_covers_it() -> None:
     """Of images like those of the same patient; one of independent images is too short."""
     rng = np.random.default_rng(0)
-    covered = {"share": 0, "proportion": 0}
+    covered = {"clustered": 0, "proportion": 0}
     for _ in range(1000):
         sizes = 1 + rng.poisson(2, 200)
         patients = np.repeat(np.arange(len(sizes)), sizes)
         rates = rng.beta(9 / 2, 1 / 2, len(sizes))  # mean 0.9
         hits = rng.random(len(patients)) < rates[patients]
         for name, found in (
-            ("share", metrics.share(hits, patients)),
+            ("clustered", metrics.clustered_proportion(hits, patients)),
             ("proportion", metrics.proportion(int(hits.sum()), len(hits))),
         ):
             assert found.ci95 is not None
             covered[name] += found.ci95[0] <= 0.9 <= found.ci95[1]
-    assert 935 <= covered["share"] <= 970
+    assert 925 <= covered["clustered"] <= 975
     assert covered["proportion"] < 920
 
 
 @pytest.mark.parametrize("hit", [False, True])
 def test_a_share_of_all_or_none_is_of_patients(hit: bool) -> None:
-    found = metrics.share(np.full(12, hit), np.repeat(["a", "b", "c", "d"], 3))
+    found = metrics.clustered_proportion(np.full(12, hit), np.repeat(["a", "b", "c", "d"], 3))
     assert found == metrics.proportion(4 * hit, 4)
+
+
+def test_few_errors_do_not_make_the_interval_short() -> None:
+    """By the design effect alone, the first would raise the lower end from 0.981 to 0.994."""
+    patients = np.repeat(np.arange(200), 5)
+    lows = []
+    for errors in (0, 1, 2, 5, 20):
+        hits = np.ones(1000, bool)
+        hits[: 5 * errors : 5] = False  # each of another patient
+        found = metrics.clustered_proportion(hits, patients).ci95
+        assert found is not None
+        lows.append(found[0])
+    assert max(lows) - lows[0] < 0.007
+    assert lows[-1] == pytest.approx(metrics.proportion(980, 1000, 900).ci95[0], abs=1e-3)  # type: ignore[index]
 
 
 def test_differences_are_judged_in_pairs() -> None:
     logits, labels, patients = drawn(5)
     others = logits + np.random.default_rng(6).normal(scale=0.1, size=len(logits))
-    found = metrics.differences(logits, others, labels, patients)
+    found = metrics.paired_differences(logits, others, labels, patients)
     first, second = metrics.at_zero(logits, labels), metrics.at_zero(others, labels)
     alone = metrics.evaluate(logits, labels, patients).to_json()
     assert found.keys() == first.keys()
@@ -110,15 +124,15 @@ def test_differences_are_judged_in_pairs() -> None:
         assert low <= estimate.value <= high
         own = alone[name]["ci95"]
         assert high - low < 0.8 * (own[1] - own[0])
-    same = metrics.differences(logits, logits, labels, patients)
+    same = metrics.paired_differences(logits, logits, labels, patients)
     assert set(same.values()) == {metrics.Estimate(0.0, (0.0, 0.0))}
-    better = metrics.differences(logits, logits + 3 * labels, labels, patients)
+    better = metrics.paired_differences(logits, logits + 3 * labels, labels, patients)
     assert better["auc"].ci95 is not None
     assert better["auc"].ci95[0] > 0
 
 
 def test_differences_of_a_class_that_is_missing_are_undefined() -> None:
-    found = metrics.differences(np.zeros(3), np.ones(3), np.ones(3, int), ["a", "b", "c"])
+    found = metrics.paired_differences(np.zeros(3), np.ones(3), np.ones(3, int), ["a", "b", "c"])
     assert found["auc"] == found["specificity"] == metrics.Estimate(None, None)
     assert found["sensitivity"] == metrics.Estimate(0.0, (0.0, 0.0))
 
@@ -165,7 +179,7 @@ def test_sigmoid_of_large_logits() -> None:
 
 @pytest.mark.parametrize("n", [0, 2])
 def test_lengths_must_agree(n: int) -> None:
-    with pytest.raises(ValueError, match="as many logits, labels and patients"):
+    with pytest.raises(ValueError, match="as many logits, labels, patients"):
         metrics.evaluate(np.zeros(n), np.zeros(3 if n else 0), ["a"] * n)
 
 

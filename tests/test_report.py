@@ -165,9 +165,27 @@ def test_runs_are_set_side_by_side(run: Path, other: Path, tmp_path: Path) -> No
         metrics.auc(judged.logits, judged.labels) or 0
         for judged in (Workdir(folder).read_validation() for folder in (run, other))
     )
-    assert f"Above or below {run.name}" in words
+    assert f"Difference from {run.name}" in words
     assert f"{other.name} {second - first:+.4f}" in words
     assert "--seed" not in words.partition("In what they differ")[2]
+
+
+def test_differences_are_of_the_same_image_whatever_the_order(
+    run: Path, other: Path, tmp_path: Path
+) -> None:
+    turned = tmp_path / "turned"
+    shutil.copytree(other, turned)
+    header, *lines = (other / "validation.csv").read_text().splitlines(keepends=True)
+    (turned / "validation.csv").write_text("".join([header, *lines[::-1]]))
+    page = Page(report.compare([run, other, turned], tmp_path / "all.html").read_text("utf-8"))
+    words = re.sub(r"\s+", " ", page.text).partition("Difference from")[2]
+    rows = [
+        re.search(rf"{folder.name} ((?:[+-]\d\.\d+ (?:to )?){{12}})", words)
+        for folder in (other, turned)
+    ]
+    assert rows[0] is not None
+    assert rows[1] is not None
+    assert rows[0][1] == rows[1][1]
 
 
 def test_runs_on_other_images_are_not_called_comparable(run: Path, tmp_path: Path) -> None:
@@ -177,7 +195,7 @@ def test_runs_on_other_images_are_not_called_comparable(run: Path, tmp_path: Pat
     (fewer / "validation.csv").write_text("".join(lines[:-2]))
     page = Page(report.compare([run, fewer], tmp_path / "both.html").read_text("utf-8"))
     assert "They were judged on different held-out images" in page.text
-    assert "Above or below" not in page.text
+    assert "Difference from" not in page.text
     data = json.loads((fewer / "data.json").read_text())
     data["classes"].reverse()
     (fewer / "data.json").write_text(json.dumps(data))

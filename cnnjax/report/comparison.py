@@ -85,12 +85,19 @@ def read(folder: Path, name: str) -> Run:
 
 def differences(first: Run, other: Run) -> dict[str, Estimate] | None:
     """Returns how far the other is above the first by metric; None unless of the same images."""
-    place = {image: i for i, image in enumerate(zip(other.names, other.labels, strict=True))}
-    images = list(zip(first.names, first.labels, strict=True))
-    if place.keys() != set(images):
+    images, others = (
+        list(zip(run.names, run.labels.tolist(), run.patients, strict=True))
+        for run in (first, other)
+    )
+    order, theirs = (sorted(range(len(some)), key=some.__getitem__) for some in (images, others))
+    if [images[i] for i in order] != [others[i] for i in theirs]:
         return None
-    others = other.margins[[place[image] for image in images]]
-    return metrics.differences(first.margins, others, first.labels, first.patients)
+    return metrics.paired_differences(
+        first.margins[order],
+        other.margins[theirs],
+        first.labels[order],
+        [first.patients[i] for i in order],
+    )
 
 
 def compare(folders: Sequence[Path], out: Path) -> Path:

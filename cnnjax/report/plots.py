@@ -13,7 +13,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from cnnjax.metrics import Evaluation, draws_of_patients
+from cnnjax.metrics import Evaluation, patient_bootstrap
 from cnnjax.operating import reliability
 
 BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"
@@ -265,6 +265,6 @@ def _band(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the 2.5th and 97.5th percentile of a curve over resampled patients."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        drawn = [curve(one) for some in draws_of_patients(patients, draws) for one in some]
+        drawn = [curve(one) for some in patient_bootstrap(patients, draws) for one in some]
     low, high = np.nanpercentile(drawn, (2.5, 97.5), axis=0)
     return low, high

@@ -34,4 +34,5 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 
 def _signed(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:+.4f}"
+    # Adding zero takes the sign off a negative one.
+    return "undefined" if value is None else f"{round(value, 4) + 0.0:+.4f}"

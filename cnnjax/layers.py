@@ -103,6 +103,18 @@ def conv_pool(
     return max_pool(conv(x, kernel, padding=padding, dtype=dtype))
 
 
+def dense_dtype(dtype: Dtype) -> Dtype:
+    """Returns what a dense layer had better compute in, instead of a dtype.
+
+    For bfloat16 that is float32 on a CPU: XLA multiplies in float32 there, having rounded the
+    weights to bfloat16 and back. Without that the post's network takes a step of batch 32 a fifth
+    faster, one of batch 8 almost twice as fast (2 cores of a Xeon).
+    """
+    if dtype == jnp.bfloat16 and not _portable.get() and jax.default_backend() == "cpu":
+        return jnp.dtype(jnp.float32)
+    return dtype
+
+
 def _onednn_takes(x: jax.Array, dtype: Dtype) -> Dtype:
     """Returns what oneDNN is to take products of images in; None where it does not serve."""
     if _portable.get() or not ffi.available():

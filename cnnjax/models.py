@@ -200,9 +200,10 @@ class BaselineCNN(nn.Module):
         x = ConvPool(32, dtype=self.dtype, name="conv2")(x)
         x = _exposed(self, FINAL, _exposed(self, FINE, x, nudge), nudge)
         x = x.reshape(x.shape[0], -1)
-        x = nn.relu(nn.Dense(128, kernel_init=glorot, dtype=self.dtype, name="dense1")(x))
+        dtype = layers.dense_dtype(self.dtype)
+        x = nn.relu(nn.Dense(128, kernel_init=glorot, dtype=dtype, name="dense1")(x))
         _second_head(self, x, train)
-        x = nn.Dense(1, kernel_init=glorot, dtype=self.dtype, name="dense2")(x)
+        x = nn.Dense(1, kernel_init=glorot, dtype=dtype, name="dense2")(x)
         return x[:, 0].astype(jnp.float32)
 
 

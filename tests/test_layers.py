@@ -456,3 +456,10 @@ def test_onednn_refuses_arrays_of_two_types() -> None:
     x, kernel = jnp.ones((2, 6, 6, 4)), jnp.ones((3, 3, 4, 8), jnp.bfloat16)
     with pytest.raises(TypeError, match="float32 and bfloat16"):
         ffi.convolution(x, kernel, ((1, 1), (1, 1)), 1)
+
+
+def test_a_dense_layer_is_not_rounded_on_a_cpu() -> None:
+    half, single = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)
+    assert layers.dense_dtype(half) == layers.dense_dtype(single) == single
+    with layers.portable():  # who loads the program may have another device
+        assert layers.dense_dtype(half) == half

@@ -17,7 +17,8 @@ _BINS = 15  # of the probability, for the calibration error
 _REPLICATES = 2000  # draws of the bootstrap
 _CHUNK = 2_000_000  # bootstrap weights held at once
 
-_AT_ZERO = ("auc", "accuracy", "sensitivity", "specificity")
+AT_ZERO = ("auc", "accuracy", "sensitivity", "specificity")
+"""The metrics of `at_zero` and `paired_differences`."""
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,7 @@ def paired_differences(
     drawn = np.hstack([gain(weights) for weights in patient_bootstrap(patients, _REPLICATES)])
     return {
         name: _bootstrapped(None if math.isnan(value) else value, draws)
-        for name, value, draws in zip(_AT_ZERO, values, drawn, strict=True)
+        for name, value, draws in zip(AT_ZERO, values, drawn, strict=True)
     }
 
 
@@ -272,7 +273,7 @@ def at_zero(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """
     values = _weighted_at_zero(logits, labels == 1, np.ones((1, len(labels))))[:, 0]
     assert not np.isnan(values).any(), "training_data() sees to it that both classes validate"
-    return dict(zip(_AT_ZERO, values.tolist(), strict=True))
+    return dict(zip(AT_ZERO, values.tolist(), strict=True))
 
 
 def auc(scores: np.ndarray, labels: np.ndarray) -> float | None:

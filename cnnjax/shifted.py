@@ -19,7 +19,7 @@ from cnnjax.config import OperatingConfig
 from cnnjax.data import cache, rerender
 from cnnjax.data.prepare import TrainingData, open_index, training_data
 from cnnjax.errors import InputError
-from cnnjax.metrics import at_zero, evaluate
+from cnnjax.metrics import AT_ZERO, at_zero, evaluate
 from cnnjax.operating import OperatingPoint, fit_operating_point
 from cnnjax.predict import Predictor
 from cnnjax.workdir import Workdir
@@ -29,7 +29,7 @@ PLAIN = "as they are"
 
 _MADE_FROM = "made from"  # beside the renderings, in the file of logits that are kept
 
-METRICS = ("auc", "accuracy", "sensitivity", "specificity")
+METRICS = AT_ZERO
 
 
 @dataclass(frozen=True)

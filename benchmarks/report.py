@@ -30,7 +30,7 @@ from cnnjax.errors import InputError
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 
-Section = Literal["step_time", "peers", "input", "end_to_end", "scaling", "precision"]
+Section = Literal["step_time", "peers", "input", "end_to_end", "scaling", "precision", "ahead"]
 Cell = str | float | int | None
 
 
@@ -78,8 +78,9 @@ def page(plots: Path = RESULTS) -> str:
                     f"*Commit {found['commit']}; Python {found['python']}, {versions};"
                     f" {found['device']}; load before {load[0] or 0:.1f}.*\n"
                 )
-            else:
-                parts.append(f"### {_NAMES[name]}\n\nNot yet measured on this device.\n")
+        missing = [name for name in _SECTIONS if name not in sections and name != "ahead"]
+        if missing:
+            parts.append(f"Not yet measured on this device: {', '.join(missing)}.\n")
     if not any("gpu" in section for section in _platforms()):
         parts.append("## GPU\n\nNot yet measured; the scripts take the fastest device there is.\n")
     return "\n".join(parts)
@@ -291,6 +292,25 @@ def _precision(document: dict[str, Any], plots: Path) -> str:
     )
 
 
+def _ahead(document: dict[str, Any], plots: Path) -> str:
+    rows = [
+        [
+            *(row["recipe"], row["batch"], row["devices"], row["forms"]),
+            *(row["compile_seconds"], row["launches"], row["memory_mib"]),
+            *(row["traffic_mb"], row["bound_ms"]),
+        ]
+        for row in document["rows"]
+    ]
+    columns = ["recipe", "batch", "devices", "forms", "compile, s", "launches a step"]
+    columns += ["temporary MiB", "memory traffic of a step, MB", "bound, ms"]
+    return (
+        f"### {_NAMES['ahead']}\n\nThe device was not at hand: its compiler made the"
+        " recipes' steps, in bfloat16, and nothing ran. `chosen` are the forms of layers and"
+        " augmentation that a device gets, `default` those of all others.\n\n"
+        f"{_table(columns, rows)}"
+    )
+
+
 def _plot(plots: Path, name: str, alt: str, draw: Callable[[Any], None]) -> str:
     """Draws into the device's file of that name; returns the line that shows it."""
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -312,6 +332,7 @@ _NAMES = {
     "end_to_end": "From start to a trained network: `end_to_end.py`",
     "scaling": "Scaling: `scaling.py`",
     "precision": "Quality in bfloat16: `precision.py`",
+    "ahead": "Compiled ahead of time: `ahead.py`",
 }
 _SECTIONS: dict[str, Callable[[dict[str, Any], Path], str]] = {
     "peers": _peers,
@@ -320,6 +341,7 @@ _SECTIONS: dict[str, Callable[[dict[str, Any], Path], str]] = {
     "end_to_end": _end_to_end,
     "scaling": _scaling,
     "precision": _precision,
+    "ahead": _ahead,
 }
 _HEAD = """\
 <!-- Made by benchmarks/report.py from benchmarks/results/*.json; edit those. -->

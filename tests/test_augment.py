@@ -9,7 +9,14 @@ import pytest
 from PIL import Image, ImageEnhance
 from scipy import ndimage
 
-from cnnjax.augment import affine, keras_affine, make_augment, make_views
+from cnnjax.augment import (
+    affine,
+    keras_affine,
+    make_augment,
+    make_views,
+    resample_by_products,
+    resample_by_reads,
+)
 from cnnjax.config import AugmentConfig
 
 NONE = AugmentConfig(shear=0, zoom=0, flip=False)
@@ -30,6 +37,20 @@ def test_affine_against_scipy(seed: int) -> None:
         image, matrix[:, :2], matrix[:, 2], order=1, mode="nearest", output=np.float64
     )
     np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("shape", [(24, 20), (2, 7)])
+def test_products_resample_as_reads_do(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    image = rng.random(shape).astype(np.float32)
+    height, width = shape
+    row = np.append(rng.uniform(0, height - 1, 200), [0, height - 1, height // 2])
+    column = np.append(rng.uniform(0, width - 1, 200), [0, width - 1, width // 2])
+    row, column = (at.astype(np.float32).reshape(7, 29) for at in (row, column))
+    expected = jax.jit(resample_by_reads)(image, row, column)
+    np.testing.assert_allclose(
+        jax.jit(resample_by_products)(image, row, column), expected, atol=2e-6
+    )
 
 
 def test_matrix_is_that_of_keras() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -93,3 +94,43 @@ def test_the_page_is_made_of_the_results(tmp_path: Path, monkeypatch: pytest.Mon
     assert {path.name for path in tmp_path.iterdir()} == {
         path.name for path in (BENCHMARKS / "results").glob("*.svg")
     }
+
+
+HLO = """\
+%fused_one (a: f32[4]) -> f32[4] {
+  %a = f32[4]{0} parameter(0)
+  %b = f32[4]{0} multiply(%a, %a)
+  %c = f32[4]{0} add(%b, %a)
+  ROOT %d = f32[4]{0} exponential(%c)
+}
+
+%body (s: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %s = (s32[], f32[4]{0}) parameter(0)
+  %x = f32[4]{0} get-tuple-element(%s), index=1
+  %copy.1 = f32[4]{0} copy(%x)
+  %fusion.2 = (f32[4]{0}, f32[4]{0}) fusion(%copy.1), kind=kLoop, calls=%fused_one
+  ROOT %t = (s32[], f32[4]{0}) tuple(%s, %fusion.2)
+}
+
+ENTRY %main (p: f32[4]) -> f32[4] {
+  ROOT %w = (s32[], f32[4]{0}) while(%p), condition=%cond, body=%body
+}
+"""
+
+
+def test_launches_are_those_of_the_loops_body(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from ahead import launches
+
+    assert launches(HLO) == 2  # the copy and the fusion, but not what is fused
+
+
+def test_ahead_says_what_it_needs() -> None:
+    done = script("ahead.py", "--batches", "6")
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: --batches must be multiples of 4, the most devices"
+    if importlib.util.find_spec("jax_plugins") is None:  # no CUDA
+        done = script("ahead.py", "--target", "h100")
+        assert done.returncode == 2
+        assert 'pip install "jax[cuda13]"' in done.stderr
+        assert len(done.stderr.splitlines()) == 1

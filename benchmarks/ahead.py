@@ -1,0 +1,249 @@
+"""What XLA makes of a train step for a GPU or a TPU that is not at hand.
+
+    pip install libtpu                                # the version that jax[tpu] of this jax names
+    python benchmarks/ahead.py --target tpu-v5e
+    pip install "jax[cuda13]"
+    python benchmarks/ahead.py --target h100 --batches 32 512 --json ahead.json
+
+The recipes' steps are compiled ahead of time for a description of the device, sixteen in one call,
+as there the loop takes them, by the very compiler that would be used there. That proves that they
+compile, and shows what of them it launches, what memory they take and, for a TPU, how many bytes
+the compiler counts that they move; it says nothing about how fast they run. The bound is the larger
+of operations over the device's peak and of those bytes over the bandwidth of its memory; what never
+leaves the chip's own memory counts too, so a device can do better.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from measure import circumstances, headline, print_table, recipe_of, write_json
+from peaks import count_flops, peak_of
+
+from cnnjax import devices, layers, programs, steps
+from cnnjax.augment import make_augment
+from cnnjax.cli import guarded
+from cnnjax.config import DeviceConfig
+from cnnjax.data.batches import Resident
+from cnnjax.errors import InputError
+from cnnjax.models import make_model
+
+Target = Literal["tpu-v5e", "h100"]
+Forms = Literal["chosen", "default"]
+
+_IMAGES = 4_096  # of the data set on the device
+
+# What XLA's compiler asks about a GPU that it cannot ask itself: NVIDIA's data sheet and CUDA's
+# programming guide, compute capability 9.0.
+_H100 = """
+platform_name: "CUDA"
+device_description_str: "NVIDIA H100 80GB HBM3"
+dnn_version_info { major: 9 minor: 10 }
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3350000000000 device_memory_size: 85899345920 l2_cache_size: 52428800
+}
+"""
+
+# Of XLA's instructions, those that nothing is launched for.
+_FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
+_INSTRUCTION = re.compile(r"  (?:ROOT )?%[\w.-]+ = (?:\(.*?\)|\S+) ([a-z][a-z-]*)\(")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is compiled: every combination."""
+
+    target: Target = "tpu-v5e"
+    """The device: a TPU v5e, or an NVIDIA H100."""
+    recipes: tuple[Literal["baseline", "pneumonia"], ...] = ("baseline", "pneumonia")
+    """Which of the recipes in experiments/."""
+    batches: tuple[int, ...] = (32,)
+    """Images per step, over all devices."""
+    counts: tuple[Literal[1, 4], ...] = (1, 4)
+    """Numbers of devices."""
+    forms: tuple[Forms, ...] = ("chosen",)
+    """The forms of layers and augmentation that the target gets, or those of all other devices."""
+    json: Path | None = None
+    """Write the rows and the circumstances to this file."""
+
+    def __post_init__(self) -> None:
+        if min(self.batches, default=0) < 4 or any(batch % 4 for batch in self.batches):
+            raise InputError("--batches must be multiples of 4, the most devices")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compiled program of sixteen steps."""
+
+    recipe: str
+    batch: int
+    devices: int
+    forms: str
+    compile_seconds: float
+    launches: int
+    """A step's kernels, or what a TPU has in their place."""
+    memory_mib: float
+    """Of each device, for the program's temporary values."""
+    flops: int
+    """A step's, as `peaks.count_flops` counts them."""
+    traffic_mb: float | None
+    """Megabytes that a step moves in each device's memory; None where XLA does not count them."""
+    bound_ms: float | None
+
+
+def mesh_of(target: Target, count: int) -> tuple[Mesh, str]:
+    """Returns a mesh of described devices, and XLA's name of their platform.
+
+    Raises:
+        InputError: the compiler for them is not installed.
+    """
+    try:
+        if target == "h100":
+            found = topologies.get_topology_desc(
+                "h100", "cuda", topology=f"1x1x{count}", target_config=_H100
+            )
+        else:
+            found = topologies.get_topology_desc("v5e:2x2", "tpu")
+    except Exception as error:
+        needed = "jax[cuda13]" if target == "h100" else "jax[tpu]"
+        raise InputError(
+            f'--target {target}: its compiler is not here; pip install "{needed}"'
+            f" ({str(error).splitlines()[0]})"
+        ) from None
+    return Mesh(np.array(found.devices[:count]), (devices.AXIS,)), (
+        "cuda" if target == "h100" else "tpu"
+    )
+
+
+def compiled(target: Target, recipe: str, batch: int, count: int, forms: Forms) -> Row:
+    """Compiles sixteen steps of a recipe, in bfloat16, its default there."""
+    config = recipe_of(recipe)
+    mesh, platform = mesh_of(target, count)
+    everywhere = devices.replicated(mesh)
+    auxiliary, size = config.train.auxiliary, config.data.size
+    model = make_model(config.model, jnp.dtype("bfloat16"), auxiliary=bool(auxiliary))
+    optimizer, _ = steps.make_optimizer(config.train, 100)
+    step = steps.make_train_step(
+        model,
+        optimizer,
+        make_augment(config.augment),
+        label_smoothing=config.train.label_smoothing,
+        ema_decay=config.train.ema,
+        auxiliary=auxiliary,
+    )
+
+    def shaped(tree: Any, sharding: NamedSharding) -> Any:
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+        )
+
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    state = jax.eval_shape(
+        lambda key: steps.init_state(model, optimizer, key, size, ema=bool(config.train.ema)), key
+    )
+    numbers = jax.ShapeDtypeStruct((_IMAGES,), jnp.int32)
+    images = jax.ShapeDtypeStruct((_IMAGES, size, size), jnp.uint8)
+    whole: Any = images, numbers, numbers if auxiliary else None
+    data = Resident(*whole)
+    feeds = jax.ShapeDtypeStruct((programs.TOGETHER[devices.platform(mesh)], batch), jnp.int32)
+    by_row = NamedSharding(mesh, PartitionSpec(None, devices.AXIS))
+    start = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(layers.portable())  # oneDNN's kernels are this machine's
+        if forms == "default":
+            other = mock.patch.object(jax.lax, "platform_dependent", _default)
+            stack.enter_context(other)
+        traced = programs.compile_steps(mesh, step).many.trace(
+            *shaped((state, data), everywhere), shaped(feeds, by_row), shaped(key, everywhere)
+        )
+    program = traced.lower(lowering_platforms=(platform,)).compile()
+    seconds = time.perf_counter() - start
+    cost = program.cost_analysis()  # it counts a loop's body once
+    traffic = cost["bytes accessed"] if cost else None  # None of a GPU's
+    flops = count_flops(model, batch, size)[1]
+    peak = peak_of(mesh.devices.flat[0], "bfloat16")
+    return Row(
+        recipe=recipe,
+        batch=batch,
+        devices=count,
+        forms=forms,
+        compile_seconds=seconds,
+        launches=launches(program.as_text()),
+        memory_mib=program.memory_analysis().temp_size_in_bytes / 2**20,
+        flops=flops,
+        traffic_mb=None if traffic is None else traffic / 1e6,
+        bound_ms=None if traffic is None else peak.bound(flops / count, traffic) * 1e3,
+    )
+
+
+def launches(program: str) -> int:
+    """Counts the instructions of the largest computation, the loop's body, in a program's text."""
+    fused = set(re.findall(r"calls=%([\w.-]+)", program))  # one launch each, counted by its caller
+    most = count = 0
+    name = ""
+    for line in program.splitlines():
+        if line.endswith("{"):
+            name, count = re.sub(r"^(ENTRY )?%?", "", line).split(" ")[0], 0
+        elif name not in fused and (found := _INSTRUCTION.match(line)):
+            kind = found.group(1)
+            count += kind not in _FREE and not kind.endswith("-done")
+            most = max(most, count)
+    return most
+
+
+def _default(*arguments: Any, default: Any, **others: Any) -> Any:
+    return default(*arguments)
+
+
+def main() -> int:
+    """Compiles, prints and writes; returns the exit status."""
+    options = tyro.cli(Options, description=__doc__)
+    jax.config.update("jax_enable_compilation_cache", False)
+    found = circumstances(DeviceConfig("cpu"))
+    mesh, _ = mesh_of(options.target, 1)
+    found["device"] = devices.describe(mesh)
+    found["device_kind"] = mesh.devices.flat[0].device_kind
+    found["platform"] = devices.platform(mesh)
+    rows = [
+        compiled(options.target, recipe, batch, count, forms)
+        for recipe in options.recipes
+        for batch in options.batches
+        for count in options.counts
+        for forms in options.forms
+    ]
+    print(headline(found))
+    names = ["recipe", "batch", "devices", "forms", "compile s", "launches", "MiB", "flops"]
+    print_table([*names, "traffic MB", "bound ms"], [list(asdict(row).values()) for row in rows])
+    if options.json is not None:
+        asked = json.loads(json.dumps(asdict(options), default=str))
+        del asked["json"]
+        write_json(
+            options.json,
+            {"circumstances": found, "options": asked, "rows": [asdict(row) for row in rows]},
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

@@ -1,0 +1,51 @@
+"""The train step is lowered for GPUs and TPUs too, in the forms that they are to have.
+
+No such device is needed for that. `benchmarks/ahead.py` goes on to compile it, with their compiler.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from cnnjax import devices, programs, steps
+from cnnjax.augment import make_augment
+from cnnjax.config import AugmentConfig, ModelConfig, TrainConfig
+from cnnjax.data.batches import Resident
+from cnnjax.models import make_model
+
+ALL = AugmentConfig(10, 0.1, True, 5, 0.1, 0.5, 0.5, 0.2, 0.1, 0.2, 0.5, 0.1, 0.2)
+SIZE, MANY, BATCH = 16, 2, 4
+
+
+def lowered(network: str, platform: str) -> str:
+    """Returns StableHLO of two train steps in one call, each batch divided among four devices."""
+    mesh = Mesh(np.array(jax.devices()), (devices.AXIS,))
+    config = ModelConfig(network, width=4, stages=2)
+    model = make_model(config, jnp.dtype("bfloat16"), auxiliary=True)
+    optimizer, _ = steps.make_optimizer(TrainConfig(optimizer="adamw", schedule="cosine"), 4)
+    step = steps.make_train_step(
+        model, optimizer, make_augment(ALL), mixup=0.2, ema_decay=0.9, auxiliary=0.3
+    )
+    key = jax.random.key(0)
+    state = jax.eval_shape(lambda k: steps.init_state(model, optimizer, k, SIZE, ema=True), key)
+    numbers = jax.ShapeDtypeStruct((8,), jnp.int32)
+    data = Resident(jax.ShapeDtypeStruct((8, SIZE, SIZE), jnp.uint8), numbers, numbers)
+    by_row = NamedSharding(mesh, PartitionSpec(None, devices.AXIS))
+    feeds = jax.ShapeDtypeStruct((MANY, BATCH), jnp.int32, sharding=by_row)
+    traced = programs.compile_steps(mesh, step).many.trace(state, data, feeds, key)
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("network", ["baseline", "resnet"])
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_the_train_step_is_lowered(network: str, platform: str) -> None:
+    text = lowered(network, platform)
+    assert "stablehlo.while" in text  # both steps in one call
+    reads_pairs = "complex<f32>" in text
+    assert reads_pairs == (platform == "cuda")
+    pools = "select_and_scatter" in text
+    assert pools == (platform == "tpu" and network == "baseline")

@@ -30,7 +30,7 @@ from measure import (
     ENVIRONMENTS,
     ROOT,
     call,
-    circumstances,
+    circumstances_apart,
     headline,
     print_table,
     python_of,
@@ -38,7 +38,6 @@ from measure import (
 )
 
 from cnnjax.cli import guarded
-from cnnjax.config import DeviceConfig
 from cnnjax.data.index import read_index
 from cnnjax.errors import InputError
 
@@ -216,7 +215,7 @@ def _timed(command: Sequence[object], **environment: str) -> tuple[float, str]:
 def main() -> int:
     """Measures, prints and writes; returns the exit status."""
     options = tyro.cli(Options, description=__doc__)
-    found = circumstances(DeviceConfig())
+    found = circumstances_apart("auto")
     with tempfile.TemporaryDirectory() as folder:
         measured = measure(options, Path(folder))
     print(headline(found))

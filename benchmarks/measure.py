@@ -7,6 +7,7 @@ import os
 import platform
 import runpy
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from cnnjax import devices
+from cnnjax.cli import guarded
 from cnnjax.config import Config, DeviceConfig
 from cnnjax.errors import InputError
 from cnnjax.machine import cache_folder
@@ -77,7 +79,7 @@ def call(what: str, command: Sequence[object], **environment: str) -> str:
     )
     if done.returncode:
         said = done.stderr.strip().splitlines() or ["it said nothing"]
-        raise InputError(f"{what} failed: {said[-1]}")
+        raise InputError(f"{what} failed: {said[-1].removeprefix('error: ')}")
     return done.stdout
 
 
@@ -100,6 +102,7 @@ def circumstances(device: DeviceConfig) -> dict[str, Any]:
         "device": devices.describe(mesh),
         "device_kind": mesh.devices.flat[0].device_kind,
         "platform": devices.platform(mesh),
+        "devices": mesh.size,
         "processor": _processor(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in names},
@@ -107,6 +110,15 @@ def circumstances(device: DeviceConfig) -> dict[str, Any]:
         "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
         "commit": commit(),
     }
+
+
+def circumstances_apart(platform: str) -> dict[str, Any]:
+    """Returns the circumstances as a process of its own finds them.
+
+    For a process whose children compute: most of a GPU's memory, and all of a TPU, is its who looks
+    first.
+    """
+    return json.loads(call("measure.py", [sys.executable, __file__, platform]))
 
 
 def commit() -> str | None:
@@ -178,3 +190,13 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def main() -> int:
+    """Prints the circumstances of the platform that the first argument names; see above."""
+    print(json.dumps(circumstances(DeviceConfig(sys.argv[1]))))  # type: ignore[arg-type]
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main))

@@ -20,9 +20,12 @@ class Ours:
     """See `peer_worker.Network`."""
 
     def __init__(self, problem: Problem) -> None:
-        self._mesh = devices.make_mesh(DeviceConfig(problem.device))  # type: ignore[arg-type]
+        # As the peers, which take one GPU; a CPU is one device, or as many as it is for all.
+        count = 0 if problem.device == "cpu" else 1
+        config = DeviceConfig(problem.device, count)  # type: ignore[arg-type]
+        self._mesh = devices.make_mesh(config)
         self.version = f"jax {version('jax')} on {devices.describe(self._mesh)}"
-        config = ModelConfig(
+        network = ModelConfig(
             problem.network,  # type: ignore[arg-type]
             channels=problem.channels,
             width=problem.width,
@@ -30,7 +33,7 @@ class Ours:
             stem=problem.stem,  # type: ignore[arg-type]
             standardize=problem.standardize,
         )
-        model = make_model(config, jnp.dtype(problem.precision))
+        model = make_model(network, jnp.dtype(problem.precision))
         size = problem.images.shape[2]
         variables = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 1)))
         self._params = problem.tree()
@@ -65,26 +68,23 @@ class Ours:
 
     def logits(self) -> np.ndarray:
         """See `peer_worker.Network`."""
-        return np.asarray(self._eval(self._start(), self._first))
+        with devices.full_float32(self._mesh):
+            return np.asarray(self._eval(self._start(), self._first))
 
     def losses(self, steps: int) -> list[float]:
         """See `peer_worker.Network`."""
         state, found = self._start(), []
-        for feed in self._feeder.feed(self._rows[:steps]):
-            state, sums = self._step.one(state, self._feeder.data, feed, self._key)
-            found.append(float(sums.loss / sums.images))
+        with devices.full_float32(self._mesh):
+            for feed in self._feeder.feed(self._rows[:steps]):
+                state, sums = self._step.one(state, self._feeder.data, feed, self._key)
+                found.append(float(sums.loss / sums.images))
         return found
 
     def train(self, steps: int) -> None:
         """See `peer_worker.Network`."""
-        together = self._step.together
-        rows = np.resize(self._rows, (-(-steps // together) * together, self._rows.shape[1]))
-        if together > 1:
-            for feeds in self._feeder.feed_together(rows, together):
-                self._state, _ = self._step.many(self._state, self._feeder.data, feeds, self._key)
-        else:
-            for feed in self._feeder.feed(rows):
-                self._state, _ = self._step.one(self._state, self._feeder.data, feed, self._key)
+        rows = np.resize(self._rows, (steps, self._rows.shape[1]))
+        for step, feed in programs.calls(self._step, self._feeder, rows):
+            self._state, _ = step(self._state, self._feeder.data, feed, self._key)
         jax.block_until_ready(self._state)
 
     def _start(self) -> steps.TrainState:

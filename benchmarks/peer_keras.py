@@ -83,16 +83,21 @@ class Keras:
 
     def logits(self) -> np.ndarray:
         """See `peer_worker.Network`."""
-        return self._model(self._images[0], training=False).numpy()[:, 0]
+        tf.config.experimental.enable_tensor_float_32_execution(False)
+        found = self._model(self._images[0], training=False).numpy()[:, 0]
+        tf.config.experimental.enable_tensor_float_32_execution(True)
+        return found
 
     def losses(self, steps: int) -> list[float]:
         """See `peer_worker.Network`."""
         self._reset()
         found = []
+        tf.config.experimental.enable_tensor_float_32_execution(False)
         for images, labels in zip(self._images[:steps], self._labels[:steps], strict=True):
             # The log is a mean over the steps so far.
             self._model.reset_metrics()
             found.append(float(self._model.train_on_batch(images, labels)))
+        tf.config.experimental.enable_tensor_float_32_execution(True)
         self._reset()
         return found
 

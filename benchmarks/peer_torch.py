@@ -6,7 +6,8 @@ autocast with float32 weights. On a GPU float32 products may use TF32, as JAX's 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -110,11 +111,11 @@ class Torch:
         self._device = torch.device("cuda" if problem.device == "gpu" else "cpu")
         name = torch.cuda.get_device_name() if problem.device == "gpu" else "cpu"
         self.version = f"torch {torch.__version__} on {name}"
-        torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
         last = problem.form != "eager"
         self._format = torch.channels_last if last else torch.contiguous_format
         images = torch.from_numpy(problem.floats()).to(self._device).permute(0, 1, 4, 2, 3)
+        torch.set_float32_matmul_precision("high")
         self._images = [x.contiguous(memory_format=self._format) for x in images]
         self._labels = list(torch.from_numpy(problem.labels).to(self._device).float())
         self._reset()
@@ -127,26 +128,19 @@ class Torch:
 
     def logits(self) -> np.ndarray:
         """See `peer_worker.Network`."""
-        Same.exact = True
-        self._reset()
-        self._model.eval()
-        with torch.no_grad():
-            found = self._model(self._images[0]).float().cpu().numpy()
-        Same.exact = False
-        self._reset()
-        return found
+        with self._proving():
+            self._model.eval()
+            with torch.no_grad():
+                return self._model(self._images[0]).float().cpu().numpy()
 
     def losses(self, steps: int) -> list[float]:
         """See `peer_worker.Network`."""
-        Same.exact = True
-        self._reset()
         found = []
-        for image, label in zip(self._images[:steps], self._labels[:steps], strict=True):
-            found.append(float(self._backward(image, label)))
-            self._optimizer.step()
-            self._optimizer.zero_grad(set_to_none=True)
-        Same.exact = False
-        self._reset()
+        with self._proving():
+            for image, label in zip(self._images[:steps], self._labels[:steps], strict=True):
+                found.append(float(self._backward(image, label)))
+                self._optimizer.step()
+                self._optimizer.zero_grad(set_to_none=True)
         return found
 
     def train(self, steps: int) -> None:
@@ -159,6 +153,19 @@ class Torch:
             self._taken += 1
         if self._device.type == "cuda":
             torch.cuda.synchronize()
+
+    @contextlib.contextmanager
+    def _proving(self) -> Iterator[None]:
+        """Starts anew, with TensorFlow's padding and float32 in full; starts anew at the end."""
+        Same.exact = True
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        self._reset()
+        yield
+        self._reset()
+        torch.backends.cudnn.allow_tf32 = True
+        torch.set_float32_matmul_precision("high")
+        Same.exact = False
 
     def _backward(self, images: Tensor, labels: Tensor) -> Tensor:
         low = self._problem.precision == "bfloat16"

@@ -23,7 +23,11 @@ class Network(Protocol):
     """The library's, and what it computes on."""
 
     def logits(self) -> np.ndarray:
-        """Returns float [batch] of the first batch, as an eval step gives them."""
+        """Returns float [batch] of the first batch, as an eval step gives them.
+
+        They prove something, as do `losses`: products of float32 are those of float32 then, also on
+        a GPU, which in `train` may take TF32.
+        """
 
     def losses(self, steps: int) -> list[float]:
         """Returns the mean loss of each of so many steps from the initial weights."""

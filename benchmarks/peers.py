@@ -292,7 +292,7 @@ def main() -> int:
         set_up(options)
         return 0
     os.environ |= _SHARE  # for this process too, before JAX looks for a GPU
-    found = circumstances(DeviceConfig(options.device))
+    found = circumstances(DeviceConfig(options.device, 0 if options.device == "cpu" else 1))
     measured = measure(options)
     print(headline(found))
     print(*measured["versions"], sep="\n")

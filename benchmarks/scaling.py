@@ -22,7 +22,8 @@ from typing import Any, Literal
 import jax
 import numpy as np
 import tyro
-from measure import call, circumstances, headline, print_table, write_json
+from measure import call, circumstances_apart, headline, print_table, write_json
+from tqdm import tqdm
 
 from cnnjax import devices, programs, steps
 from cnnjax.augment import make_augment
@@ -66,7 +67,7 @@ class Options:
 
 
 def epoch(network: Any, platform: Any, images: int, size: int, batch: int) -> dict[str, float]:
-    """Takes a few steps on so many images; returns times, and the peak memory of this process."""
+    """Takes a few steps on so many images; returns times, and the peak of memory."""
     mesh = devices.make_mesh(DeviceConfig(platform))
     model = make_model(ModelConfig(network, width=16))
     optimizer, _ = steps.make_optimizer(TrainConfig(), 1)
@@ -86,22 +87,19 @@ def epoch(network: Any, platform: Any, images: int, size: int, batch: int) -> di
     placed = time.perf_counter()
     order = epoch_rows(key, 1, np.arange(images), batch)
     shuffled = time.perf_counter()
-    began, taken = shuffled, -1
-    for feed in feeder.feed(order[:17]):
-        state, _ = step.one(state, feeder.data, feed, key)
-        taken += 1
-        if not taken:  # the first step compiles
-            jax.block_until_ready(state)
-            began = time.perf_counter()
-    jax.block_until_ready(state)
-    seconds = (time.perf_counter() - began) / taken
+    some = np.resize(order, (16, batch))
+    bar: Any = tqdm(disable=True)
+    for _ in range(2):  # the first time, they compile
+        began = time.perf_counter()
+        state, _ = programs.take_epoch(state, step, feeder, some, key, bar)
+    seconds = (time.perf_counter() - began) / len(some)
     return {
         "place_s": placed - start,
         "shuffle_s": shuffled - placed,
         "step_ms": seconds * 1e3,
         "epoch_s": seconds * len(order),
         "data_mib": pixels.nbytes / 2**20,
-        "peak_mib": _peak_bytes() / 2**20,
+        "peak_mib": _peak_bytes(mesh.devices.flat[0]) / 2**20,
     }
 
 
@@ -116,11 +114,10 @@ def step_rows(options: Options, *flags: str) -> list[dict[str, Any]]:
     return [row for row in rows if row["step"] == "train"]
 
 
-def measure(options: Options) -> dict[str, list[dict[str, Any]]]:
-    """Returns the points of each curve."""
-    mesh = devices.make_mesh(DeviceConfig(options.device))
-    platform = devices.platform(mesh)
-    counts = [n for n in options.counts if platform == "cpu" or n <= mesh.size]
+def measure(options: Options, found: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Returns the points of each curve, in the circumstances found."""
+    virtual = found["platform"] == "cpu"
+    counts = [n for n in options.counts if virtual or n <= found["devices"]]
     curves: dict[str, list[dict[str, Any]]] = {"weak": [], "strong": [], "size": [], "images": []}
     total = options.batch * max(counts)
     for n in counts:
@@ -143,8 +140,11 @@ def _of(row: dict[str, Any]) -> dict[str, Any]:
     return {name: row[name] for name in names}
 
 
-def _peak_bytes() -> int:
-    """Returns the most memory that this process has had; macOS counts it in bytes, Linux in KiB."""
+def _peak_bytes(device: Any) -> int:
+    """Returns the most of its memory that an accelerator has used, or on a CPU this process."""
+    if device.platform != "cpu":
+        return int((device.memory_stats() or {}).get("peak_bytes_in_use", 0))
+    # macOS counts it in bytes, Linux in KiB.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 2**10
 
@@ -152,8 +152,8 @@ def _peak_bytes() -> int:
 def main() -> int:
     """Measures, prints and writes; returns the exit status."""
     options = tyro.cli(Options, description=__doc__)
-    found = circumstances(DeviceConfig(options.device))
-    curves = measure(options)
+    found = circumstances_apart(options.device)
+    curves = measure(options, found)
     print(headline(found))
     for name, points in curves.items():
         print(f"\n{name}")

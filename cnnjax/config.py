@@ -180,7 +180,8 @@ class TrainConfig:
     precision: Precision = "auto"
     """What the network computes in; weights and batch statistics are float32 in any case. `auto`
     is bfloat16 on GPU and TPU, float32 on CPU, and what the run began with on a resume. (There,
-    float32 is multiplied with fewer bits unless JAX_DEFAULT_MATMUL_PRECISION=highest is set.)"""
+    training multiplies float32 with fewer bits unless JAX_DEFAULT_MATMUL_PRECISION=highest is set;
+    validation does not.)"""
 
     def __post_init__(self) -> None:
         _settle(self, "train.")

@@ -72,7 +72,8 @@ def stablehlo(predictor: Predictor) -> bytes:
     (batch,) = jax.export.symbolic_shape("batch")
     taken = jax.ShapeDtypeStruct((batch, predictor.size, predictor.size), jnp.uint8)
     # oneDNN's kernels are of this machine; other platforms have no such thing.
-    with layers.portable():
+    # In full float32 everywhere: the operating point was chosen so.
+    with layers.portable(), jax.default_matmul_precision("highest"):
         program = jax.jit(_program(predictor))
         exported = jax.export.export(program, platforms=PLATFORMS)(taken)
     return bytes(exported.serialize())
@@ -103,7 +104,9 @@ def onnx(predictor: Predictor) -> bytes:
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (3, predictor.size, predictor.size), dtype=np.uint8)
     (found,) = session.run(None, {"images": images})
-    if not np.allclose(found, jax.jit(program)(jnp.asarray(images)), rtol=CLOSE, atol=CLOSE):
+    with jax.default_matmul_precision("highest"):
+        expected = jax.jit(program)(jnp.asarray(images))
+    if not np.allclose(found, expected, rtol=CLOSE, atol=CLOSE):
         raise InputError(
             "what jax2onnx made of the network gives other logits than it does;"
             " try another version of jax2onnx, or --format stablehlo"

@@ -8,9 +8,8 @@ Either gives the same, up to rounding.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -178,14 +177,17 @@ class Alone:
 class Together:
     """The program of several tasks on the same images, with equally many steps an epoch.
 
-    Where their number is a multiple of the devices', each device computes its share of them; else
-    each batch is divided among the devices, as for one.
+    Each device computes as many of them, if that leaves more than one at work: of eight devices
+    five serve ten tasks. Else each batch is divided among the devices, as for one.
     """
 
     def __init__(self, tasks: Sequence[Task], mesh: Mesh) -> None:
         self._tasks = tasks
         first = tasks[0]
-        whole = len(tasks) % mesh.size == 0
+        share = max(n for n in range(1, mesh.size + 1) if len(tasks) % n == 0)
+        whole = share > 1 or mesh.size == 1
+        mesh = Mesh(mesh.devices[:share], mesh.axis_names) if whole else mesh
+        self._mesh = mesh
         self._by_task = devices.divided(mesh) if whole else devices.replicated(mesh)
         by_row = PartitionSpec(devices.AXIS) if whole else PartitionSpec(None, devices.AXIS)
         self._by_row = NamedSharding(mesh, by_row)
@@ -220,6 +222,11 @@ class Together:
         every = NamedSharding(mesh, PartitionSpec(None, *self._by_task.spec))
         self._many = jax.jit(many, donate_argnums=0, out_shardings=(self._by_task, every))
         self._judge = jax.jit(judge, out_shardings=self._by_row)
+        self._part = jax.jit(
+            lambda states, i: jax.tree.map(lambda x: x[i], states),
+            out_shardings=devices.replicated(mesh),
+        )
+        self._batch = BATCH[devices.platform(mesh)]
         self._steps = TOGETHER[devices.platform(mesh)]
 
     def start(self) -> TrainState:
@@ -237,7 +244,7 @@ class Together:
 
     def part(self, states: TrainState, i: int) -> TrainState:
         """See `Program`."""
-        one: TrainState = jax.tree.map(lambda x: x[i], states)
+        one: TrainState = self._part(states, i)
         return one
 
     def epoch(
@@ -269,11 +276,12 @@ class Together:
         rows = [task.data.validation.astype(np.int32) for task in self._tasks]
         longest = max(map(len, rows))
         padded = [np.pad(r, (0, longest - len(r)), constant_values=-1) for r in rows]
-        cut = self._even(np.stack([in_batches(r, BATCH) for r in padded], axis=1))
-        outputs = [
-            self._judge(states, self._data, jax.device_put(feed, self._by_row)) for feed in cut
-        ]
-        whole = np.concatenate([x[:, :BATCH] for x in jax.device_get(outputs)], axis=1)
+        cut = self._even(np.stack([in_batches(r, self._batch) for r in padded], axis=1))
+        with devices.full_float32(self._mesh):
+            outputs = [
+                self._judge(states, self._data, jax.device_put(feed, self._by_row)) for feed in cut
+            ]
+        whole = np.concatenate([x[:, : self._batch] for x in jax.device_get(outputs)], axis=1)
         return [whole[i, : len(r)] for i, r in enumerate(rows)]
 
     def _even(self, rows: np.ndarray) -> np.ndarray:
@@ -318,25 +326,43 @@ def take_epoch(
     bar: tqdm[Any],
 ) -> tuple[TrainState, dict[str, float]]:
     """Takes the steps of one epoch; returns the state and the mean loss and accuracy over it."""
-    resident = feeder.data is not None and steps.together > 1
-    fused = len(order) // steps.together * steps.together if resident else 0
-    calls = itertools.chain(
-        ((steps.many, feed) for feed in feeder.feed_together(order[:fused], steps.together)),
-        ((steps.one, feed) for feed in feeder.feed(order[fused:])),
-    )
     sums: list[Metrics] = []
-    taken = looked = 0
-    for step, feed in calls:
+    taken = looked = shown = 0
+    waiting: Metrics | None = None
+    for step, feed in calls(steps, feeder, order):
         state, step_sums = step(state, feeder.data, feed, key)
         sums.append(step_sums)
         taken += step_sums.loss.size
-        if taken - looked >= _LOOK or taken == len(order):
-            last = jax.device_get(step_sums)
-            loss = np.sum(last.loss) / np.sum(last.images)
-            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-            bar.update(int((order[looked:taken] >= 0).sum()))
-            looked = taken
-    return state, means(jax.device_get(sums))
+        if taken - looked >= _LOOK:
+            # What the device came to a look ago: it has work while this is fetched.
+            if waiting is not None:
+                last = jax.device_get(waiting)
+                loss = np.sum(last.loss) / np.sum(last.images)
+                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+                bar.update(int((order[shown:looked] >= 0).sum()))
+                shown = looked
+            waiting, looked = step_sums, taken
+    found = means(jax.device_get(sums))
+    bar.update(int((order[shown:] >= 0).sum()))
+    return state, found
+
+
+def calls(
+    steps: Steps, feeder: Feeder, order: np.ndarray
+) -> Iterator[tuple[Any, Batch | jax.Array]]:
+    """Yields what to call for the steps of an order, and each call's feed: many at once, if any.
+
+    Args:
+        steps: of `compile_steps`.
+        feeder: of the images.
+        order: int32 [steps, batch], see `cnnjax.data.batches.epoch_rows`.
+    """
+    resident = feeder.data is not None and steps.together > 1
+    fused = len(order) // steps.together * steps.together if resident else 0
+    for feeds in feeder.feed_together(order[:fused], steps.together):
+        yield steps.many, feeds
+    for feed in feeder.feed(order[fused:]):
+        yield steps.one, feed
 
 
 def means(sums: Sequence[Metrics]) -> dict[str, float]:

@@ -177,8 +177,8 @@ class Alone:
 class Together:
     """The program of several tasks on the same images, with equally many steps an epoch.
 
-    Each device computes as many of them, if that leaves more than one at work: of eight devices
-    five serve ten tasks. Else each batch is divided among the devices, as for one.
+    Each device computes equally many of them, where that keeps more than one at work: ten tasks take
+    five of eight devices. Else each batch is divided among the devices, as for one.
     """
 
     def __init__(self, tasks: Sequence[Task], mesh: Mesh) -> None:

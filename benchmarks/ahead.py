@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import sys
 import time
@@ -34,7 +35,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from measure import circumstances, headline, print_table, recipe_of, write_json
 from peaks import count_flops, peak_of
 
-from cnnjax import devices, layers, programs, steps
+from cnnjax import devices, programs, steps
 from cnnjax.augment import make_augment
 from cnnjax.cli import guarded
 from cnnjax.config import DeviceConfig
@@ -169,11 +170,8 @@ def compiled(target: Target, recipe: str, batch: int, count: int, forms: Forms) 
     feeds = jax.ShapeDtypeStruct((programs.TOGETHER[devices.platform(mesh)], batch), jnp.int32)
     by_row = NamedSharding(mesh, PartitionSpec(None, devices.AXIS))
     start = time.perf_counter()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(layers.portable())  # oneDNN's kernels are this machine's
-        if forms == "default":
-            other = mock.patch.object(jax.lax, "platform_dependent", _default)
-            stack.enter_context(other)
+    choice = mock.patch.object(jax.lax, "platform_dependent", _default)
+    with choice if forms == "default" else contextlib.nullcontext():
         traced = programs.compile_steps(mesh, step).many.trace(
             *shaped((state, data), everywhere), shaped(feeds, by_row), shaped(key, everywhere)
         )
@@ -220,6 +218,7 @@ def main() -> int:
     """Compiles, prints and writes; returns the exit status."""
     options = tyro.cli(Options, description=__doc__)
     jax.config.update("jax_enable_compilation_cache", False)
+    os.environ["CNNJAX_ONEDNN"] = "0"  # its kernels are this machine's
     found = circumstances(DeviceConfig("cpu"))
     mesh, _ = mesh_of(options.target, 1)
     found["device"] = devices.describe(mesh)

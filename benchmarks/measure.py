@@ -115,8 +115,8 @@ def circumstances(device: DeviceConfig) -> dict[str, Any]:
 def circumstances_apart(platform: str) -> dict[str, Any]:
     """Returns the circumstances as a process of its own finds them.
 
-    For a process whose children compute: most of a GPU's memory, and all of a TPU, is its who looks
-    first.
+    For a process whose children compute: whichever first asks JAX for its devices gets most of a
+    GPU's memory, or the whole TPU.
     """
     return json.loads(call("measure.py", [sys.executable, __file__, platform]))
 

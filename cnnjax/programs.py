@@ -40,7 +40,7 @@ from cnnjax.steps import (
 # One key each; a new purpose takes the next number and never a used one.
 _INIT, _ORDER, _STEP = range(3)
 
-_LOOK = 16  # steps between looks at the loss, each of which waits for the device
+_LOOK = 16  # steps between looks at the loss, each of which waits for the step of the last look
 
 # Steps in one call of the device. A step of a small network takes an accelerator less time than
 # calling it takes Python; a CPU's takes more, and XLA's convolutions are slow in its loops there.
@@ -146,7 +146,7 @@ class Alone:
         self._key = jax.device_put(task.step_key, devices.replicated(mesh))
         self._steps = compile_steps(mesh, task.make_step(task.class_weights))
         self._feeder = task.feeder(mesh)
-        self._logits = make_logits(task.model, mesh)
+        self._logits = make_logits(task.model, mesh, 1, task.config.augment)
 
     def start(self) -> TrainState:
         """See `Program`."""
@@ -177,8 +177,8 @@ class Alone:
 class Together:
     """The program of several tasks on the same images, with equally many steps an epoch.
 
-    Each device computes equally many of them, where that keeps more than one at work: ten tasks take
-    five of eight devices. Else each batch is divided among the devices, as for one.
+    Each device computes equally many of them, where that keeps more than one at work: ten tasks
+    take five of eight devices. Else each batch is divided among the devices, as for one.
     """
 
     def __init__(self, tasks: Sequence[Task], mesh: Mesh) -> None:
@@ -226,7 +226,7 @@ class Together:
             lambda states, i: jax.tree.map(lambda x: x[i], states),
             out_shardings=devices.replicated(mesh),
         )
-        self._batch = BATCH[devices.platform(mesh)]
+        self._batch = max(1, BATCH[devices.platform(mesh)] // len(tasks))
         self._steps = TOGETHER[devices.platform(mesh)]
 
     def start(self) -> TrainState:
@@ -336,15 +336,19 @@ def take_epoch(
         if taken - looked >= _LOOK:
             # What the device came to a look ago: it has work while this is fetched.
             if waiting is not None:
-                last = jax.device_get(waiting)
-                loss = np.sum(last.loss) / np.sum(last.images)
-                bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-                bar.update(int((order[shown:looked] >= 0).sum()))
+                _show(bar, waiting, order[shown:looked])
                 shown = looked
             waiting, looked = step_sums, taken
-    found = means(jax.device_get(sums))
-    bar.update(int((order[shown:] >= 0).sum()))
-    return state, found
+    _show(bar, sums[-1], order[shown:])
+    return state, means(jax.device_get(sums))
+
+
+def _show(bar: tqdm[Any], last: Metrics, order: np.ndarray) -> None:
+    """Moves the bar on by the images of some steps, with the loss of the last; waits for that."""
+    found = jax.device_get(last)
+    loss = np.sum(found.loss) / np.sum(found.images)
+    bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+    bar.update(int((order >= 0).sum()))
 
 
 def calls(

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -16,19 +17,29 @@ from cnnjax.loop import fit
 from cnnjax.predict import Predictor
 
 
-@pytest.fixture(scope="module")
-def run(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("exported") / "run"
+def trained(folder: Path, tree: Path, model: ModelConfig) -> Path:
     fit(
         Config(
             workdir=folder,
             data=DataConfig(root=str(tree), size=24),
-            model=ModelConfig("resnet", width=4, stages=2, standardize=True),
+            model=model,
             augment=AugmentConfig(0, 0, True),
             train=TrainConfig(epochs=1, batch=16),
         )
     )
     return folder
+
+
+@pytest.fixture(scope="module")
+def run(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = ModelConfig("resnet", width=4, stages=2, standardize=True)
+    return trained(tmp_path_factory.mktemp("exported") / "run", tree, model)
+
+
+@pytest.fixture(scope="module")
+def post(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the other network, which pools."""
+    return trained(tmp_path_factory.mktemp("exported") / "post", tree, ModelConfig())
 
 
 def exported(run: Path, form: str, out: Path) -> dict[str, object]:
@@ -65,8 +76,23 @@ def test_stablehlo_runs_without_our_code(run: Path, tmp_path: Path) -> None:
     assert (told["slope"], told["bias"]) == (point.slope, point.bias)
 
 
-def test_onnx_runs_in_onnxruntime(run: Path, tmp_path: Path) -> None:
+def test_stablehlo_multiplies_float32_in_full_everywhere(post: Path, tmp_path: Path) -> None:
+    exported(post, "stablehlo", tmp_path / "network")
+    program = jax.export.deserialize(bytearray((tmp_path / "network").read_bytes()))
+    text = program.mlir_module()
+    assert "HIGHEST" in text
+    assert "DEFAULT" not in text
+    images = np.random.default_rng(0).integers(0, 256, (3, 24, 24), dtype=np.uint8)
+    expected = Predictor.open(post, devices.make_mesh(DeviceConfig())).logits(images)
+    np.testing.assert_allclose(program.call(images), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["run", "post"])
+def test_onnx_runs_in_onnxruntime(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     pytest.importorskip("jax2onnx", reason="the extra onnx is not installed")
+    run = request.getfixturevalue(name)
     program = tmp_path / "network.onnx"
     about = exported(run, "onnx", program)
     assert about["opset"] == 18

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cnnjax import devices, programs, steps
+from cnnjax import devices, predict, programs, steps
 from cnnjax.augment import make_augment
 from cnnjax.config import AugmentConfig, ModelConfig, TrainConfig
-from cnnjax.data.batches import Resident
+from cnnjax.data.batches import Feeder, Resident
 from cnnjax.models import make_model
 
 ALL = AugmentConfig(10, 0.1, True, 5, 0.1, 0.5, 0.5, 0.2, 0.1, 0.2, 0.5, 0.1, 0.2)
@@ -49,3 +49,23 @@ def test_the_train_step_is_lowered(network: str, platform: str) -> None:
     assert reads_pairs == (platform == "cuda")
     pools = "select_and_scatter" in text
     assert pools == (platform == "tpu" and network == "baseline")
+
+
+@pytest.mark.parametrize(("platform", "expected"), [("cpu", None), ("gpu", "highest")])
+def test_accelerators_judge_in_full_float32(
+    monkeypatch: pytest.MonkeyPatch, platform: str, expected: str | None
+) -> None:
+    mesh = Mesh(np.array(jax.devices()[:1]), (devices.AXIS,))
+    monkeypatch.setattr(devices, "platform", lambda mesh: platform)
+    seen = []
+
+    class Probe:
+        def apply(self, variables: object, images: jax.Array, *, train: bool) -> jax.Array:
+            seen.append(jax.config.jax_default_matmul_precision)
+            return images.mean((1, 2, 3))
+
+    state = steps.TrainState(jnp.zeros((), jnp.int32), {}, {}, (), None)
+    feeder = Feeder(np.full((3, 4, 4), 255, np.uint8), np.zeros(3, np.int32), mesh, 1)
+    found = predict.make_logits(Probe(), mesh)(state, feeder, np.arange(3))
+    np.testing.assert_allclose(found, 1)
+    assert seen == [expected]

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from cnnjax import ffi
+
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 
@@ -19,18 +21,21 @@ def script(name: str, *flags: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_flops_are_those_counted_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("batch", [2, 32])
+def test_flops_are_those_counted_by_hand(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
+    """Also where oneDNN would pool in the same call, as it does from some size on."""
     monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.setattr(ffi, "available", lambda: True)
     from peaks import Peak, count_flops
 
     from cnnjax.config import ModelConfig
     from cnnjax.models import make_model
 
-    forward, train = count_flops(make_model(ModelConfig("baseline")), batch=2, size=64)
+    forward, train = count_flops(make_model(ModelConfig("baseline")), batch, size=64)
     first = 2 * 62 * 62 * 32 * 9
     rest = 2 * 29 * 29 * 32 * 9 * 32 + 2 * 6272 * 128 + 2 * 128
-    assert forward == 2 * (first + rest)
-    assert train == 2 * (2 * first + 3 * rest)
+    assert forward == batch * (first + rest)
+    assert train == batch * (2 * first + 3 * rest)
     peak = Peak(flops=1e12, bandwidth=1e9, source="measured")
     assert peak.bound(2e12, 1e6) == 2.0  # by operations
     assert peak.bound(1e9, 3e9) == 3.0  # by memory

@@ -16,7 +16,6 @@ leaves the chip's own memory counts too, so a device can do better.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import sys
@@ -235,7 +234,7 @@ def main() -> int:
     names = ["recipe", "batch", "devices", "forms", "compile s", "launches", "MiB", "flops"]
     print_table([*names, "traffic MB", "bound ms"], [list(asdict(row).values()) for row in rows])
     if options.json is not None:
-        asked = json.loads(json.dumps(asdict(options), default=str))
+        asked = asdict(options)
         del asked["json"]
         write_json(
             options.json,

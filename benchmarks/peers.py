@@ -300,7 +300,7 @@ def main() -> int:
     keys += ["ratio", "ratio_min", "ratio_max"]
     print_table(keys, [[row[key] for key in keys] for row in measured["rows"]])
     if options.json is not None:
-        asked = json.loads(json.dumps(asdict(options), default=str))
+        asked = asdict(options)
         del asked["environments"], asked["json"]
         write_json(options.json, {"circumstances": found, "options": asked, **measured})
     return 0

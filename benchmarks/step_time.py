@@ -17,7 +17,6 @@ bandwidth of memory. What a cache serves counts as well, so a CPU can do better 
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -297,7 +296,7 @@ def main() -> int:
     if options.plot is not None:
         draw(rows, options.plot, found["device"])
     if options.json is not None:
-        asked = json.loads(json.dumps(asdict(options), default=str))
+        asked = asdict(options)
         del asked["json"], asked["plot"]
         write_json(
             options.json,

@@ -1,6 +1,6 @@
 """What XLA makes of a train step for a GPU or a TPU that is not at hand.
 
-    pip install libtpu                                # the version that jax[tpu] of this jax names
+    pip install "jax[tpu]"
     python benchmarks/ahead.py --target tpu-v5e
     pip install "jax[cuda13]"
     python benchmarks/ahead.py --target h100 --batches 32 512 --json ahead.json

@@ -73,9 +73,15 @@ class ModelConfig:
     """ResNet: stride of the first convolution, which is 3x3 with 2 and 7x7 with 4."""
     standardize: bool = False
     """Bring each image to mean 0 and standard deviation 1 before the network sees it."""
+    local_contrast: bool = False
+    """Beside the standardized image, give the network its local contrast: each pixel less the mean
+    around it, over the deviation there (Pinto et al., PLoS Comput Biol 2008; Jarrett et al., ICCV
+    2009)."""
 
     def __post_init__(self) -> None:
         _settle(self, "model.")
+        if self.local_contrast and not self.standardize:
+            raise InputError("--model.local-contrast needs --model.standardize")
         _require(self.channels in (1, 3), "--model.channels", "be 1 or 3", self.channels)
         _require(self.width >= 1, "--model.width", "be at least 1", self.width)
         _require(self.depth >= 1, "--model.depth", "be at least 1", self.depth)

@@ -40,6 +40,9 @@ def variants(recipe: Config) -> dict[str, Config]:
     would take as long to judge as to train.
     """
 
+    def modelled(**changes: Any) -> Config:
+        return replace(recipe, model=replace(recipe.model, **changes))
+
     def augmented(**changes: Any) -> Config:
         return replace(recipe, augment=replace(recipe.augment, **changes))
 
@@ -53,7 +56,8 @@ def variants(recipe: Config) -> dict[str, Config]:
         "no-sharpness": augmented(sharpness=0.0),
         "no-moves": augmented(zoom=0.0, rotate=0.0, shift=0.0),
         "no-black": augmented(black=0.0),
-        "no-standardizing": replace(recipe, model=replace(recipe.model, standardize=False)),
+        "no-local-contrast": modelled(local_contrast=False),
+        "no-standardizing": modelled(standardize=False, local_contrast=False),
         "no-moving-average": trained(ema=0.0),
         "no-class-weights": trained(class_weights=False),
         "no-smoothing": trained(label_smoothing=0.0),

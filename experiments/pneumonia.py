@@ -16,7 +16,9 @@ from cnnjax.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainC
 CONFIG = Config(
     workdir=Path("runs/pneumonia"),
     data=DataConfig(size=96),
-    model=ModelConfig("resnet", width=32, depth=1, stages=3, stem=4, standardize=True),
+    model=ModelConfig(
+        "resnet", width=32, depth=1, stages=3, stem=4, standardize=True, local_contrast=True
+    ),
     augment=AugmentConfig(
         shear=0,
         zoom=0.1,

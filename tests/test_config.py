@@ -66,6 +66,7 @@ def test_no_json() -> None:
         (lambda: DataConfig(folds=1), "--data.folds"),
         (lambda: DataConfig(fold=5), "--data.fold"),
         (lambda: ModelConfig(channels=2), "--model.channels"),
+        (lambda: ModelConfig(local_contrast=True), "--model.local-contrast needs"),
         (lambda: AugmentConfig(zoom=1.0), "--augment.zoom"),
         (lambda: TrainConfig(batch=0), "--train.batch"),
         (lambda: TrainConfig(learning_rate=0), "--train.learning-rate"),

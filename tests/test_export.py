@@ -32,7 +32,7 @@ def trained(folder: Path, tree: Path, model: ModelConfig) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = ModelConfig("resnet", width=4, stages=2, standardize=True)
+    model = ModelConfig("resnet", width=4, stages=2, standardize=True, local_contrast=True)
     return trained(tmp_path_factory.mktemp("exported") / "run", tree, model)
 
 

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.ndimage import gaussian_filter
 
 from cnnjax.config import ModelConfig
-from cnnjax.models import BaselineCNN, ConvPool, ResNet, make_model
+from cnnjax.models import BaselineCNN, ConvPool, ResNet, local_contrast, make_model
 
 
 class PlainPost(nn.Module):
@@ -75,9 +76,16 @@ def test_resnet_takes_width_and_depth(width: int, depth: int) -> None:
     assert head.shape == (8 * width, 1)
 
 
-@pytest.mark.parametrize("name", ["baseline", "resnet"])
-def test_standardized_networks_see_no_brightness_and_no_contrast(name: str) -> None:
-    config = ModelConfig(name, width=4, stages=2, stem=4, standardize=True)  # type: ignore[arg-type]
+@pytest.mark.parametrize(("name", "local"), [("baseline", False), ("resnet", True)])
+def test_standardized_networks_see_no_brightness_and_no_contrast(name: str, local: bool) -> None:
+    config = ModelConfig(
+        name,  # type: ignore[arg-type]
+        width=4,
+        stages=2,
+        stem=4,
+        standardize=True,
+        local_contrast=local,
+    )
     model = make_model(config)
     images = 0.2 + 0.5 * jax.random.uniform(jax.random.key(1), (3, 32, 32, 1))
     variables = jax.jit(model.init)(jax.random.key(0), images)
@@ -86,6 +94,22 @@ def test_standardized_networks_see_no_brightness_and_no_contrast(name: str) -> N
         apply(variables, images), apply(variables, 0.3 * images + 0.1), atol=2e-3
     )
     assert jnp.isfinite(apply(variables, jnp.zeros_like(images))).all()
+
+
+def test_local_contrast_lies_under_scipys_gaussian() -> None:
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((2, 36, 60))
+
+    def around(x: np.ndarray) -> np.ndarray:
+        # What lies beyond the edge does not count.
+        options = {"sigma": (0, 3, 5), "mode": "constant", "truncate": 20}
+        return gaussian_filter(x, **options) / gaussian_filter(np.ones_like(x), **options)
+
+    centred = images - around(images)
+    expected = centred / np.sqrt(around(centred**2) + 0.01)
+    found = jax.jit(local_contrast)(jnp.asarray(images, jnp.float32)[..., None])
+    assert found.shape == (2, 36, 60, 1)
+    np.testing.assert_allclose(found[..., 0], expected, atol=1e-4)
 
 
 def test_rows_that_fill_up_do_not_change_batch_statistics() -> None:

@@ -33,6 +33,11 @@ NETWORKS: dict[str, tuple[models.Network, Any, int]] = {
         cnnjax.models.BaselineCNN(channels=3),
         64,
     ),
+    "baseline of local contrast": (
+        models.BaselineCNN(channels=3, standardize=True, local_contrast=True),
+        cnnjax.models.BaselineCNN(channels=3, standardize=True, local_contrast=True),
+        14,
+    ),
     "resnet": (models.ResNet(width=4), cnnjax.models.ResNet(width=4), 20),
     "deeper resnet": (
         models.ResNet(channels=3, width=3, depth=2),
@@ -40,8 +45,8 @@ NETWORKS: dict[str, tuple[models.Network, Any, int]] = {
         17,
     ),
     "recipe's resnet": (
-        models.ResNet(width=4, stages=3, stem=4, standardize=True),
-        cnnjax.models.ResNet(width=4, stages=3, stem=4, standardize=True),
+        models.ResNet(width=4, stages=3, stem=4, standardize=True, local_contrast=True),
+        cnnjax.models.ResNet(width=4, stages=3, stem=4, standardize=True, local_contrast=True),
         24,
     ),
 }

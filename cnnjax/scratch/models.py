@@ -85,10 +85,12 @@ class BaselineCNN:
     Attributes:
         channels: input channels, 3 to repeat the grayscale as the post did.
         standardize: bring each image to mean 0 and standard deviation 1 first.
+        local_contrast: give its local contrast beside it, as channels after the image's.
     """
 
     channels: int = 1
     standardize: bool = False
+    local_contrast: bool = False
 
     def init(
         self, rng: np.random.Generator, size: int, dtype: DTypeLike = np.float32
@@ -105,7 +107,7 @@ class BaselineCNN:
             }
 
         params = {
-            "conv1": layer(3, 3, self.channels, 32),
+            "conv1": layer(3, 3, _input_channels(self), 32),
             "conv2": layer(3, 3, 32, 32),
             "dense1": layer(side * side * 32, 128),
             "dense2": layer(128, 1),
@@ -123,7 +125,7 @@ class BaselineCNN:
     ) -> tuple[np.ndarray, BaselineCache, Tree]:
         """Returns logits, cache and statistics; see `Network`."""
         _expect_names(params, {"conv1", "conv2", "dense1", "dense2"})
-        x = _prepared(images, self.channels, self.standardize)
+        x = _prepared(images, self)
         x, conv1 = _conv_pool_forward(x, **params["conv1"])
         x, conv2 = _conv_pool_forward(x, **params["conv2"])
         x, flatten = layers.flatten_forward(x)
@@ -191,6 +193,7 @@ class ResNet:
         stages: how many.
         stem: stride of the first convolution, 2 or 4.
         standardize: bring each image to mean 0 and standard deviation 1 first.
+        local_contrast: give its local contrast beside it, as channels after the image's.
     """
 
     channels: int = 1
@@ -199,6 +202,7 @@ class ResNet:
     stages: int = 4
     stem: int = 2
     standardize: bool = False
+    local_contrast: bool = False
 
     def init(
         self, rng: np.random.Generator, size: int, dtype: DTypeLike = np.float32
@@ -215,7 +219,7 @@ class ResNet:
             return {"mean": np.zeros(features, dtype), "var": np.ones(features, dtype)}
 
         params: Tree = {
-            "stem": kernel(*_STEM_SIZES[self.stem], self.channels, self.width),
+            "stem": kernel(*_STEM_SIZES[self.stem], _input_channels(self), self.width),
             "stem_norm": norm(self.width),
         }
         stats: Tree = {"stem_norm": running(self.width)}
@@ -253,7 +257,7 @@ class ResNet:
         _expect_names(params, {"stem", "stem_norm", "head"} | names)
         _expect_names(batch_stats, {"stem_norm"} | names)
         rows = _Rows(train, mask)
-        x = _prepared(images, self.channels, self.standardize)
+        x = _prepared(images, self)
         x, stem_stats, stem = _conv_norm_forward(
             x, params["stem"], params["stem_norm"], batch_stats["stem_norm"], rows, stride=self.stem
         )
@@ -371,12 +375,41 @@ def _block_backward(dy: np.ndarray, cache: BlockCache) -> tuple[np.ndarray, Tree
     return dx + dy, gradients
 
 
-def _prepared(images: np.ndarray, channels: int, standardize: bool) -> np.ndarray:
+def _input_channels(network: BaselineCNN | ResNet) -> int:
+    return network.channels * (2 if network.local_contrast else 1)
+
+
+def _prepared(images: np.ndarray, network: BaselineCNN | ResNet) -> np.ndarray:
+    """Returns what the first convolution sees; nothing is learned here, so no way leads back."""
     expect("images", images.shape, ("batch", "height", "width", 1))
-    if standardize:
+    if network.standardize:
         images = images - images.mean((1, 2, 3), keepdims=True)
         images = images / np.sqrt((images**2).mean((1, 2, 3), keepdims=True) + 1e-6)
-    return np.broadcast_to(images, (*images.shape[:-1], channels))
+    if network.local_contrast:
+        images = np.concatenate([images, _local_contrast(images)], -1)
+    return np.tile(images, network.channels)
+
+
+def _local_contrast(images: np.ndarray) -> np.ndarray:
+    """Returns each pixel less the mean around it, over the deviation there.
+
+    Local contrast normalization (Jarrett et al., ICCV 2009): around a pixel lies a Gaussian, whose
+    deviation is a twelfth of the side.
+    """
+    rows, columns = (_gaussian(side).astype(images.dtype) for side in images.shape[1:3])
+
+    def around(x: np.ndarray) -> np.ndarray:
+        return rows @ x @ columns.T
+
+    centred = images[..., 0] - around(images[..., 0])
+    return (centred / np.sqrt(around(centred**2) + 0.01))[..., None]
+
+
+def _gaussian(side: int) -> np.ndarray:
+    """Returns [side, side]: row i weighs the pixels around pixel i; those beyond the edge not."""
+    at = np.arange(side)
+    weights = np.exp(-0.5 * ((at[:, None] - at) / (side / 12)) ** 2)
+    return weights / weights.sum(1, keepdims=True)
 
 
 def _expect_names(tree: Tree, names: set[str]) -> None:

@@ -32,6 +32,7 @@ class Ours:
             stages=problem.stages,
             stem=problem.stem,  # type: ignore[arg-type]
             standardize=problem.standardize,
+            local_contrast=problem.local_contrast,
         )
         model = make_model(network, jnp.dtype(problem.precision))
         size = problem.images.shape[2]

@@ -43,6 +43,20 @@ def standardized(x: Any) -> Any:
     return x * keras.ops.rsqrt(keras.ops.mean(x * x, (1, 2, 3), keepdims=True) + 1e-6)
 
 
+def with_local_contrast(x: Any, gaussian: np.ndarray) -> Any:
+    """Returns [batch, height, width, 2 x channels]: x, and its local contrast."""
+
+    def around(x: Any) -> Any:
+        return keras.ops.transpose(gaussian @ x @ gaussian.T, (0, 2, 3, 1))
+
+    def apart(x: Any) -> Any:
+        return keras.ops.transpose(x, (0, 3, 1, 2))
+
+    centred = x - around(apart(x))
+    local = centred * keras.ops.rsqrt(around(apart(centred * centred)) + 0.01)
+    return keras.ops.concatenate([x, local], -1)
+
+
 def resnet(size: int, problem: Problem) -> Any:
     """The residual network with one block a stage."""
     width = problem.width
@@ -54,7 +68,10 @@ def resnet(size: int, problem: Problem) -> Any:
         return layers.Conv2D(filters, window, stride, padding="same", use_bias=False, name=name)(x)
 
     images = layers.Input((size, size, problem.channels))
-    x = layers.Lambda(standardized)(images) if problem.standardize else images
+    x = layers.Lambda(standardized, dtype="float32")(images) if problem.standardize else images
+    if problem.local_contrast:
+        arguments = {"gaussian": problem.gaussian()}
+        x = layers.Lambda(with_local_contrast, arguments=arguments, dtype="float32")(x)
     window = {2: 3, 4: 7}[problem.stem]
     x = layers.ReLU()(norm(conv(x, width, window, problem.stem, "stem"), "stem_norm"))
     for stage in range(problem.stages):

@@ -21,7 +21,7 @@ class Scratch:
 
     def __init__(self, problem: Problem) -> None:
         self.version = f"numpy {version('numpy')} on cpu"
-        model: Network = BaselineCNN(problem.channels, problem.standardize)
+        model: Network = BaselineCNN(problem.channels, problem.standardize, problem.local_contrast)
         if problem.network == "resnet":
             model = ResNet(
                 problem.channels,
@@ -29,6 +29,7 @@ class Scratch:
                 stages=problem.stages,
                 stem=problem.stem,
                 standardize=problem.standardize,
+                local_contrast=problem.local_contrast,
             )
         optimizer = adamw(problem.rate, problem.decay, eps=problem.epsilon)
         params = problem.tree()

@@ -81,8 +81,10 @@ class ResNet(nn.Module):
     def __init__(self, problem: Problem) -> None:
         super().__init__()
         width = problem.width
-        self._standardize = problem.standardize
-        self.stem = Same(problem.channels, width, {2: 3, 4: 7}[problem.stem], problem.stem)
+        self._standardize, self._local_contrast = problem.standardize, problem.local_contrast
+        self.register_buffer("_gaussian", torch.from_numpy(problem.gaussian()), persistent=False)
+        channels = problem.channels * (2 if problem.local_contrast else 1)
+        self.stem = Same(channels, width, {2: 3, 4: 7}[problem.stem], problem.stem)
         self.stem_norm = nn.BatchNorm2d(width)
         self._blocks = []
         for stage in range(problem.stages):
@@ -97,10 +99,19 @@ class ResNet(nn.Module):
         if self._standardize:
             x = x - x.mean((1, 2, 3), keepdim=True)
             x = x * torch.rsqrt(x.square().mean((1, 2, 3), keepdim=True) + 1e-6)
+        if self._local_contrast:
+            with torch.autocast(x.device.type, enabled=False):
+                centred = x - self._around(x)
+                local = centred * torch.rsqrt(self._around(centred.square()) + 0.01)
+            x = torch.cat([x, local], 1)
         x = functional.relu(self.stem_norm(self.stem(x)))
         for block in self._blocks:
             x = block(x)
         return self.head(x.mean((2, 3)))[:, 0]
+
+    def _around(self, x: Tensor) -> Tensor:
+        """Returns the mean around each pixel, of [batch, channels, height, width]."""
+        return self._gaussian @ x @ self._gaussian.T
 
 
 class Torch:

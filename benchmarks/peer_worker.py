@@ -51,6 +51,8 @@ class Problem:
         stages: of the ResNet, each of one block.
         stem: stride of the ResNet's first convolution, which is 3x3 with 2 and 7x7 with 4.
         standardize: whether the network brings each image to mean 0 and deviation 1 first.
+        local_contrast: whether the ResNet sees each pixel less the mean around it, over the
+            deviation there, as a second channel.
         params: parameters by their path in Flax, such as `conv1/kernel`.
         rate: learning rate.
         decay: decoupled weight decay of kernels; 0 means plain Adam.
@@ -69,6 +71,7 @@ class Problem:
         self.stages: int = settings["stages"]
         self.stem: int = settings["stem"]
         self.standardize: bool = settings["standardize"]
+        self.local_contrast: bool = settings["local_contrast"]
         self.rate: float = settings["rate"]
         self.decay: float = settings["decay"]
         self.epsilon: float = settings["epsilon"]
@@ -79,6 +82,16 @@ class Problem:
         """Returns the images as float32 [batches, batch, height, width, channels] in [0, 1]."""
         images = self.images[..., None].astype(np.float32) / 255
         return np.repeat(images, self.channels, -1)
+
+    def gaussian(self) -> np.ndarray:
+        """Returns float32 [size, size]: row i weighs the pixels around pixel i, and sums to 1.
+
+        The Gaussian's deviation is a twelfth of the side; `local_contrast` is taken under it.
+        """
+        side = self.images.shape[2]
+        at = np.arange(side)
+        weights = np.exp(-0.5 * ((at[:, None] - at) / (side / 12)) ** 2)
+        return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
 
     def tree(self) -> dict[str, Any]:
         """Returns the parameters as Flax nests them."""

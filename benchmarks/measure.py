@@ -25,6 +25,9 @@ from cnnjax.machine import cache_folder
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENTS = cache_folder() / "peers"  # each peer's, made by `peers.py --setup`
 
+# Flags of a CPU, the widest vectors first.
+_VECTORS = {"amx_tile": "AMX", "avx512f": "AVX-512", "avx2": "AVX2"}
+
 Run = Callable[[], None]
 
 
@@ -184,12 +187,18 @@ def _cell(value: object) -> str:
 
 
 def _processor() -> str:
+    """Returns the CPU's name and its widest vectors: virtual machines call many alike."""
     cpuinfo = Path("/proc/cpuinfo")
+    found = {}
     if cpuinfo.exists():
         for line in cpuinfo.read_text("utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+            name, _, value = line.partition(":")
+            found.setdefault(name.strip(), value.strip())
+    if "model name" not in found:
+        return platform.processor() or platform.machine()
+    has = found.get("flags", "").split()
+    widest = [name for flag, name in _VECTORS.items() if flag in has][:1]
+    return ", ".join([found["model name"], *widest])
 
 
 def main() -> int:

@@ -10,6 +10,7 @@ There is one file of results for each device, named after it, with a section for
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -55,7 +56,7 @@ def keep(section: str, path: Path) -> None:
         raise InputError(f"{path} is no result of a benchmark ({error})") from None
     if document["circumstances"]["platform"] == "cpu":
         kind = document["circumstances"]["processor"]
-    name = "".join(c if c.isalnum() else "-" for c in kind.lower().replace("(r)", "")).strip("-")
+    name = "-".join(re.findall("[a-z0-9]+", kind.lower().replace("(r)", "")))
     RESULTS.mkdir(exist_ok=True)
     kept = RESULTS / f"{name}.json"
     sections = json.loads(kept.read_text("utf-8")) if kept.exists() else {}

@@ -97,6 +97,24 @@ def spread(seconds: Sequence[float]) -> dict[str, float]:
     }
 
 
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Returns the CPU's name and its widest vectors: virtual machines call many alike.
+
+    Args:
+        cpuinfo: where Linux tells of it; elsewhere there is no such file, nor so much to say.
+    """
+    found: dict[str, str] = {}
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text("utf-8").splitlines():
+            name, _, value = line.partition(":")
+            found.setdefault(name.strip(), value.strip())
+    if "model name" not in found:
+        return platform.processor() or platform.machine()
+    has = found.get("flags", "").split()
+    widest = [name for flag, name in _VECTORS.items() if flag in has][:1]
+    return ", ".join([found["model name"], *widest])
+
+
 def circumstances(device: DeviceConfig) -> dict[str, Any]:
     """Returns what else one must know to compare with another run: machine, versions, load."""
     mesh = devices.make_mesh(device)
@@ -106,7 +124,7 @@ def circumstances(device: DeviceConfig) -> dict[str, Any]:
         "device_kind": mesh.devices.flat[0].device_kind,
         "platform": devices.platform(mesh),
         "devices": mesh.size,
-        "processor": _processor(),
+        "processor": processor(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in names},
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
@@ -184,21 +202,6 @@ def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def _processor() -> str:
-    """Returns the CPU's name and its widest vectors: virtual machines call many alike."""
-    cpuinfo = Path("/proc/cpuinfo")
-    found = {}
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text("utf-8").splitlines():
-            name, _, value = line.partition(":")
-            found.setdefault(name.strip(), value.strip())
-    if "model name" not in found:
-        return platform.processor() or platform.machine()
-    has = found.get("flags", "").split()
-    widest = [name for flag, name in _VECTORS.items() if flag in has][:1]
-    return ", ".join([found["model name"], *widest])
 
 
 def main() -> int:

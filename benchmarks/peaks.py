@@ -79,28 +79,33 @@ def count_flops(model: Any, batch: int, size: int) -> tuple[int, int]:
     """Counts the operations of a network's products and convolutions: (forward, train).
 
     A multiplication and an addition count as two, what is elementwise as nothing. Training adds the
-    gradient of each layer's filters, and that of its input except at the first.
+    gradient of each layer's filters, and that of its input except at the first convolution; what
+    products stand before that learn nothing.
     """
     images = jax.ShapeDtypeStruct((batch, size, size, 1), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
     with layers.portable():  # oneDNN's calls may have pooled what they return
         traced = jax.make_jaxpr(lambda v, x: model.apply(v, x, train=False))(variables, images)
     found = _products(traced.jaxpr)
-    return sum(found), 3 * sum(found) - found[0]
+    first = [name for name, _ in found].index("conv_general_dilated")
+    flops = [count for _, count in found]
+    learned = flops[first:]
+    return sum(flops), sum(flops) + 2 * sum(learned) - learned[0]
 
 
-def _products(jaxpr: Any) -> list[int]:
-    found: list[int] = []
+def _products(jaxpr: Any) -> list[tuple[str, int]]:
+    """Returns each product's primitive and operations, in the order in which they are taken."""
+    found: list[tuple[str, int]] = []
     for equation in jaxpr.eqns:
         output = equation.outvars[0].aval
         name = equation.primitive.name
         if name == "conv_general_dilated":
             kernel = equation.invars[1].aval.shape
-            found.append(2 * output.size * int(np.prod(kernel[:3])))
+            found.append((name, 2 * output.size * int(np.prod(kernel[:3]))))
         elif name == "dot_general":
             contracted = equation.params["dimension_numbers"][0][0]
             depth = int(np.prod([equation.invars[0].aval.shape[d] for d in contracted]))
-            found.append(2 * output.size * depth)
+            found.append((name, 2 * output.size * depth))
         else:
             for parameter in equation.params.values():
                 inner = getattr(parameter, "jaxpr", parameter)

@@ -38,13 +38,12 @@ def baseline(size: int, channels: int) -> Any:
 
 def standardized(x: Any) -> Any:
     """Brings each image to mean 0 and deviation 1."""
-    x = keras.ops.cast(x, "float32")
     x = x - keras.ops.mean(x, (1, 2, 3), keepdims=True)
     return x * keras.ops.rsqrt(keras.ops.mean(x * x, (1, 2, 3), keepdims=True) + 1e-6)
 
 
 def with_local_contrast(x: Any, gaussian: np.ndarray) -> Any:
-    """Returns [batch, height, width, 2 x channels]: x, and its local contrast."""
+    """Returns [batch, height, width, 2]: x, of one channel, and its local contrast."""
 
     def around(x: Any) -> Any:
         return keras.ops.transpose(gaussian @ x @ gaussian.T, (0, 2, 3, 1))

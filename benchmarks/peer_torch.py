@@ -83,7 +83,7 @@ class ResNet(nn.Module):
         width = problem.width
         self._standardize, self._local_contrast = problem.standardize, problem.local_contrast
         self.register_buffer("_gaussian", torch.from_numpy(problem.gaussian()), persistent=False)
-        channels = problem.channels * (2 if problem.local_contrast else 1)
+        channels = 2 if problem.local_contrast else problem.channels
         self.stem = Same(channels, width, {2: 3, 4: 7}[problem.stem], problem.stem)
         self.stem_norm = nn.BatchNorm2d(width)
         self._blocks = []

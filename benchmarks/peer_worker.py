@@ -51,8 +51,8 @@ class Problem:
         stages: of the ResNet, each of one block.
         stem: stride of the ResNet's first convolution, which is 3x3 with 2 and 7x7 with 4.
         standardize: whether the network brings each image to mean 0 and deviation 1 first.
-        local_contrast: whether the ResNet sees each pixel less the mean around it, over the
-            deviation there, as a second channel.
+        local_contrast: whether the ResNet, of one channel, sees each pixel less the mean around it,
+            over the deviation there, as a second one.
         params: parameters by their path in Flax, such as `conv1/kernel`.
         rate: learning rate.
         decay: decoupled weight decay of kernels; 0 means plain Adam.

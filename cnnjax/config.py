@@ -62,7 +62,7 @@ class ModelConfig:
     name: Literal["baseline", "resnet"] = "baseline"
     """`baseline` is the blog post's network, `resnet` a small residual one."""
     channels: int = 1
-    """Input channels: 1 for grayscale, 3 to repeat it as the post did."""
+    """How often the network sees the gray image: 1, or 3 as the post did."""
     width: int = 32
     """ResNet: channels of the first stage; each later stage doubles them."""
     depth: int = 1
@@ -74,14 +74,17 @@ class ModelConfig:
     standardize: bool = False
     """Bring each image to mean 0 and standard deviation 1 before the network sees it."""
     local_contrast: bool = False
-    """Beside the standardized image, give the network its local contrast: each pixel less the mean
-    around it, over the deviation there (Pinto et al., PLoS Comput Biol 2008; Jarrett et al., ICCV
-    2009)."""
+    """Beside the image, give the network its local contrast: each pixel less the mean around it,
+    over the deviation there (Pinto et al., PLoS Comput Biol 2008; Jarrett et al., ICCV 2009). It
+    needs --model.standardize."""
 
     def __post_init__(self) -> None:
         _settle(self, "model.")
         if self.local_contrast and not self.standardize:
-            raise InputError("--model.local-contrast needs --model.standardize")
+            raise InputError(
+                "--model.local-contrast needs --model.standardize;"
+                " give --model.no-local-contrast too, or neither"
+            )
         _require(self.channels in (1, 3), "--model.channels", "be 1 or 3", self.channels)
         _require(self.width >= 1, "--model.width", "be at least 1", self.width)
         _require(self.depth >= 1, "--model.depth", "be at least 1", self.depth)

@@ -84,12 +84,13 @@ def standardized(images: jax.Array) -> jax.Array:
 
 
 def local_contrast(images: jax.Array) -> jax.Array:
-    """Brings each pixel to the mean and the contrast around it (local contrast normalization).
+    """Takes off each pixel the mean around it, and divides by the deviation around it.
 
-    That is c / sqrt(G(c^2) + 0.01) of c = z - G(z), where G is the mean under a Gaussian around the
-    pixel, with a deviation of `SURROUND` of the side; what lies beyond the edge does not count.
-    After Jarrett et al., "What is the best multi-stage architecture for object recognition?", ICCV
-    2009, who bound the deviation below by its mean, where this adds 0.1 in the square.
+    This is local contrast normalization: c / sqrt(G(c^2) + 0.01) of c = z - G(z), where G is the
+    mean under a Gaussian around the pixel, with a deviation of `SURROUND` of the side; what lies
+    beyond the edge does not count. After Jarrett et al., "What is the best multi-stage architecture
+    for object recognition?", ICCV 2009, who divide by no less than the image's mean deviation,
+    where this adds 0.1^2 to the variance.
 
     Args:
         images: z, float32 [batch, height, width, 1], as `standardized` returns them.
@@ -128,7 +129,7 @@ def _prepared(images: jax.Array, network: BaselineCNN | ResNet) -> jax.Array:
 class Conv(nn.Module):
     """A convolution's kernel around `layers.conv`.
 
-    `repeat` says how often the channels of an image are to be seen, one after the other.
+    `repeat` says how many times the kernel has the channels of x, one set after the other.
     """
 
     features: int
@@ -355,6 +356,7 @@ def _second_head(network: BaselineCNN | ResNet, features: jax.Array, train: bool
 
 def _merge_equal(kernel: jax.Array, repeat: int) -> jax.Array:
     """Adds up filters over equal channels: they see what their sum sees in one of each kind."""
+    if repeat == 1:
+        return kernel
     height, width, channels, features = kernel.shape
-    split = kernel.reshape(height, width, repeat, channels // repeat, features)
-    return split.sum(2) if repeat > 1 else kernel
+    return kernel.reshape(height, width, repeat, channels // repeat, features).sum(2)

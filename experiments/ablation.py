@@ -57,6 +57,7 @@ def variants(recipe: Config) -> dict[str, Config]:
         "no-moves": augmented(zoom=0.0, rotate=0.0, shift=0.0),
         "no-black": augmented(black=0.0),
         "no-local-contrast": modelled(local_contrast=False),
+        # Local contrast is that of a standardized image, so both go.
         "no-standardizing": modelled(standardize=False, local_contrast=False),
         "no-moving-average": trained(ema=0.0),
         "no-class-weights": trained(class_weights=False),

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,42 @@ def test_flops_are_those_counted_by_hand(monkeypatch: pytest.MonkeyPatch, batch:
     peak = Peak(flops=1e12, bandwidth=1e9, source="measured")
     assert peak.bound(2e12, 1e6) == 2.0  # by operations
     assert peak.bound(1e9, 3e9) == 3.0  # by memory
+
+
+def test_flops_of_local_contrast_count_forward_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from peaks import count_flops
+
+    from cnnjax.config import ModelConfig
+    from cnnjax.models import make_model
+
+    network = ModelConfig("resnet", width=4, stages=1, standardize=True)
+    plain = count_flops(make_model(network), 2, size=32)
+    both = count_flops(make_model(replace(network, local_contrast=True)), 2, size=32)
+    means, stem = 2 * 2 * 2 * 32**3, 2 * 16 * 16 * 4 * 9  # two means, each of two products
+    assert both[0] - plain[0] == 2 * (means + stem)
+    assert both[1] - plain[1] == 2 * (means + 2 * stem)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("fpu avx2 avx512f amx_tile", "Some CPU, AMX"),
+        ("fpu avx2 avx512f", "Some CPU, AVX-512"),
+        ("fpu avx avx2", "Some CPU, AVX2"),
+        ("fpu", "Some CPU"),
+    ],
+)
+def test_processors_of_one_name_are_told_apart(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: str, expected: str
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from measure import processor
+
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor\t: 0\nmodel name\t: Some CPU\nflags\t\t: {flags}\n\n" * 2)
+    assert processor(cpuinfo) == expected
+    assert processor(tmp_path / "none")
 
 
 def test_step_time_writes_its_rows(tmp_path: Path) -> None:

@@ -76,7 +76,9 @@ def test_resnet_takes_width_and_depth(width: int, depth: int) -> None:
     assert head.shape == (8 * width, 1)
 
 
-@pytest.mark.parametrize(("name", "local"), [("baseline", False), ("resnet", True)])
+@pytest.mark.parametrize(
+    ("name", "local"), [("baseline", False), ("resnet", False), ("resnet", True)]
+)
 def test_standardized_networks_see_no_brightness_and_no_contrast(name: str, local: bool) -> None:
     config = ModelConfig(
         name,  # type: ignore[arg-type]
@@ -129,7 +131,13 @@ def test_rows_that_fill_up_do_not_change_batch_statistics() -> None:
         np.testing.assert_allclose(x, y, atol=1e-5)
 
 
-@pytest.mark.parametrize("model", [BaselineCNN(dtype=jnp.bfloat16), ResNet(4, dtype=jnp.bfloat16)])
+@pytest.mark.parametrize(
+    "model",
+    [
+        BaselineCNN(dtype=jnp.bfloat16),
+        ResNet(width=4, standardize=True, local_contrast=True, dtype=jnp.bfloat16),
+    ],
+)
 def test_bfloat16_keeps_parameters_and_logits_in_float32(model: nn.Module) -> None:
     images = jax.random.uniform(jax.random.key(1), (2, 32, 32, 1))
     variables = jax.jit(model.init)(jax.random.key(0), images)

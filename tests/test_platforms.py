@@ -24,7 +24,8 @@ SIZE, MANY, BATCH = 16, 2, 4
 def lowered(network: str, platform: str) -> str:
     """Returns StableHLO of two train steps in one call, each batch divided among four devices."""
     mesh = Mesh(np.array(jax.devices()), (devices.AXIS,))
-    config = ModelConfig(network, width=4, stages=2)
+    both = network == "resnet"
+    config = ModelConfig(network, width=4, stages=2, standardize=both, local_contrast=both)
     model = make_model(config, jnp.dtype("bfloat16"), auxiliary=True)
     optimizer, _ = steps.make_optimizer(TrainConfig(optimizer="adamw", schedule="cosine"), 4)
     step = steps.make_train_step(

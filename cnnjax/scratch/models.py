@@ -83,7 +83,7 @@ class BaselineCNN:
     before bias and relu, which costs a quarter and is the same, as both are monotonic.
 
     Attributes:
-        channels: input channels, 3 to repeat the grayscale as the post did.
+        channels: how often it sees the gray image, 3 times as the post did.
         standardize: bring each image to mean 0 and standard deviation 1 first.
         local_contrast: give its local contrast beside it, as channels after the image's.
     """
@@ -187,7 +187,7 @@ class ResNet:
     then global average pool and dense 1.
 
     Attributes:
-        channels: input channels, 3 to repeat the grayscale.
+        channels: how often it sees the gray image, 1 or 3 times.
         width: channels of the first stage.
         depth: blocks per stage.
         stages: how many.
@@ -406,7 +406,7 @@ def _local_contrast(images: np.ndarray) -> np.ndarray:
 
 
 def _gaussian(side: int) -> np.ndarray:
-    """Returns [side, side]: row i weighs the pixels around pixel i; those beyond the edge not."""
+    """Returns [side, side]: row i weighs the pixels around pixel i, and sums to 1."""
     at = np.arange(side)
     weights = np.exp(-0.5 * ((at[:, None] - at) / (side / 12)) ** 2)
     return weights / weights.sum(1, keepdims=True)

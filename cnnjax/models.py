@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from cnnjax import layers
 from cnnjax.config import Config, ModelConfig
@@ -98,30 +97,9 @@ def local_contrast(images: jax.Array) -> jax.Array:
     Returns:
         [batch, height, width, 1].
     """
-    rows, columns = (_gaussian(side) for side in images.shape[1:3])
-
-    def around(x: jax.Array) -> jax.Array:
-        # As matrix products: a convolution with filters as wide would cost far more. Full float32,
-        # since what they give is taken off.
-        for i in (1, 0):
-            x = jnp.einsum("ij,bjk,lk->bil", rows[i], x, columns[i], precision="highest")
-        return x
-
-    centred = images[..., 0] - around(images[..., 0])
-    return (centred * jax.lax.rsqrt(around(jnp.square(centred)) + 0.01))[..., None]
-
-
-def _gaussian(side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the Gaussian's weights as two thin matrices, float32 [side, k] and [k, side].
-
-    Row i of their product weighs the pixels around pixel i, and sums to 1. A Gaussian passes few
-    frequencies: from the 25th on the singular values are below 1e-6, whatever the side.
-    """
-    at = np.arange(side)
-    weights = np.exp(-0.5 * np.square((at[:, None] - at) / (SURROUND * side)))
-    left, values, right = np.linalg.svd(weights / weights.sum(1, keepdims=True))
-    thin = (left * values)[:, :24], right[:24]
-    return thin[0].astype(np.float32), thin[1].astype(np.float32)
+    centred = images - layers.mean_around(images, SURROUND)
+    variance = layers.mean_around(jnp.square(centred), SURROUND)
+    return centred * jax.lax.rsqrt(variance + 0.01)
 
 
 def _prepared(images: jax.Array, network: BaselineCNN | ResNet) -> jax.Array:

@@ -466,3 +466,18 @@ def test_a_dense_layer_is_not_rounded_on_a_cpu() -> None:
     assert layers.dense_dtype(half) == layers.dense_dtype(single) == single
     with layers.portable():  # who loads the program may have another device
         assert layers.dense_dtype(half) == half
+
+
+@pytest.mark.parametrize(
+    ("shape", "deviation"), [((2, 96, 97, 1), 1 / 12), ((1, 9, 40, 3), 1 / 30)]
+)
+def test_thin_products_take_the_same_mean(shape: tuple[int, ...], deviation: float) -> None:
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32) + 5
+    expected = jax.jit(layers.mean_around_by_products, static_argnums=1)(x, deviation)
+    thin = jax.jit(layers.mean_around_by_thin_products, static_argnums=1)(x, deviation)
+    np.testing.assert_allclose(thin, expected, atol=2e-5)
+    flat = np.ones(shape, np.float32)
+    np.testing.assert_allclose(layers.mean_around(flat, deviation), flat, atol=2e-6)
+    with layers.portable():
+        lowered = jax.jit(lambda x: layers.mean_around(x, deviation)).lower(x).as_text()
+    assert lowered.count("dot_general") == 2  # the form of accelerators, and of exports

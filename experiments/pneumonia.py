@@ -4,8 +4,8 @@ python experiments/pneumonia.py --data.root DIR --workdir RUN
 
 Hardware: 2 cores of an Intel Xeon (AVX-512). On the phantoms, fold 0 of 5, seed 0: one minute,
 drawing and compiling included; AUC 0.998 [0.995, 1.000] on the 243 held-out images, which also
-chose the epoch. On chest_xray, a fold of five takes two minutes, with AVX2 alone (AMD EPYC, an
-earlier version) eight. What comes out: MODEL_CARD.md.
+chose the epoch. On chest_xray, a fold of five took two minutes before there was local contrast;
+with AVX2 alone (AMD EPYC, Zen 3) it takes six to nine. What comes out: MODEL_CARD.md.
 """
 
 from pathlib import Path

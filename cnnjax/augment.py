@@ -132,7 +132,7 @@ def resample_by_products(image: jax.Array, row: jax.Array, column: jax.Array) ->
     """The same as `resample_by_reads`, as a matrix product, for a TPU: it reads pixels one by one.
 
     Each place has a weight for every pixel, nearly always zero; XLA makes them up on the way and
-    writes none down. Of a step of `experiments/pneumonia.py` on a TPU v5e it counts 0.43 GB of
+    writes none down. Of a step of `experiments/pneumonia.py` on a TPU v5e it counts 0.44 GB of
     memory traffic, with reads 7.5 (compiled, not run: `benchmarks/ahead.py`).
     """
     across = _tent(column[..., None], image.shape[1])

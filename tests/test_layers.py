@@ -143,7 +143,9 @@ def test_bfloat16_does_not_round_images_of_one_channel(
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(40, 64, 64, channels)), jnp.float32)
     kernel = jnp.asarray(rng.normal(size=(3, 3, channels, 16)), jnp.float32)
-    exact, found = (form(x, kernel, dtype=dtype) for dtype in (jnp.float32, jnp.bfloat16))
+    exact, found = (
+        form(x, kernel, dtype=dtype).astype(jnp.float32) for dtype in (jnp.float32, jnp.bfloat16)
+    )
     assert bool((exact == found).all()) == (channels == 1)
     np.testing.assert_allclose(found, exact, atol=0.2)
 

@@ -53,7 +53,7 @@ def make_hires_cam(model: Any) -> Explain:
     hangs on the maps' grid.
 
     On 200 phantoms its hottest place was on the opacity, or within a sixteenth of the side of it,
-    in 195; Grad-CAM's in 142, that of the occlusion below in 116 (`experiments/pointing.py` on a
+    in 196; Grad-CAM's in 172, that of the occlusion below in 103 (`experiments/pointing.py` on a
     run of `make train` on 2 CPU cores; docs/results/pointing.json).
 
     Args:

@@ -299,7 +299,7 @@ def mean_around_by_products(x: jax.Array, deviation: float) -> jax.Array:
 
 
 def mean_around_by_thin_products(x: jax.Array, deviation: float) -> jax.Array:
-    """The same with a third of the operations, by matrices of which each is two thin ones.
+    """The same by matrices of which each is two thin ones: at 96 pixels a third of the operations.
 
     A Gaussian passes few frequencies: of one with a deviation of a twelfth of the side, whatever
     that is, 24 singular values are what float32 can tell from nothing beside the first.

@@ -89,6 +89,15 @@ def platform(mesh: Mesh) -> str:
     return name
 
 
+def once(kind: str) -> dict[str, Any]:
+    """Returns `compiler_options` of `jax.jit` for a program that is run once on a `platform`.
+
+    LLVM takes seconds to make random numbers fast on a CPU: 5.9 s to compile the initial state of
+    `experiments/pneumonia.py` on an AMD EPYC (Zen 3), 2.4 s so, for the same state to the bit.
+    """
+    return {"xla_backend_optimization_level": 1} if kind == "cpu" else {}
+
+
 def full_float32(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:
     """Lets what is traced in the block multiply float32 as that; see `TrainConfig.precision`.
 

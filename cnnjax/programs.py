@@ -150,7 +150,11 @@ class Alone:
 
     def start(self) -> TrainState:
         """See `Program`."""
-        new = jax.jit(self._task.new_state, out_shardings=devices.replicated(self._mesh))
+        new = jax.jit(
+            self._task.new_state,
+            out_shardings=devices.replicated(self._mesh),
+            compiler_options=devices.once(devices.platform(self._mesh)),
+        )
         state: TrainState = new(self._task.init_key)
         return state
 
@@ -232,7 +236,11 @@ class Together:
     def start(self) -> TrainState:
         """See `Program`."""
         keys = jnp.stack([task.init_key for task in self._tasks])
-        new = jax.jit(jax.vmap(self._tasks[0].new_state), out_shardings=self._by_task)
+        new = jax.jit(
+            jax.vmap(self._tasks[0].new_state),
+            out_shardings=self._by_task,
+            compiler_options=devices.once(devices.platform(self._mesh)),
+        )
         states: TrainState = new(keys)
         return states
 

@@ -28,7 +28,8 @@ def images() -> np.ndarray:
 
 
 def variables_of(model: Any, seed: int = 0) -> Any:
-    variables = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 32, 32, 1)))
+    new = jax.jit(model.init, compiler_options=devices.once("cpu"))
+    variables = jax.device_get(new(jax.random.key(seed), np.zeros((1, 32, 32, 1), np.float32)))
     # Zero scales would hide the blocks.
     return jax.tree.map(lambda x: x + 0.1, variables)
 

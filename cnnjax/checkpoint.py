@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
-import signal
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from cnnjax.errors import InputError
@@ -32,28 +31,46 @@ class Checkpoints:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._managers: dict[Kind, ocp.CheckpointManager] = {}
+        self._writer = ThreadPoolExecutor(1, "checkpoints")
+        self._writing: Future[None] | None = None
 
-    def save(self, kind: Kind, epoch: int, state: TrainState) -> None:
-        """Writes the state after `epoch` epochs; one of the same epoch is replaced.
+    def save(self, kinds: Sequence[Kind], epoch: int, state: TrainState) -> None:
+        """Begins to write the state after `epoch` epochs, as one kind after the other, and returns.
 
-        An interrupt, Ctrl-C, waits until it is written.
+        One of the same epoch is replaced. The state is copied first, so that the next step may
+        reuse its buffers. What goes wrong is raised by the next call of any method but `close`. An
+        interrupt, Ctrl-C, does not reach the writing; `close` waits for it.
         """
+        self.wait()
+        copy = jax.tree.map(np.array, jax.device_get(state))  # what is got may be the buffer itself
+        self._writing = self._writer.submit(self._write_each, kinds, epoch, copy)
+
+    def wait(self) -> None:
+        """Returns when what was begun has been written; raises what went wrong with it."""
+        if self._writing is not None:
+            self._writing.result()
+
+    def _write_each(self, kinds: Sequence[Kind], epoch: int, state: TrainState) -> None:
+        for kind in kinds:
+            self._write(kind, epoch, state)
+
+    def _write(self, kind: Kind, epoch: int, state: TrainState) -> None:
         manager = self._manager(kind)
         before = list(manager.all_steps())
         if before == [epoch]:
             # From a run that ended between this save and the next: same config, same state.
             return
-        with _uninterrupted():
-            if epoch in before:
-                self._remove(kind, epoch)
-            manager.save(epoch, args=ocp.args.StandardSave(state))
-            _sync(self.folder / kind / str(epoch))
-            for step in before:
-                if step != epoch:
-                    self._remove(kind, step)
+        if epoch in before:
+            self._remove(kind, epoch)
+        manager.save(epoch, args=ocp.args.StandardSave(state))
+        _sync(self.folder / kind / str(epoch))
+        for step in before:
+            if step != epoch:
+                self._remove(kind, step)
 
     def epoch(self, kind: Kind) -> int | None:
         """Returns the number of epochs after which the checkpoint was written; None without one."""
+        self.wait()
         if not (self.folder / kind).exists():  # nor is it made
             return None
         return min(self._manager(kind).all_steps(), default=None)
@@ -82,14 +99,14 @@ class Checkpoints:
         return state
 
     def close(self) -> None:
-        """Releases what Orbax holds."""
+        """Waits for what is being written, and releases what Orbax holds."""
+        self._writer.shutdown()
         for manager in self._managers.values():
             manager.close()
 
     def _manager(self, kind: Kind) -> ocp.CheckpointManager:
         if kind not in self._managers:
-            # Saving in the background would read buffers that the next step has been given to
-            # reuse; these states take milliseconds to write.
+            # Orbax's own way of saving in the background would leave the order of kinds to chance.
             options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
             folder = (self.folder / kind).absolute()
             self._sweep(kind)  # after a process that was killed
@@ -109,23 +126,6 @@ class Checkpoints:
         _sync_one(self.folder)
         self._sweep(kind)
         self._manager(kind).reload()
-
-
-@contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Holds an interrupt back until the block ends: in its middle, Orbax's threads would fail."""
-    if threading.current_thread() is not threading.main_thread():  # which alone hears of one
-        yield
-        return
-    held: list[Any] = []
-    before = signal.signal(signal.SIGINT, lambda *call: held.append(call))
-    try:
-        yield
-    finally:
-        # None stands for a handler that is not Python's, where Python is a part of something else.
-        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
-        if held:
-            signal.raise_signal(signal.SIGINT)
 
 
 def _sync(folder: Path) -> None:

@@ -142,7 +142,7 @@ class Member(Task):
         logits: np.ndarray,
         seconds: tuple[float, float],
     ) -> str:
-        """Writes down an epoch and its state; returns the line to show.
+        """Writes down an epoch, begins to write its state, and returns the line to show.
 
         Args:
             state: after the epoch.
@@ -172,9 +172,7 @@ class Member(Task):
         self.history.append(line)
         # First the line, then the states: a line without its state is dropped on a resume.
         append_line(self.workdir.metrics, line)
-        if line["best"]:
-            self.checkpoints.save("best", epoch, state)
-        self.checkpoints.save("latest", epoch, state)
+        self.checkpoints.save(("best", "latest") if line["best"] else ("latest",), epoch, state)
         self.done = epoch
         speed = len(self.data.train) / seconds[0]
         if self.events:

@@ -89,7 +89,7 @@ def test_a_stopped_run_ends_with_the_same_bytes(
     tree: Path, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     config = config_for(tree, tmp_path / "run")
-    append, save = loop.append_line, loop.Checkpoints.save
+    append, write = loop.append_line, checkpoint.Checkpoints._write
     calls = {"append": 0, "latest": 0}
 
     def stopping_append(path: Path, values: Any) -> None:
@@ -99,16 +99,16 @@ def test_a_stopped_run_ends_with_the_same_bytes(
                 raise KeyboardInterrupt
         append(path, values)
 
-    def stopping_save(self: Any, kind: Any, epoch: int, state: Any) -> None:
+    def stopping_write(self: Any, kind: Any, epoch: int, state: Any) -> None:
         if where == "after the line" and epoch == 2:
             raise KeyboardInterrupt
         if where == "after the best state" and epoch == 3 and kind == "latest":
             raise KeyboardInterrupt
-        save(self, kind, epoch, state)
+        write(self, kind, epoch, state)
 
     with monkeypatch.context() as patched:
         patched.setattr(loop, "append_line", stopping_append)
-        patched.setattr(loop.Checkpoints, "save", stopping_save)
+        patched.setattr(checkpoint.Checkpoints, "_write", stopping_write)
         with pytest.raises(KeyboardInterrupt):
             fit(config)
     assert not (tmp_path / "run" / "summary.json").exists()
@@ -411,15 +411,15 @@ def test_members_killed_apart_catch_up(tree: Path, tmp_path: Path) -> None:
         ]
 
     loop.fit_all(configs("whole"), together=True)
-    save = loop.Checkpoints.save
+    write = checkpoint.Checkpoints._write
     with pytest.MonkeyPatch.context() as patch:
 
-        def dying(self: loop.Checkpoints, kind: Any, epoch: int, state: Any) -> None:
+        def dying(self: checkpoint.Checkpoints, kind: Any, epoch: int, state: Any) -> None:
             if epoch == 2 and kind == "latest" and "/1/" in str(self.folder):
                 raise KeyboardInterrupt
-            save(self, kind, epoch, state)
+            write(self, kind, epoch, state)
 
-        patch.setattr(loop.Checkpoints, "save", dying)
+        patch.setattr(checkpoint.Checkpoints, "_write", dying)
         with pytest.raises(KeyboardInterrupt):
             loop.fit_all(configs("killed"), together=True)
     loop.fit_all(configs("killed"), together=True)

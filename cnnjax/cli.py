@@ -402,6 +402,15 @@ def guarded(command: Callable[[], int]) -> int:
             raise
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):  # as XLA says
+            raise
+        print(
+            "error: the device's memory is full; lower --train.batch, --data.size"
+            f" or --data.resident-mib ({str(error).splitlines()[0]})",
+            file=sys.stderr,
+        )
+        return 2
 
 
 @contextlib.contextmanager

@@ -79,6 +79,7 @@ def fit_all(configs: Sequence[Config], *, together: bool | None = None) -> list[
         ValueError: the configs differ by more.
     """
     _expect_alike(configs)
+    _expect_folder(configs[0].profile)
     mesh = devices.make_mesh(configs[0].device)
     if together is None:
         together = devices.platform(mesh) != "cpu"
@@ -131,9 +132,24 @@ class Member(Task):
     @property
     def ended(self) -> bool:
         """Whether there is nothing left to train."""
-        return self.done >= self.config.train.epochs or _out_of_patience(
-            self.history, self.config.train
-        )
+        return self.done >= self.config.train.epochs or self.out_of_patience
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether it has gone on for too long without a better checkpoint."""
+        patience = self.config.train.patience
+        return bool(patience and self.done - self.best >= patience)
+
+    @property
+    def best(self) -> int:
+        """The number of the best epoch; 0 before there is one."""
+        return max((line["epoch"] for line in self.history if line["best"]), default=0)
+
+    def mend(self, mesh: Mesh) -> None:
+        """Writes the best state where the process died when it had written it as the latest."""
+        if self.best == self.done and self.checkpoints.epoch("best") != self.done:
+            latest = self.checkpoints.restore("latest", self.template(mesh))
+            self.checkpoints.save(("best",), self.done, jax.device_get(latest))
 
     def note(
         self,
@@ -172,7 +188,7 @@ class Member(Task):
         self.history.append(line)
         # First the line, then the states: a line without its state is dropped on a resume.
         append_line(self.workdir.metrics, line)
-        self.checkpoints.save(("best", "latest") if line["best"] else ("latest",), epoch, state)
+        self.checkpoints.save(("latest", "best") if line["best"] else ("latest",), epoch, state)
         self.done = epoch
         speed = len(self.data.train) / seconds[0]
         if self.events:
@@ -221,6 +237,7 @@ def _train(members: list[Member], mesh: Mesh) -> None:
         _describe(member, mesh)
         if member.done:
             print(f"resuming after epoch {member.done}")
+            member.mend(mesh)
     # Those that were killed before the others' last epoch was kept catch up by themselves.
     while pending := [member for member in members if not member.ended]:
         first = min(member.done for member in pending)
@@ -230,7 +247,7 @@ def _train(members: list[Member], mesh: Mesh) -> None:
 
 
 def _train_until(members: list[Member], mesh: Mesh, last: int) -> None:
-    """Trains members that have done equally many epochs, up to `last`, or until one has ended."""
+    """Trains members that have done equally many epochs, up to `last`, or until all have ended."""
     config = members[0].config
     program: Program = Alone(members[0], mesh) if len(members) == 1 else Together(members, mesh)
     done = members[0].done
@@ -259,11 +276,16 @@ def _train_until(members: list[Member], mesh: Mesh, last: int) -> None:
             middle = time.perf_counter()
             logits = program.logits(states)
             seconds = middle - start, time.perf_counter() - middle
+            # Copies: the next step is given the buffers, which on a CPU are what is fetched.
+            fetched = jax.tree.map(np.array, jax.device_get(states))
             for i, member in enumerate(members):
-                bar.write(member.note(program.part(states, i), trained[i], logits[i], seconds))
-            if any(_out_of_patience(member.history, config.train) for member in members):
-                patience = config.train.patience
-                bar.write(f"no better checkpoint in {patience} epochs: stopping early")
+                if not member.ended:
+                    note = member.note(program.part(fetched, i), trained[i], logits[i], seconds)
+                    bar.write(note)
+                    if member.out_of_patience:
+                        patience = config.train.patience
+                        bar.write(f"no better checkpoint in {patience} epochs: stopping early")
+            if all(member.ended for member in members):
                 break
 
 
@@ -273,11 +295,25 @@ def _profiled(folder: Path | None) -> Iterator[None]:
     if folder is None:
         yield
         return
+    jax.profiler.start_trace(str(folder))
     try:
-        with jax.profiler.trace(str(folder)):
-            yield
-    except OSError as error:
-        raise InputError(f"--profile {folder}: {error.strerror or error}") from None
+        yield
+    finally:
+        try:
+            jax.profiler.stop_trace()
+        except (OSError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"--profile {folder} cannot be written ({reason})") from None
+
+
+def _expect_folder(folder: Path | None) -> None:
+    """Raises InputError where a trace could not be written, before anything is trained."""
+    if folder is not None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = error.strerror or error
+            raise InputError(f"--profile {folder} cannot be written ({reason})") from None
 
 
 def _validate(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -290,11 +326,6 @@ def _validate(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 def _score(judged: dict[str, float], config: TrainConfig) -> float:
     """Returns the number that is highest at the best epoch."""
     return -judged["loss"] if config.best == "loss" else judged[config.best]
-
-
-def _out_of_patience(history: list[dict[str, Any]], config: TrainConfig) -> bool:
-    best = max((line["epoch"] for line in history if line["best"]), default=0)
-    return bool(config.patience and history and history[-1]["epoch"] - best >= config.patience)
 
 
 def _conclude(member: Member, mesh: Mesh) -> Result:
@@ -333,7 +364,7 @@ def _conclude(member: Member, mesh: Mesh) -> Result:
         "parameters": _parameters(template),
         "epochs": member.history[-1]["epoch"],
         "views": config.augment.views,
-        "best_epoch": max(line["epoch"] for line in member.history if line["best"]),
+        "best_epoch": member.best,
         "best": judged["best"].to_json(),
         "last": judged["latest"].to_json(),
         "rules": _trivial_rules(data),

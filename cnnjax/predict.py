@@ -37,9 +37,15 @@ if TYPE_CHECKING:
 # Images per step: more fall out of a CPU core's cache; a step of fewer takes an accelerator less
 # time than calling it takes Python (as in `programs.TOGETHER`; not measured).
 BATCH = {"cpu": 64, "gpu": 1024, "tpu": 1024}
+LARGEST = 128  # of more pixels to a side, fewer images: feature maps of all must fit in memory
 FEW, MANY = 8, 64  # up to so many images take a smaller step; heat maps take so many at most
 
 Logits = Callable[..., np.ndarray]
+
+
+def at_once(kind: str, side: int) -> int:
+    """Returns how many images of side x side pixels are judged at once on a `platform`."""
+    return max(1, BATCH[kind] * LARGEST**2 // max(LARGEST, side) ** 2)
 
 
 @functools.lru_cache(maxsize=8)
@@ -61,10 +67,9 @@ def make_logits(
         mesh: the devices.
         views: how many of each image the logit is the mean of.
         augment: what several views differ by.
-        batch: images per step; by default as many as have `BATCH` views.
+        batch: images per step, at most; by default as many as have `at_once` views.
     """
     eval_step = make_eval_step(model, make_views(augment or AugmentConfig(), views))
-    batch = max(1, BATCH[platform(mesh)] // views) if batch is None else batch
 
     def step(
         state: TrainState, data: Resident | None, feed: Batch | jax.Array, draw: jax.Array
@@ -74,11 +79,13 @@ def make_logits(
     compiled = jax.jit(step, out_shardings=divided(mesh))
 
     def logits(state: TrainState, feeder: Feeder, rows: np.ndarray, draw: int = 0) -> np.ndarray:
-        cut = in_batches(rows.astype(np.int32), batch)
+        few = max(1, at_once(platform(mesh), feeder.side) // views)
+        few = few if batch is None else min(few, batch)
+        cut = in_batches(rows.astype(np.int32), few)
         with full_float32(mesh):
             outputs = [compiled(state, feeder.data, feed, draw) for feed in feeder.feed(cut)]
         # Each step's output may have a few rows more, which even out the devices.
-        whole = [np.asarray(x)[:batch] for x in jax.device_get(outputs)]
+        whole = [np.asarray(x)[:few] for x in jax.device_get(outputs)]
         return np.concatenate([np.zeros(0, np.float32), *whole])[: len(rows)]
 
     return logits

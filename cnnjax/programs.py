@@ -25,7 +25,7 @@ from cnnjax.config import Config
 from cnnjax.data.batches import Feeder, Resident, epoch_rows, in_batches, load
 from cnnjax.data.prepare import TrainingData
 from cnnjax.models import model_of
-from cnnjax.predict import BATCH, make_logits
+from cnnjax.predict import at_once, make_logits
 from cnnjax.steps import (
     Batch,
     Metrics,
@@ -127,7 +127,7 @@ class Program(Protocol):
         """Returns the tasks' states as one."""
 
     def part(self, states: TrainState, i: int) -> TrainState:
-        """Returns one task's state."""
+        """Returns one task's state, of states that have been fetched."""
 
     def epoch(
         self, states: TrainState, orders: list[np.ndarray], bar: tqdm[Any]
@@ -181,22 +181,19 @@ class Alone:
 class Together:
     """The program of several tasks on the same images, with equally many steps an epoch.
 
-    Each device computes equally many of them, where that keeps more than one at work: ten tasks
-    take five of eight devices. Else each batch is divided among the devices, as for one.
+    Each device computes equally many of them, and none of its work waits for another's: ten tasks
+    take five of eight devices. Five take three of four, where the first is computed once more, to
+    fill up.
     """
 
     def __init__(self, tasks: Sequence[Task], mesh: Mesh) -> None:
         self._tasks = tasks
-        first = tasks[0]
-        share = max(n for n in range(1, mesh.size + 1) if len(tasks) % n == 0)
-        whole = share > 1 or mesh.size == 1
-        mesh = Mesh(mesh.devices[:share], mesh.axis_names) if whole else mesh
-        self._mesh = mesh
-        self._by_task = devices.divided(mesh) if whole else devices.replicated(mesh)
-        by_row = PartitionSpec(devices.AXIS) if whole else PartitionSpec(None, devices.AXIS)
-        self._by_row = NamedSharding(mesh, by_row)
-        self._many_by_row = NamedSharding(mesh, PartitionSpec(None, *by_row))
-        self._devices = 1 if whole else mesh.size
+        each = -(-len(tasks) // mesh.size)
+        count = -(-len(tasks) // each)
+        self._short = count * each - len(tasks)
+        self._mesh = mesh = Mesh(mesh.devices[:count], mesh.axis_names)
+        self._by_task = devices.divided(mesh)
+        tasks, first = self._filled(tasks), tasks[0]
         self._data = first.feeder(mesh).data
         self._keys = jax.device_put(jnp.stack([t.step_key for t in tasks]), self._by_task)
         weights = np.array([t.class_weights for t in tasks], np.float32)
@@ -222,20 +219,30 @@ class Together:
         def judge(states: TrainState, data: Resident, feeds: jax.Array) -> jax.Array:
             return jax.vmap(lambda state, feed: eval_step(state, load(data, feed)))(states, feeds)
 
-        self._one = jax.jit(one, donate_argnums=0, out_shardings=(self._by_task, self._by_task))
-        every = NamedSharding(mesh, PartitionSpec(None, *self._by_task.spec))
-        self._many = jax.jit(many, donate_argnums=0, out_shardings=(self._by_task, every))
-        self._judge = jax.jit(judge, out_shardings=self._by_row)
-        self._part = jax.jit(
-            lambda states, i: jax.tree.map(lambda x: x[i], states),
-            out_shardings=devices.replicated(mesh),
-        )
-        self._batch = max(1, BATCH[devices.platform(mesh)] // len(tasks))
-        self._steps = TOGETHER[devices.platform(mesh)]
+        def divided(function: Any, feeds: PartitionSpec, rest: tuple[PartitionSpec, ...]) -> Any:
+            # Left to itself, XLA would gather all tasks' feature maps on every device: `vmap` over
+            # kernels makes convolutions of groups, which it does not divide.
+            return jax.shard_map(
+                function,
+                mesh=mesh,
+                in_specs=(by_task, PartitionSpec(), feeds, *rest),
+                out_specs=(by_task, feeds) if rest else by_task,
+                check_vma=False,
+            )
+
+        by_task, by_step = self._by_task.spec, PartitionSpec(None, *self._by_task.spec)
+        self._by_step = NamedSharding(mesh, by_step)
+        rest = (by_task, by_task)
+        self._one = jax.jit(divided(one, by_task, rest), donate_argnums=0)
+        self._many = jax.jit(divided(many, by_step, rest), donate_argnums=0)
+        self._judge = jax.jit(divided(judge, by_task, ()))
+        platform = devices.platform(mesh)
+        self._batch = max(1, at_once(platform, first.config.data.size) // each)
+        self._steps = TOGETHER[platform]
 
     def start(self) -> TrainState:
         """See `Program`."""
-        keys = jnp.stack([task.init_key for task in self._tasks])
+        keys = jnp.stack([task.init_key for task in self._filled(self._tasks)])
         new = jax.jit(
             jax.vmap(self._tasks[0].new_state),
             out_shardings=self._by_task,
@@ -247,55 +254,54 @@ class Together:
     def join(self, states: list[TrainState]) -> TrainState:
         """See `Program`."""
         stack = jax.jit(lambda *x: jax.tree.map(lambda *leaves: jnp.stack(leaves), *x))
-        joined: TrainState = jax.device_put(stack(*states), self._by_task)
+        joined: TrainState = jax.device_put(stack(*self._filled(states)), self._by_task)
         return joined
 
     def part(self, states: TrainState, i: int) -> TrainState:
         """See `Program`."""
-        one: TrainState = self._part(states, i)
+        one: TrainState = jax.tree.map(lambda x: x[i], states)
         return one
 
     def epoch(
         self, states: TrainState, orders: list[np.ndarray], bar: tqdm[Any]
     ) -> tuple[TrainState, list[dict[str, float]]]:
         """See `Program`."""
-        order = self._even(np.stack(orders, axis=1))  # [steps, tasks, batch]
+        order = np.stack(self._filled(orders), axis=1)  # [steps, tasks, batch]
+        many = len(self._tasks)
         fused = len(order) // self._steps * self._steps if self._steps > 1 else 0
         groups = order[:fused].reshape(-1, self._steps, *order.shape[1:])
         sums: list[Metrics] = []
         for group in groups:
-            feeds = jax.device_put(group, self._many_by_row)
+            feeds = jax.device_put(group, self._by_step)
             states, found = self._many(states, self._data, feeds, self._keys, self._weights)
             sums.append(found)
-            bar.update(int((group >= 0).sum()))
+            bar.update(int((group[:, :many] >= 0).sum()))
         for step in order[fused:]:
-            feeds = jax.device_put(step, self._by_row)
+            feeds = jax.device_put(step, self._by_task)
             states, found = self._one(states, self._data, feeds, self._keys, self._weights)
             sums.append(jax.tree.map(lambda x: x[None], found))
-            bar.update(int((step >= 0).sum()))
+            bar.update(int((step[:many] >= 0).sum()))
         fetched = jax.device_get(sums)  # of each, [steps, tasks]
         return states, [
-            means([Metrics(*(x[:, i] for x in found)) for found in fetched])
-            for i in range(len(self._tasks))
+            means([Metrics(*(x[:, i] for x in found)) for found in fetched]) for i in range(many)
         ]
 
     def logits(self, states: TrainState) -> list[np.ndarray]:
         """See `Program`."""
         rows = [task.data.validation.astype(np.int32) for task in self._tasks]
         longest = max(map(len, rows))
-        padded = [np.pad(r, (0, longest - len(r)), constant_values=-1) for r in rows]
-        cut = self._even(np.stack([in_batches(r, self._batch) for r in padded], axis=1))
+        padded = [np.pad(r, (0, longest - len(r)), constant_values=-1) for r in self._filled(rows)]
+        cut = np.stack([in_batches(r, self._batch) for r in padded], axis=1)
         with devices.full_float32(self._mesh):
             outputs = [
-                self._judge(states, self._data, jax.device_put(feed, self._by_row)) for feed in cut
+                self._judge(states, self._data, jax.device_put(feed, self._by_task)) for feed in cut
             ]
-        whole = np.concatenate([x[:, : self._batch] for x in jax.device_get(outputs)], axis=1)
+        whole = np.concatenate(jax.device_get(outputs), axis=1)
         return [whole[i, : len(r)] for i, r in enumerate(rows)]
 
-    def _even(self, rows: np.ndarray) -> np.ndarray:
-        """Fills the last axis up with -1 until the devices that divide it have equally many."""
-        short = -rows.shape[-1] % self._devices
-        return np.pad(rows, ((0, 0), (0, 0), (0, short)), constant_values=-1)
+    def _filled(self, each: Sequence[Any]) -> list[Any]:
+        """Returns what belongs to each task, with the first's once more for those that fill up."""
+        return [*each, *[each[0]] * self._short]
 
 
 class Steps(NamedTuple):

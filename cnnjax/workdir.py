@@ -148,7 +148,8 @@ class Workdir:
     def read_history(self, epochs: int) -> list[dict[str, Any]]:
         """Returns the first `epochs` lines of `metrics.jsonl`, and drops what follows from it.
 
-        A run that was killed may have written a line, or part of one, beyond its checkpoint.
+        A run that was killed may have written a line, or part of one, beyond its checkpoint, and so
+        in `throughput.jsonl`.
 
         Raises:
             InputError: there are fewer.
@@ -163,6 +164,11 @@ class Workdir:
             )
         with write_atomically(self.metrics) as file:
             file.writelines(lines)
+        if self.throughput.exists():
+            times = _read_text(self.throughput).splitlines(keepends=True)
+            whole = (line for line in times if line.endswith("\n"))
+            with write_atomically(self.throughput) as file:
+                file.writelines(line for line in whole if json.loads(line)["epoch"] <= epochs)
         return read_lines(self.metrics)
 
 

@@ -152,6 +152,18 @@ def test_interrupted_decoding_leaves_nothing(
     assert len(load(copy, tmp_path / "cache").images) == 32
 
 
+def test_what_killed_processes_left_goes_after_a_day(copy: Path, tmp_path: Path) -> None:
+    made = load(copy, tmp_path / "cache")
+    (home,) = (tmp_path / "cache").iterdir()
+    old, new = (home.with_name(f".{home.name}.{name}") for name in ("killed00", "atwork00"))
+    for folder in (old, new):
+        (folder / "images").mkdir(parents=True)
+    os.utime(old, (0, 0))
+    shutil.rmtree(home)
+    assert len(load(copy, tmp_path / "cache").images) == len(made.images)
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {home.name, new.name}
+
+
 def test_unwritable_cache_is_named(copy: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"file cannot be written .* --data.cache"):

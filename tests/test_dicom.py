@@ -47,6 +47,17 @@ def file_of(pixels: np.ndarray = RAMP, **tags: Any) -> bytes:
     return out.getvalue()
 
 
+def test_a_tag_that_cannot_be_read_says_nothing() -> None:
+    good = file_of(PatientID="ABC", Modality="CT")
+    assert dicom.doubts(good) == ["no radiograph by its modality (CT)"]
+    assert dicom.patient_of(good) is not None
+    # Three bytes that are to be numbers of two.
+    bad = good.replace(b"CS\x02\0CT", b"US\x02\0CT").replace(b"LO\x04\0ABC ", b"FL\x03\0ABC")
+    assert len(bad) == len(good) - 1
+    assert dicom.patient_of(bad) is None
+    assert dicom.doubts(bad) in ([], ["no radiograph by its modality (21571)"])
+
+
 def levels(encoded: bytes) -> np.ndarray:
     return dicom.read(encoded, 10**8)
 

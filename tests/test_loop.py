@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import jax
 import numpy as np
 import pytest
 
 from cnnjax import checkpoint, loop, programs
+from cnnjax.cli import guarded
 from cnnjax.config import (
     Config,
     DataConfig,
@@ -26,6 +28,8 @@ from cnnjax.config import (
     OperatingConfig,
     TrainConfig,
 )
+from cnnjax.data.prepare import training_data
+from cnnjax.devices import make_mesh
 from cnnjax.errors import InputError
 from cnnjax.loop import fit
 from cnnjax.workdir import append_line, claim, read_lines
@@ -84,13 +88,14 @@ def test_a_run_learns_and_leaves_its_files(finished: Path) -> None:
     assert right == pytest.approx(summary["best"]["accuracy"]["value"])
 
 
-@pytest.mark.parametrize("where", ["before the line", "after the line", "after the best state"])
+@pytest.mark.parametrize("where", ["before the line", "after the line", "after the latest state"])
 def test_a_stopped_run_ends_with_the_same_bytes(
     tree: Path, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     config = config_for(tree, tmp_path / "run")
     append, write = loop.append_line, checkpoint.Checkpoints._write
-    calls = {"append": 0, "latest": 0}
+    calls = {"append": 0}
+    best = max(line["epoch"] for line in read_metrics(finished) if line["best"])
 
     def stopping_append(path: Path, values: Any) -> None:
         if path.name == "metrics.jsonl":
@@ -102,7 +107,7 @@ def test_a_stopped_run_ends_with_the_same_bytes(
     def stopping_write(self: Any, kind: Any, epoch: int, state: Any) -> None:
         if where == "after the line" and epoch == 2:
             raise KeyboardInterrupt
-        if where == "after the best state" and epoch == 3 and kind == "latest":
+        if where == "after the latest state" and epoch == best and kind == "best":
             raise KeyboardInterrupt
         write(self, kind, epoch, state)
 
@@ -114,6 +119,8 @@ def test_a_stopped_run_ends_with_the_same_bytes(
     assert not (tmp_path / "run" / "summary.json").exists()
     fit(config)
     assert outcome(tmp_path / "run") == outcome(finished)
+    times = read_lines(tmp_path / "run" / "throughput.jsonl")
+    assert [line["epoch"] for line in times] == [1, 2, 3, 4]
 
 
 def test_streaming_and_other_incidental_flags_change_nothing(
@@ -150,6 +157,16 @@ def test_bfloat16_learns_the_same_and_is_kept_on_a_resume(
     fit(config_for(tree, config.workdir, precision="auto"))
     with pytest.raises(InputError, match=r"--train\.precision float32 \(was bfloat16\)"):
         fit(config_for(tree, config.workdir, precision="float32"))
+
+
+def test_a_trace_that_cannot_be_written_is_refused_before_training(
+    tree: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    config = replace(config_for(tree, tmp_path / "run"), profile=tmp_path / "file" / "trace")
+    with pytest.raises(InputError, match=r"--profile .*trace cannot be written"):
+        fit(config)
+    assert not (tmp_path / "run").exists()
 
 
 def test_profile_writes_a_trace(tree: Path, tmp_path: Path) -> None:
@@ -348,7 +365,7 @@ def test_resnet_with_every_option_resumes_on_other_devices(tree: Path, tmp_path:
     ("name", "devices", "folds"),
     [
         ("baseline", 3, (0, 2)),  # two of the devices take a member each
-        ("resnet", 2, (0, 1, 2)),  # two cannot share three members: they divide the batches
+        ("resnet", 2, (0, 1, 2)),  # one of the two computes one member, and another once more
     ],
 )
 def test_members_trained_together_are_those_trained_alone(
@@ -433,6 +450,21 @@ def test_members_killed_apart_catch_up(tree: Path, tmp_path: Path) -> None:
         assert one["value"] == pytest.approx(other["value"], abs=0.02)
 
 
+def test_members_on_devices_of_their_own_exchange_nothing(tree: Path, tmp_path: Path) -> None:
+    config = config_for(tree, tmp_path / "run", precision="float32")
+    data = training_data(config.data, config.seed, lambda _: None)
+    tasks = [programs.Task(replace(config, seed=seed), data) for seed in range(5)]
+    together = programs.Together(tasks, make_mesh(DeviceConfig(count=4)))
+    states = together.start()
+    first = jax.tree.leaves(states.params)[0]
+    assert first.shape[0] == 6  # two on each of three devices; one fills up
+    assert len(first.sharding.device_set) == 3
+    order = np.stack([task.order(1)[0] for task in (*tasks, tasks[0])])
+    lowered = together._one.lower(states, together._data, order, together._keys, together._weights)
+    for exchange in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
+        assert exchange not in lowered.compile().as_text()
+
+
 def test_members_may_differ_by_seed_and_fold_alone(tree: Path, tmp_path: Path) -> None:
     config = Config(workdir=tmp_path / "a", data=DataConfig(root=str(tree), size=20))
     with pytest.raises(ValueError, match="workdir, seed and fold alone"):
@@ -497,6 +529,29 @@ def test_a_checkpoint_goes_at_once(
     fit(config_for(tree, run))
     assert outcome(run) == outcome(finished)
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"latest", "best"}
+
+
+def test_a_full_disk_is_told_as_such(
+    tree: Path, tmp_path: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    save = checkpoint.ocp.CheckpointManager.save
+
+    def full(self: Any, epoch: int, **options: Any) -> Any:
+        if epoch == 2:  # as Orbax says it
+            raise ValueError("RESOURCE_EXHAUSTED: Error writing: No space left on device")
+        return save(self, epoch, **options)
+
+    def train() -> int:
+        fit(config_for(tree, run))
+        return 0
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(checkpoint.ocp.CheckpointManager, "save", full)
+        assert guarded(train) == 2
+    assert "error: the disk is full" in capsys.readouterr().err
+    fit(config_for(tree, run))
+    assert outcome(run) == outcome(finished)
 
 
 def test_an_interrupt_waits_for_a_checkpoint(tree: Path, tmp_path: Path, finished: Path) -> None:

@@ -84,6 +84,7 @@ class Feeder:
 
     Attributes:
         mesh: the devices.
+        side: of an image, in pixels.
         data: the data set on the devices, or None where it is streamed.
     """
 
@@ -95,7 +96,7 @@ class Feeder:
         resident_mib: int,
         viral: np.ndarray | None = None,
     ) -> None:
-        self.mesh = mesh
+        self.mesh, self.side = mesh, images.shape[1]
         self._set = images, labels, viral
         self._by_row = divided(mesh)
         self.data: Resident | None = None

@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cnnjax.data.decode import DecodeError, MissingDecoder, decode
-from cnnjax.data.files import work_folder, write_atomically
+from cnnjax.data.files import save_array, sweep, work_folder, write_atomically
 from cnnjax.data.index import Example, Source, viral_of
 from cnnjax.errors import InputError
 from cnnjax.machine import cache_folder, cpu_cores
@@ -154,6 +154,7 @@ def _decode_into(
                 passing.append(example.name)
             return f"cannot be read: {error.strerror or error}"
 
+    sweep(home)
     with work_folder(home) as work:
         shape = len(examples), size, size
         images = np.lib.format.open_memmap(
@@ -216,6 +217,6 @@ def _shorten(path: Path, rows: int) -> None:
     """Rewrites the array without the rows at its end, which files in quarantine left unused."""
     images = np.load(path, mmap_mode="r")
     shorter = path.with_suffix(".shorter.npy")
-    np.save(shorter, images[:rows])
+    save_array(shorter, images[:rows])
     del images
     shorter.replace(path)

@@ -79,7 +79,7 @@ def patient_of(encoded: bytes | Path) -> str | None:
 
     Of a file named by its path, only what stands before the pixels is read.
     """
-    identifier = str(_open(encoded, pixels=False).get("PatientID") or "").strip()
+    identifier = _tag(_open(encoded, pixels=False), "PatientID")
     return hashlib.sha256(identifier.encode()).hexdigest()[:16] if identifier else None
 
 
@@ -87,21 +87,31 @@ def doubts(encoded: bytes) -> list[str]:
     """Returns sentences about what makes this no frontal chest radiograph, by its tags."""
     file = _open(encoded, pixels=False)
     found = []
-    view = str(file.get("ViewPosition") or "").upper()
+    view = _tag(file, "ViewPosition").upper()
     if view in _LATERAL:
         found.append(f"a lateral view ({view}); the network knows frontal ones alone")
-    modality = str(file.get("Modality") or "")
+    modality = _tag(file, "Modality")
     if modality not in ("", "CR", "DX", "RG", "OT", "SC"):
         found.append(f"no radiograph by its modality ({modality})")
-    part = str(file.get("BodyPartExamined") or "").upper()
+    part = _tag(file, "BodyPartExamined").upper()
     if part and part not in ("CHEST", "THORAX", "LUNG", "PORT CHEST"):
         found.append(f"not of the chest ({part})")
-    age = str(file.get("PatientAge") or "").strip().upper()
+    age = _tag(file, "PatientAge").upper()
     if match := re.fullmatch(r"(\d{3})([DWMY])", age):
         years = int(match[1]) / {"D": 365.25, "W": 52.18, "M": 12, "Y": 1}[match[2]]
         if not 1 <= years < 6:
             found.append(f"of a patient aged {age}; the network knows children of 1 to 5 years")
     return found
+
+
+def _tag(file: Any, name: str) -> str:
+    """Returns a tag's text; empty where there is none, or none that can be read."""
+    try:
+        return str(file.get(name) or "").strip()
+    except (
+        Exception
+    ):  # pydicom looks at a tag when it is asked for, and it can be broken in any way
+        return ""
 
 
 def _open(encoded: bytes | Path, *, pixels: bool = True) -> Any:

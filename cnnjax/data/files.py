@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
+
+import numpy as np
 
 _NAMES = "surrogateescape"  # a file name that is no UTF-8 is written as it is
 
@@ -25,23 +29,35 @@ def write_atomically(path: Path) -> Iterator[TextIO]:
             yield file
         return
     asked, path = path, path.resolve()
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        opened = partial.open("x", encoding="utf-8", newline="", errors=_NAMES)
     except OSError as error:  # name the file that was asked for
         raise type(error)(error.errno, error.strerror, str(asked)) from None
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", newline="", errors=_NAMES) as file:
+        with opened as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes private files; a run's outputs get the permissions that open() would give.
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(name).chmod(0o666 & ~umask)
-        Path(name).replace(path)
+        partial.replace(path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
         raise
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Writes a .npy file, and waits until the disk has it."""
+    with path.open("wb") as file:
+        np.save(file, array)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sweep(home: Path) -> None:
+    """Removes what killed processes left of a `work_folder` beside `home`, a day or more ago."""
+    for left in home.parent.glob(f".{home.name}.????????"):
+        if time.time() - left.stat().st_mtime > 86_400:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 @contextmanager

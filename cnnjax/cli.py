@@ -40,7 +40,8 @@ class Evaluate:
     checkpoint: Literal["best", "latest"] = "best"
     """Of a run: the best epoch by validation, or the last."""
     threshold: float | None = None
-    """Images count as positive from this probability on; by default the operating point's."""
+    """Images count as positive from this probability on, as --prevalence makes it; by default the
+    operating point's."""
     prevalence: float | None = None
     """Share of positives where the images come from; by default that of the fit."""
     views: int | None = None
@@ -77,13 +78,18 @@ class Evaluate:
         decoded = cache.load(index.split(self.split), index.source, config.size, folder=self.cache)
         for name, reason in decoded.quarantine:
             print(f"  left out: {name}: {reason}")
-        if self.run is None and self.data == "phantom":
-            print("  note: drawn images; the released networks were trained on real ones alone")
         if self.run is None or release.is_release(self.run):
+            if self.data == "phantom":
+                print("  note: drawn images; give real ones with --data")
             if self.split != "test":
                 print("  note: a release is trained on all images of train and val of its data set")
-        elif seen := Workdir(self.run).trained_on(e.name for e in decoded.examples):
-            print(f"  warning: the run was trained on {seen:,} images of these names")
+        else:
+            workdir = Workdir(self.run)
+            root = workdir.read_config().data.root
+            if self.data == "phantom" != root:
+                print(f"  note: drawn images; the run was trained on {root}, which --data may name")
+            if seen := workdir.trained_on(e.name for e in decoded.examples):
+                print(f"  warning: the run was trained on {seen:,} images of these names")
         point, threshold = predictor.operating, self.threshold
         if threshold is None:
             threshold = point.probability_threshold(self.prevalence)
@@ -92,6 +98,8 @@ class Evaluate:
         judged = metrics.evaluate(logits, decoded.labels, patients, threshold=threshold)
         print(f"\n{self.split} split, {predictor.about}, with 95 % intervals")
         print(judged.report(predictor.classes))
+        if self.prevalence is not None:
+            print(judged.elsewhere(self.prevalence))
         if self.json is not None:
             with _writing(self.json, "--json"):
                 write_json(self.json, judged.to_json())
@@ -127,7 +135,8 @@ class Predict:
     checkpoint: Literal["best", "latest"] = "best"
     """Of a run: the best epoch by validation, or the last."""
     threshold: float | None = None
-    """Images count as positive from this probability on; by default the operating point's."""
+    """Images count as positive from this probability on, as --prevalence makes it; by default the
+    operating point's."""
     prevalence: float | None = None
     """Share of positives where the images come from; by default that of the fit."""
     views: int | None = None
@@ -222,10 +231,11 @@ class Report:
     """Workdir of one run, as training gives its command."""
     data: str | None = None
     """Judge one run on this data set instead of on its held-out images."""
-    split: Literal["train", "val", "test"] = "test"
-    """Which split of --data."""
+    split: Literal["train", "val", "test"] | None = None
+    """Which split of --data; by default `test`."""
     out: Path | None = None
-    """Where to; by default report.html in the workdir, or comparison.html here."""
+    """Where to; by default report.html in the workdir, report-SPLIT.html for --data, or
+    comparison.html here."""
     device: DeviceConfig = field(default_factory=DeviceConfig)
 
     def __call__(self) -> int:
@@ -235,6 +245,11 @@ class Report:
             raise InputError("report needs the workdir of a run; give it with --run")
         if self.data is not None and len(runs) > 1:
             raise InputError("--data goes with one run; several are compared on what they held out")
+        if self.split is not None and self.data is None:
+            raise InputError(
+                f"--split {self.split} needs --data; without, held-out images are judged"
+            )
+        split = self.split or "test"
         from cnnjax import devices, report
 
         mesh = devices.make_mesh(self.device)
@@ -243,7 +258,7 @@ class Report:
             if len(runs) > 1:
                 path = report.compare(runs, out)
             else:
-                path = report.write(runs[0], mesh, data=self.data, split=self.split, out=self.out)
+                path = report.write(runs[0], mesh, data=self.data, split=split, out=self.out)
         print(path)
         return 0
 

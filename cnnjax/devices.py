@@ -43,7 +43,7 @@ def make_mesh(config: DeviceConfig) -> Mesh:
     except Exception as error:
         if config.platform == "auto":
             raise
-        hint = "" if config.platform == "tpu" else ' with pip install "cnnjax[cuda13]"'
+        hint = "" if config.platform == "tpu" else ' with pip install -e ".[cuda13]"'
         raise InputError(
             f"--device.platform {config.platform}: JAX finds none here; drop the flag,"
             f" or install JAX for it{hint} ({str(error).splitlines()[0]})"

@@ -29,8 +29,7 @@ class Events:
             from tensorboardX import SummaryWriter
         except ImportError:
             raise InputError(
-                "--tensorboard needs tensorboardX; install it with:"
-                " pip install 'cnnjax[tensorboard]'"
+                "--tensorboard needs tensorboardX; install it with: pip install -e '.[tensorboard]'"
             ) from None
         shutil.rmtree(folder, ignore_errors=True)
         self._writer = SummaryWriter(str(folder))

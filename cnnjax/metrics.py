@@ -74,6 +74,21 @@ class Evaluation:
                 out[name] = vars(value) if isinstance(value, Confusion) else value
         return out
 
+    def elsewhere(self, prevalence: float) -> str:
+        """Returns in words what sensitivity and specificity come to at another share of positives.
+
+        It is the images' own that accuracy, precision, F1 and the probabilities' errors are of.
+        """
+        here = (self.confusion.tp + self.confusion.fn) / self.n
+        said = f"these images are {here:.3g} positive, and the figures theirs"
+        found, spared = self.sensitivity.value, self.specificity.value
+        if found is None or spared is None:
+            return said
+        true, false = prevalence * found, (1 - prevalence) * (1 - spared)
+        precision = _ratio(true, true + false)
+        said += f"; where {prevalence:.3g} are, accuracy is {true + (1 - prevalence) * spared:.4f}"
+        return said if precision is None else f"{said} and precision {precision:.4f}"
+
     def report(self, classes: Sequence[str]) -> str:
         """Returns the metrics with intervals, and the classification report per class, as text."""
         c = self.confusion

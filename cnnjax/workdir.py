@@ -193,6 +193,7 @@ def claim(config: Config) -> Iterator[Workdir]:
             f"--workdir {workdir.root} cannot be written ({error.strerror or error})"
         ) from None
     try:
+        expect_effect(config)
         if workdir.begun:
             changed = differences(config, workdir.read_config())
             if changed:
@@ -201,7 +202,6 @@ def claim(config: Config) -> Iterator[Workdir]:
                     " give the same flags to resume it, or choose another --workdir"
                 )
         else:
-            expect_effect(config)
             workdir.write_config(config)
         yield workdir
     finally:

@@ -69,6 +69,16 @@ def test_evaluate(
     ill = np.array([row["truth"] == "PNEUMONIA" for row in rows])
     assert np.square(probability - ill).mean() == pytest.approx(found["brier"]["value"])
 
+    capsys.readouterr()
+    assert cnnjax(*command, "--prevalence", 0.05, "--json", out) == 0
+    here = json.loads(out.read_text())
+    assert here["confusion"] == c  # the threshold moves along
+    right = here["sensitivity"]["value"] * 0.05
+    spared = here["specificity"]["value"] * 0.95
+    said = f"where 0.05 are, accuracy is {right + spared:.4f}"
+    said += f" and precision {right / (right + 0.95 - spared):.4f}"
+    assert said in capsys.readouterr().out
+
     assert cnnjax("evaluate", "--run", run, "--data", tree, "--threshold", 0, "--json", out) == 0
     assert json.loads(out.read_text())["sensitivity"]["value"] == 1
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sklearn.metrics import precision_recall_curve
 
 from cnnjax import cli, devices, metrics, report
 from cnnjax.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainConfig
@@ -108,6 +109,19 @@ def test_another_split_is_judged(run: Path, tree: Path, tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         cli.main([*command, "--split", "train"])
     assert "whose images bear names of those it was trained on" in out.read_text()
+    before = (run / "report.html").exists() and (run / "report.html").read_bytes()
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*command[:-2], "--split", "val"])
+    assert ended.value.code == 0
+    assert "the val split of" in (run / "report-val.html").read_text()
+    assert ((run / "report.html").exists() and (run / "report.html").read_bytes()) == before
+
+
+def test_a_split_of_nothing_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["report", str(run), "--split", "test"])
+    assert ended.value.code == 2
+    assert "error: --split test needs --data" in capsys.readouterr().err
 
 
 def test_without_the_images_it_says_so(run: Path, tmp_path: Path) -> None:
@@ -119,6 +133,19 @@ def test_without_the_images_it_says_so(run: Path, tmp_path: Path) -> None:
     _, page = written(gone)
     assert "none are shown" in page.text
     assert "img" not in [tag for tag, _ in page.tags]
+
+
+def test_precision_at_a_recall_is_that_of_scikit_learn() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.permutation(np.arange(40) < 10).astype(int)
+    logits = (rng.standard_normal(40) + labels).round(1)
+    precision, recall, _ = precision_recall_curve(labels, logits)
+    reached = np.unique(recall[recall > 0])
+    expected = [precision[recall == r].max() for r in reached]
+    found = plots.precision_at(reached, logits, labels, np.ones(40))
+    np.testing.assert_allclose(found, expected)
+    apart = plots.precision_at(reached, labels * 2.0 - 1, labels, np.ones(40))
+    np.testing.assert_array_equal(apart, 1)
 
 
 def test_curves_of_very_few_positives_are_drawn() -> None:

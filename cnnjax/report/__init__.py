@@ -59,7 +59,7 @@ def write(
         mesh: the devices to use.
         data: judge the run on this data set instead of on its held-out images.
         split: of `data`.
-        out: the page; `report.html` in the workdir when None.
+        out: the page; when None, in the workdir, `report.html`, or `report-SPLIT.html` of `data`.
 
     Returns:
         The page's path.
@@ -83,7 +83,8 @@ def write(
             where += f", {seen:,} of whose images bear names of those it was trained on"
     rules = workdir.read_summary()["rules"] if data is None else None
     page = _render(workdir, config, predictor, judged, where, images, rules)
-    path = run / "report.html" if out is None else out
+    name = "report.html" if data is None else f"report-{split}.html"
+    path = run / name if out is None else out
     with write_atomically(path) as file:
         file.write(page)
     return path

@@ -108,6 +108,27 @@ def roc(logits: np.ndarray, labels: np.ndarray, patients: Sequence[str], at: Eva
     return svg("roc", draw, (4.4, 4.2))
 
 
+def precision_at(
+    recall: np.ndarray, logits: np.ndarray, labels: np.ndarray, weights: np.ndarray
+) -> np.ndarray:
+    """Returns the precision, float64 [n], where a part `recall` [n] of the positives is found.
+
+    Between two recalls that are reached it goes straight; NaN where the weights leave no positive.
+
+    Args:
+        recall: float [n], in (0, 1].
+        logits: float [images].
+        labels: int [images], 0 or 1.
+        weights: float [images], how often each image counts.
+    """
+    false, true = _ranked(logits, labels, weights)
+    rises = np.diff(true, prepend=0) > 0  # of equal recalls, the first has the best precision
+    if not rises.any():
+        return np.full(len(recall), np.nan)
+    found = true[rises]
+    return np.interp(recall, found / true[-1], found / (found + false[rises]))
+
+
 def precision_recall(
     logits: np.ndarray, labels: np.ndarray, patients: Sequence[str], at: Evaluation
 ) -> str:
@@ -115,11 +136,7 @@ def precision_recall(
     grid = np.linspace(0.01, 1, 100)
 
     def precision(weights: np.ndarray) -> np.ndarray:
-        false, true = _ranked(logits, labels, weights)
-        whole = true > 0
-        if not whole.any():  # a draw without a positive
-            return np.full(len(grid), np.nan)
-        return np.interp(grid, true[whole] / true[-1], (true / (true + false + 1e-12))[whole])
+        return precision_at(grid, logits, labels, weights)
 
     low, high = _band(precision, patients)
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Literal
 
@@ -112,7 +112,15 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for what is being written, and releases what Orbax holds."""
+        again = None
+        while self._writing is not None and not self._writing.done():
+            try:
+                wait([self._writing])
+            except KeyboardInterrupt as error:  # the second: let the first's end come, in a moment
+                again = error
         self._writer.shutdown()
+        if again is not None:
+            raise again
         for manager in self._managers.values():
             manager.close()
 

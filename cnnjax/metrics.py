@@ -80,7 +80,7 @@ class Evaluation:
         It is the images' own that accuracy, precision, F1 and the probabilities' errors are of.
         """
         here = (self.confusion.tp + self.confusion.fn) / self.n
-        said = f"these images are {here:.3g} positive, and the figures theirs"
+        said = f"the figures above are of a share of positives of {here:.3g}"
         found, spared = self.sensitivity.value, self.specificity.value
         if found is None or spared is None:
             return said

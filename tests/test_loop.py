@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import struct
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from cnnjax.data.prepare import training_data
 from cnnjax.devices import make_mesh
 from cnnjax.errors import InputError
 from cnnjax.loop import fit
+from cnnjax.steps import TrainState
 from cnnjax.workdir import append_line, claim, read_lines
 
 EPOCHS = 4
@@ -570,6 +572,23 @@ def test_an_interrupt_waits_for_a_checkpoint(tree: Path, tmp_path: Path, finishe
     assert [path.name for path in (run / "checkpoints" / "latest").iterdir()] == ["2"]
     fit(config_for(tree, run))
     assert outcome(run) == outcome(finished)
+
+
+def test_so_does_a_second_interrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+
+    def slow(self: Any, kind: Any, epoch: int, state: Any) -> None:
+        time.sleep(0.2)  # until the main thread closes
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(0.2)
+        written.append(epoch)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "_write", slow)
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    checkpoints.save(("latest",), 1, TrainState(np.zeros(()), {}, {}, (), None))
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.close()
+    assert written == [1]
 
 
 def test_what_an_abandoned_start_asked_for_is_forgotten(tree: Path, tmp_path: Path) -> None:

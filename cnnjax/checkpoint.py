@@ -66,8 +66,9 @@ class Checkpoints:
         if before == [epoch]:
             # From a run that ended between this save and the next: same config, same state.
             return
-        if epoch in before:
-            self._remove(kind, epoch)
+        for step in before:
+            if step >= epoch:  # Orbax would save nothing before them
+                self._remove(kind, step)
         try:
             manager.save(epoch, args=ocp.args.StandardSave(state))
         except ValueError as error:
@@ -77,7 +78,7 @@ class Checkpoints:
             raise OSError(full, os.strerror(full), str(self.folder)) from None
         _sync(self.folder / kind / str(epoch))
         for step in before:
-            if step != epoch:
+            if step < epoch:
                 self._remove(kind, step)
 
     def epoch(self, kind: Kind) -> int | None:

@@ -421,8 +421,9 @@ def guarded(command: Callable[[], int]) -> int:
         if "RESOURCE_EXHAUSTED" not in str(error):  # as XLA says
             raise
         print(
-            "error: the device's memory is full; lower --train.batch, --data.size"
-            f" or --data.resident-mib ({str(error).splitlines()[0]})",
+            "error: the device's memory is full; free some, take another with --device.platform,"
+            " or begin another run with a smaller --train.batch or --data.size"
+            f" ({str(error).splitlines()[0]})",
             file=sys.stderr,
         )
         return 2

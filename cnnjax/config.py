@@ -302,8 +302,11 @@ _INCIDENTAL = {
 }
 
 
-def expect_effect(config: Config) -> None:
-    """Raises InputError where a flag of a new run has no effect without another."""
+def expect_effect(config: Config, *, resumed: bool = False) -> None:
+    """Raises InputError where a flag of a run has no effect without another.
+
+    Of one that is `resumed`, only those are looked at that may change.
+    """
     default = Config()
     given, usual = config.operating, default.operating
     for name, criterion in (
@@ -313,6 +316,8 @@ def expect_effect(config: Config) -> None:
     ):
         if getattr(given, name) != getattr(usual, name) and given.criterion != criterion:
             raise InputError(f"--operating.{name} needs --operating.criterion {criterion}")
+    if resumed:
+        return
     if config.train.warmup != default.train.warmup and config.train.schedule != "cosine":
         raise InputError("--train.warmup needs --train.schedule cosine")
 

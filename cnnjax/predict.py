@@ -80,6 +80,7 @@ def make_logits(
 
     def logits(state: TrainState, feeder: Feeder, rows: np.ndarray, draw: int = 0) -> np.ndarray:
         few = max(1, at_once(platform(mesh), feeder.side) // views)
+        few = -(-few // mesh.size) * mesh.size  # each device gets one at least
         few = few if batch is None else min(few, batch)
         cut = in_batches(rows.astype(np.int32), few)
         with full_float32(mesh):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -166,9 +167,8 @@ class Workdir:
             file.writelines(lines)
         if self.throughput.exists():
             times = _read_text(self.throughput).splitlines(keepends=True)
-            whole = (line for line in times if line.endswith("\n"))
             with write_atomically(self.throughput) as file:
-                file.writelines(line for line in whole if json.loads(line)["epoch"] <= epochs)
+                file.writelines(line for line in times if _epoch_of(line) <= epochs)
         return read_lines(self.metrics)
 
 
@@ -193,7 +193,7 @@ def claim(config: Config) -> Iterator[Workdir]:
             f"--workdir {workdir.root} cannot be written ({error.strerror or error})"
         ) from None
     try:
-        expect_effect(config)
+        expect_effect(config, resumed=workdir.begun)
         if workdir.begun:
             changed = differences(config, workdir.read_config())
             if changed:
@@ -235,6 +235,14 @@ def read_json(path: Path, key: str | None = None) -> Any:
         raise InputError(f"{path} is not valid JSON ({error}); restore it") from None
     except (KeyError, TypeError):
         raise InputError(f"{path} has no {key}; restore it") from None
+
+
+def _epoch_of(line: str) -> float:
+    """Returns the number of the epoch that a line is about; infinity for a broken one."""
+    try:
+        return float(json.loads(line)["epoch"])
+    except (KeyError, TypeError, ValueError):
+        return math.inf
 
 
 def _read_text(path: Path) -> str:

@@ -158,7 +158,8 @@ def test_what_killed_processes_left_goes_after_a_day(copy: Path, tmp_path: Path)
     old, new = (home.with_name(f".{home.name}.{name}") for name in ("killed00", "atwork00"))
     for folder in (old, new):
         (folder / "images").mkdir(parents=True)
-    os.utime(old, (0, 0))
+    for path in (old / "images", old):
+        os.utime(path, (0, 0))
     shutil.rmtree(home)
     assert len(load(copy, tmp_path / "cache").images) == len(made.images)
     assert {path.name for path in (tmp_path / "cache").iterdir()} == {home.name, new.name}

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import struct
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -159,6 +160,30 @@ def test_bfloat16_learns_the_same_and_is_kept_on_a_resume(
     fit(config_for(tree, config.workdir, precision="auto"))
     with pytest.raises(InputError, match=r"--train\.precision float32 \(was bfloat16\)"):
         fit(config_for(tree, config.workdir, precision="float32"))
+
+
+def test_a_run_that_an_older_version_left_ahead_of_itself_goes_on(
+    tree: Path, tmp_path: Path, finished: Path
+) -> None:
+    """It wrote the best state before the latest."""
+    run = tmp_path / "run"
+    write = checkpoint.Checkpoints._write
+
+    def killed(self: Any, kind: Any, epoch: int, state: Any) -> None:
+        if epoch == 2:
+            write(self, "best", epoch, state)
+            raise KeyboardInterrupt
+        write(self, kind, epoch, state)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(checkpoint.Checkpoints, "_write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fit(config_for(tree, run))
+    kept = sorted(path.parts[-2:] for path in (run / "checkpoints").glob("*/*"))
+    assert kept == [("best", "2"), ("latest", "1")]
+    (run / "throughput.jsonl").write_text("nothing\n")
+    fit(config_for(tree, run))
+    assert outcome(run) == outcome(finished)
 
 
 def test_a_trace_that_cannot_be_written_is_refused_before_training(
@@ -574,15 +599,22 @@ def test_an_interrupt_waits_for_a_checkpoint(tree: Path, tmp_path: Path, finishe
     assert outcome(run) == outcome(finished)
 
 
-def test_so_does_a_second_interrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    written = []
+def test_so_does_one_that_comes_while_it_closes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closing, wait, written = threading.Event(), checkpoint.wait, []
+
+    def waiting(futures: Any) -> None:
+        closing.set()
+        wait(futures)
 
     def slow(self: Any, kind: Any, epoch: int, state: Any) -> None:
-        time.sleep(0.2)  # until the main thread closes
+        assert closing.wait(60)
         signal.raise_signal(signal.SIGINT)
         time.sleep(0.2)
         written.append(epoch)
 
+    monkeypatch.setattr(checkpoint, "wait", waiting)
     monkeypatch.setattr(checkpoint.Checkpoints, "_write", slow)
     checkpoints = checkpoint.Checkpoints(tmp_path)
     checkpoints.save(("latest",), 1, TrainState(np.zeros(()), {}, {}, (), None))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
@@ -17,7 +17,7 @@ import numpy as np
 _NAMES = "surrogateescape"  # a file name that is no UTF-8 is written as it is
 
 
-@contextmanager
+@contextlib.contextmanager
 def write_atomically(path: Path) -> Iterator[TextIO]:
     """Opens a text file that replaces `path` when the block ends well, and never otherwise.
 
@@ -56,11 +56,13 @@ def save_array(path: Path, array: np.ndarray) -> None:
 def sweep(home: Path) -> None:
     """Removes what killed processes left of a `work_folder` beside `home`, a day or more ago."""
     for left in home.parent.glob(f".{home.name}.????????"):
-        if time.time() - left.stat().st_mtime > 86_400:
-            shutil.rmtree(left, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # another process was first
+            touched = max(path.stat().st_mtime for path in (left, *left.rglob("*")))
+            if time.time() - touched > 86_400:
+                shutil.rmtree(left, ignore_errors=True)
 
 
-@contextmanager
+@contextlib.contextmanager
 def work_folder(home: Path) -> Iterator[Path]:
     """Makes an empty folder with the usual rights beside `home`, for the block to rename to it.
 

@@ -581,6 +581,15 @@ def test_a_full_disk_is_told_as_such(
     assert outcome(run) == outcome(finished)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A process that a shell started in the background may have been told to ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_waits_for_a_checkpoint(tree: Path, tmp_path: Path, finished: Path) -> None:
     run = tmp_path / "run"
     save = checkpoint.ocp.CheckpointManager.save
@@ -599,6 +608,7 @@ def test_an_interrupt_waits_for_a_checkpoint(tree: Path, tmp_path: Path, finishe
     assert outcome(run) == outcome(finished)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_so_does_one_that_comes_while_it_closes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ def write_atomically(path: Path) -> Iterator[TextIO]:
     """
     special = path.exists() and not path.is_file() and not path.is_dir()
     if special or path.parent == Path("/dev"):
+        sys.stdout.flush()  # what was printed before stands before it, should it be the same place
         with path.open("w", encoding="utf-8", newline="", errors=_NAMES) as file:
             yield file
         return

@@ -120,10 +120,10 @@ class Checkpoints:
             except KeyboardInterrupt as error:  # the second: let the first's end come, in a moment
                 again = error
         self._writer.shutdown()
-        if again is not None:
-            raise again
         for manager in self._managers.values():
             manager.close()
+        if again is not None:
+            raise again
 
     def _manager(self, kind: Kind) -> ocp.CheckpointManager:
         if kind not in self._managers:

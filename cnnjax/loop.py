@@ -80,7 +80,7 @@ def fit_all(configs: Sequence[Config], *, together: bool | None = None) -> list[
         ValueError: the configs differ by more.
     """
     _expect_alike(configs)
-    _expect_folder(configs[0].profile)
+    _expect_writable(configs[0].profile)
     mesh = devices.make_mesh(configs[0].device)
     if together is None:
         together = devices.platform(mesh) != "cpu"
@@ -307,7 +307,7 @@ def _profiled(folder: Path | None) -> Iterator[None]:
             raise InputError(f"--profile {folder} cannot be written ({reason})") from None
 
 
-def _expect_folder(folder: Path | None) -> None:
+def _expect_writable(folder: Path | None) -> None:
     """Raises InputError where a trace could not be written, before anything is trained."""
     if folder is not None:
         try:

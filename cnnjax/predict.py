@@ -79,14 +79,14 @@ def make_logits(
     compiled = jax.jit(step, out_shardings=divided(mesh))
 
     def logits(state: TrainState, feeder: Feeder, rows: np.ndarray, draw: int = 0) -> np.ndarray:
-        few = max(1, at_once(platform(mesh), feeder.side) // views)
-        few = -(-few // mesh.size) * mesh.size  # each device gets one at least
-        few = few if batch is None else min(few, batch)
-        cut = in_batches(rows.astype(np.int32), few)
+        most = max(1, at_once(platform(mesh), feeder.side) // views)
+        most = -(-most // mesh.size) * mesh.size  # each device gets one at least
+        most = min(most, batch or most)
+        cut = in_batches(rows.astype(np.int32), most)
         with full_float32(mesh):
             outputs = [compiled(state, feeder.data, feed, draw) for feed in feeder.feed(cut)]
         # Each step's output may have a few rows more, which even out the devices.
-        whole = [np.asarray(x)[:few] for x in jax.device_get(outputs)]
+        whole = [np.asarray(x)[:most] for x in jax.device_get(outputs)]
         return np.concatenate([np.zeros(0, np.float32), *whole])[: len(rows)]
 
     return logits

@@ -8,6 +8,7 @@ Either gives the same, up to rounding.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -219,23 +220,16 @@ class Together:
         def judge(states: TrainState, data: Resident, feeds: jax.Array) -> jax.Array:
             return jax.vmap(lambda state, feed: eval_step(state, load(data, feed)))(states, feeds)
 
-        def divided(function: Any, feeds: PartitionSpec, rest: tuple[PartitionSpec, ...]) -> Any:
-            # Left to itself, XLA would gather all tasks' feature maps on every device: `vmap` over
-            # kernels makes convolutions of groups, which it does not divide.
-            return jax.shard_map(
-                function,
-                mesh=mesh,
-                in_specs=(by_task, PartitionSpec(), feeds, *rest),
-                out_specs=(by_task, feeds) if rest else by_task,
-                check_vma=False,
-            )
-
-        by_task, by_step = self._by_task.spec, PartitionSpec(None, *self._by_task.spec)
-        self._by_step = NamedSharding(mesh, by_step)
-        rest = (by_task, by_task)
-        self._one = jax.jit(divided(one, by_task, rest), donate_argnums=0)
-        self._many = jax.jit(divided(many, by_step, rest), donate_argnums=0)
-        self._judge = jax.jit(divided(judge, by_task, ()))
+        # Left to itself, XLA would gather all tasks' feature maps on every device: `vmap` over
+        # kernels makes convolutions of groups, which it does not divide.
+        shard = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
+        task, step, whole = self._by_task.spec, PartitionSpec(None, devices.AXIS), PartitionSpec()
+        self._by_step = NamedSharding(mesh, step)
+        sharded_one = shard(one, in_specs=(task, whole, task, task, task), out_specs=(task, task))
+        sharded_many = shard(many, in_specs=(task, whole, step, task, task), out_specs=(task, step))
+        self._one = jax.jit(sharded_one, donate_argnums=0)
+        self._many = jax.jit(sharded_many, donate_argnums=0)
+        self._judge = jax.jit(shard(judge, in_specs=(task, whole, task), out_specs=task))
         platform = devices.platform(mesh)
         self._batch = max(1, at_once(platform, first.config.data.size) // each)
         self._steps = TOGETHER[platform]

@@ -361,6 +361,18 @@ def test_a_recipe_from_the_shell(tree: Path, tmp_path: Path) -> None:
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_a_full_device_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    def study() -> int:
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nand more")
+
+    assert cli.guarded(study) == 2
+    screen = capsys.readouterr().err
+    assert screen.startswith("error: the device's memory is full")
+    assert len(screen.splitlines()) == 1
+    with pytest.raises(RuntimeError, match="another"):
+        cli.guarded(lambda: (_ for _ in ()).throw(RuntimeError("another")))
+
+
 def test_a_file_that_cannot_be_written_is_one_sentence_and_status_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

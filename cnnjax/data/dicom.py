@@ -108,9 +108,7 @@ def _tag(file: Any, name: str) -> str:
     """Returns a tag's text; empty where there is none, or none that can be read."""
     try:
         return str(file.get(name) or "").strip()
-    except (
-        Exception
-    ):  # pydicom looks at a tag when it is asked for, and it can be broken in any way
+    except Exception:  # pydicom reads a tag when it is asked for; it can be broken in any way
         return ""
 
 

@@ -591,18 +591,29 @@ def interruptible() -> Iterator[None]:
 
 @pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_waits_for_a_checkpoint(tree: Path, tmp_path: Path, finished: Path) -> None:
-    run = tmp_path / "run"
-    save = checkpoint.ocp.CheckpointManager.save
+    run, begun, written = tmp_path / "run", threading.Event(), []
+    write, save = checkpoint.ocp.CheckpointManager.save, checkpoint.Checkpoints.save
 
-    def interrupted(self: Any, epoch: int, **options: Any) -> Any:
+    def slow(self: Any, epoch: int, **options: Any) -> Any:
         if epoch == 2:
+            assert begun.wait(60)
+            time.sleep(0.2)
+        answer = write(self, epoch, **options)
+        written.append(epoch)
+        return answer
+
+    def interrupted(self: Any, kinds: Any, epoch: int, state: Any) -> None:
+        save(self, kinds, epoch, state)
+        if epoch == 2:
+            begun.set()
             signal.raise_signal(signal.SIGINT)
-        return save(self, epoch, **options)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(checkpoint.ocp.CheckpointManager, "save", interrupted)
+        patched.setattr(checkpoint.ocp.CheckpointManager, "save", slow)
+        patched.setattr(checkpoint.Checkpoints, "save", interrupted)
         with pytest.raises(KeyboardInterrupt):
             fit(config_for(tree, run))
+    assert written[-1] == 2
     assert [path.name for path in (run / "checkpoints" / "latest").iterdir()] == ["2"]
     fit(config_for(tree, run))
     assert outcome(run) == outcome(finished)

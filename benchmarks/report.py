@@ -136,7 +136,8 @@ def _step_time(document: dict[str, Any], plots: Path) -> str:
     note = (
         "MFU is of the device's peak; the roofline's bytes are XLA's count over the bandwidth of"
         " memory, and what a cache serves beats it. Augmentation is part of the train step."
-        " `resnet` is the library's default, 16 channels at first; the recipe's is in `peers.py`.\n"
+        " Both networks see one channel, and `resnet` has 16 at first (the library's default is"
+        " 32); the recipes' networks are in `peers.py`.\n"
     )
     return f"### {_NAMES['step_time']}\n\n{_table(columns, rows)}\n{note}\n{plot}"
 
@@ -356,7 +357,8 @@ _HEAD = """\
 What the scripts here measured. Every comparison is made in turn within one run, A B C A B C, since
 the machines are shared: trust the ratios, and their spread, before the milliseconds. Each script's
 first lines say how to run it and what it counts; `python benchmarks/report.py --run NAME` runs one
-and makes this page anew.
+(with `--flags "--data DIR"` those that train on the real images) and makes this page anew. PyTorch
+and Keras need `python benchmarks/peers.py --setup` first.
 """
 
 

@@ -29,7 +29,7 @@ from cnnjax.machine import cpu_cores
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Judge a trained run on a split of a data set."""
+    """Judge a trained run, or the released weights, on a split of a data set."""
 
     run: Path | None = None
     """A run's workdir, or a folder with a release; by default the weights of the package."""
@@ -45,8 +45,8 @@ class Evaluate:
     prevalence: float | None = None
     """Share of positives where the images come from; by default that of the fit."""
     views: int | None = None
-    """How many views of each image to judge: as many as the recipe says, or 1, the image as it is,
-    which takes less time."""
+    """How many views of each image to judge: as many as the recipe says (the default), or 1, the
+    image as it is, which takes less time."""
     json: Path | None = None
     """Write the metrics to this file."""
     csv: Path | None = None
@@ -140,8 +140,8 @@ class Predict:
     prevalence: float | None = None
     """Share of positives where the images come from; by default that of the fit."""
     views: int | None = None
-    """How many views of each image to judge: as many as the recipe says, or 1, the image as it is,
-    which takes less time."""
+    """How many views of each image to judge: as many as the recipe says (the default), or 1, the
+    image as it is, which takes less time."""
     format: Literal["auto", "table", "jsonl", "csv"] = "auto"
     """What is printed: `auto` is a table on a terminal, else an object a line (JSON Lines)."""
     json: Path | None = None
@@ -165,6 +165,8 @@ class Predict:
         _expect_folder(self.json, "--json")
         _expect_folder(self.csv, "--csv")
         films = _films(self.paths)
+        if self.heatmap is not None:
+            _expect_apart(self.heatmap, films)
         mesh = devices.make_mesh(self.device)
         predictor = Predictor.open(self.run, mesh, self.checkpoint, self.views)
         point, threshold = predictor.operating, self.threshold
@@ -226,7 +228,7 @@ class Report:
     """Write the page that tells a run's story, or one that sets several runs side by side."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
-    """Workdirs: of several, a page compares them."""
+    """Workdirs; given several, the page compares them."""
     run: Path | None = None
     """Workdir of one run, as training gives its command."""
     data: str | None = None
@@ -501,6 +503,13 @@ class _Film(NamedTuple):
 
 
 _SHOWN = 512  # pixels: side of the pictures of heat
+
+
+def _expect_apart(folder: Path, films: Sequence[_Film]) -> None:
+    """Raises if pictures of heat would lie among the films, and could take the place of one."""
+    homes = {Path(film.name).resolve().parent for film in films if film.name != "-"}
+    if folder.resolve() in homes:
+        raise InputError(f"--heatmap {folder} is the images' own folder; name another one")
 
 
 def _write_heatmaps(folder: Path, films: Sequence[_Film], heat: np.ndarray) -> None:

@@ -126,7 +126,7 @@ class AugmentConfig:
     two (Zhong et al., arXiv:1708.04896)."""
     views: int = 1
     """A trained network's logits are averaged over so many draws of these changes, the same for
-    every image; 1 judges images as they are. (In training, validation always does.)"""
+    every image; 1 judges images as they are. (Validation during training always takes one view.)"""
 
     def __post_init__(self) -> None:
         _settle(self, "augment.")
@@ -178,7 +178,7 @@ class TrainConfig:
     """Each image is mixed with another, and so are their labels; the shares are drawn from
     Beta(mixup, mixup) (Zhang et al., arXiv:1710.09412). 0 mixes nothing."""
     label_smoothing: float = 0.0
-    """Labels become s / 2 and 1 - s / 2."""
+    """Smoothing s: labels become s / 2 and 1 - s / 2."""
     auxiliary: float = 0.0
     """Weight of the loss of a second head, which learns to tell viral from bacterial pneumonia on
     the images whose file names say which; it has no part in the answer. 0 for no such head."""
@@ -188,9 +188,9 @@ class TrainConfig:
     """Stop after this many epochs without a better checkpoint; 0 never stops early."""
     precision: Precision = "auto"
     """What the network computes in; weights and batch statistics are float32 in any case. `auto`
-    is bfloat16 on GPU and TPU, float32 on CPU, and what the run began with on a resume. (There,
-    training multiplies float32 with fewer bits unless JAX_DEFAULT_MATMUL_PRECISION=highest is set;
-    validation does not.)"""
+    is bfloat16 on GPU and TPU, float32 on CPU, and what the run began with on a resume. (On GPU and
+    TPU, training multiplies float32 with fewer bits unless JAX_DEFAULT_MATMUL_PRECISION=highest is
+    set; validation never does.)"""
 
     def __post_init__(self) -> None:
         _settle(self, "train.")

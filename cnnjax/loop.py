@@ -168,14 +168,12 @@ class Member(Task):
             seconds: what training and validation took.
 
         Raises:
-            InputError: the loss is not finite.
+            InputError: the loss is not finite, or a logit.
         """
         epoch, config = self.done + 1, self.config.train
-        if not math.isfinite(trained["loss"]):
-            raise InputError(
-                f"the loss is {trained['loss']} in epoch {epoch}; lower --train.learning-rate"
-                f" or set --train.clip-norm (the run is kept as of epoch {epoch - 1})"
-            )
+        _expect_finite(trained["loss"], epoch)
+        # Its last step may have been the first to break the network.
+        _expect_finite(float(np.abs(logits).max()), epoch)
         judged = _validate(logits, self.labels[self.data.validation])
         score = _score(judged, config)
         line = {
@@ -316,6 +314,14 @@ def _expect_writable(folder: Path | None) -> None:
         except OSError as error:
             reason = error.strerror or error
             raise InputError(f"--profile {folder} cannot be written ({reason})") from None
+
+
+def _expect_finite(loss: float, epoch: int) -> None:
+    if not math.isfinite(loss):
+        raise InputError(
+            f"the loss is {loss} in epoch {epoch}; lower --train.learning-rate"
+            f" or set --train.clip-norm (the run is kept as of epoch {epoch - 1})"
+        )
 
 
 def _validate(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:

@@ -206,7 +206,7 @@ class Predictor:
         cls,
         released: release.Release,
         mesh: Mesh,
-        about: str = "the released weights",
+        about: str = "the package's release",
         views: int | None = None,
     ) -> Predictor:
         """Returns the networks of a release, in float32; for `views` see `open`."""

@@ -180,8 +180,8 @@ def main() -> int:
     """Reads the flags and runs; returns the exit status."""
     options = tyro.extras.overridable_config_cli(
         {
-            "baseline": ("The post's recipe.", Options(baseline.CONFIG)),
-            "pneumonia": ("Ours.", Options(pneumonia.CONFIG)),
+            "baseline": ("The post's recipe, as in baseline.py.", Options(baseline.CONFIG)),
+            "pneumonia": ("Our recipe, as in pneumonia.py.", Options(pneumonia.CONFIG)),
         },
         description=__doc__,
     )

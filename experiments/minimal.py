@@ -122,4 +122,4 @@ def main(data: DataConfig, epochs: int = 5) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(lambda: tyro.cli(main)))
+    sys.exit(guarded(lambda: tyro.cli(main, description=__doc__)))

@@ -215,6 +215,10 @@ def test_output_goes_into_a_pipe_and_through_a_link(run: Path, tree: Path, tmp_p
     # A process of its own has other devices, and thus other last digits.
     printed = json.loads(done.stdout[done.stdout.index(b"\n{\n") :])
     assert printed["confusion"] == json.loads(written)["confusion"]
+    (tmp_path / "log").write_text("before\n")
+    with (tmp_path / "log").open("a") as log:
+        subprocess.run(words, stdout=log, check=True)
+    assert (tmp_path / "log").read_bytes() == b"before\n" + done.stdout
 
 
 def test_a_damaged_run_is_named(
@@ -273,6 +277,17 @@ def test_predict_draws_heat_maps_of_what_it_can_read(run: Path, tree: Path, tmp_
         assert picture.size == (512, 512)
         pixels = np.asarray(picture)
         assert np.ptp(pixels.astype(int), axis=2).max() > 50  # colour where there is heat
+
+
+def test_heat_maps_take_the_place_of_no_image(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("L", (30, 30)).save(tmp_path / "film.png")
+    before = (tmp_path / "film.png").read_bytes()
+    heat = tmp_path / "elsewhere" / ".."
+    assert cnnjax("predict", "--run", run, tmp_path / "film.png", "--heatmap", heat) == 2
+    assert f"--heatmap {heat} is the images' own folder" in capsys.readouterr().err
+    assert (tmp_path / "film.png").read_bytes() == before
 
 
 @pytest.mark.parametrize(

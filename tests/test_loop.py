@@ -271,6 +271,15 @@ def test_a_diverging_run_says_so(tree: Path, tmp_path: Path) -> None:
         fit(config_for(tree, tmp_path / "run", learning_rate=1e30, optimizer="sgd"))
 
 
+def test_a_network_that_an_epochs_last_step_breaks_is_not_kept(tree: Path, tmp_path: Path) -> None:
+    """The loss of the only step is that of the network before it."""
+    config = config_for(tree, tmp_path / "run", learning_rate=1e30, optimizer="sgd", batch=96)
+    with pytest.raises(InputError, match=r"the loss is (nan|inf) in epoch 1; lower"):
+        fit(config)
+    assert not (config.workdir / "metrics.jsonl").exists()
+    assert not list((config.workdir / "checkpoints").glob("*/*"))
+
+
 def test_patience_stops_early_and_stays_stopped(
     tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

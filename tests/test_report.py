@@ -87,6 +87,18 @@ def test_the_page_is_whole_and_readable(run: Path) -> None:
     assert names.count("h1") == names.count("main") == 1
 
 
+def test_patients_on_both_sides_are_told(run: Path, tmp_path: Path) -> None:
+    """As the folders of --data.validation official may have them."""
+    sides = "Images; as far as names tell, {} on both sides"
+    assert sides.format("no patient is") in written(run)[1].text
+    shutil.copytree(run, tmp_path / "run")
+    split = Workdir(tmp_path / "run").split
+    held_out = next(s for s in split.read_text().splitlines() if s.endswith("validation"))
+    with split.open("a") as file:
+        file.write(f"again-{held_out.replace('validation', 'train')}\n")
+    assert sides.format("1 patient is") in written(tmp_path / "run")[1].text
+
+
 def test_the_page_says_what_the_run_found(run: Path) -> None:
     _, page = written(run)
     summary = json.loads((run / "summary.json").read_text())

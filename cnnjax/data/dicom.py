@@ -146,11 +146,22 @@ def _pixels(file: Any) -> np.ndarray:
         if stored.ndim == 3 and left.startswith("YBR_FULL"):
             stored = convert_color_space(stored, left, "RGB")
     except Exception as error:  # each decoder has its own
-        syntax = file.file_meta.TransferSyntaxUID.name
-        raise NoDecoder(
-            f"DICOM pixels that cannot be decoded here ({syntax}): {_reason(error)}"
+        syntax = file.file_meta.TransferSyntaxUID
+        kind_of_error = NoDecoder if _lacks_decoders(syntax) else DicomError
+        raise kind_of_error(
+            f"DICOM pixels that cannot be decoded here ({syntax.name}): {_reason(error)}"
         ) from None
     return stored
+
+
+def _lacks_decoders(syntax: Any) -> bool:
+    """Whether what is not installed here may decode pixels of a transfer syntax."""
+    from pydicom.pixels import get_decoder
+
+    try:
+        return bool(get_decoder(syntax).missing_dependencies)
+    except NotImplementedError:  # pydicom itself cannot
+        return True
 
 
 def _windowed(file: Any, stored: np.ndarray) -> np.ndarray:

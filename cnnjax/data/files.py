@@ -22,12 +22,14 @@ _NAMES = "surrogateescape"  # a file name that is no UTF-8 is written as it is
 def write_atomically(path: Path) -> Iterator[TextIO]:
     """Opens a text file that replaces `path` when the block ends well, and never otherwise.
 
-    A link stays one, to the new file; into a pipe or a device, as /dev/stdout, it writes at once.
+    A link stays one, to the new file; into a pipe or a device, as /dev/stdout, it writes at once,
+    after what is there.
     """
     special = path.exists() and not path.is_file() and not path.is_dir()
     if special or path.parent == Path("/dev"):
         sys.stdout.flush()  # what was printed before stands before it, should it be the same place
-        with path.open("w", encoding="utf-8", newline="", errors=_NAMES) as file:
+        # To append: /dev/stdout may be a file, by >.
+        with path.open("a", encoding="utf-8", newline="", errors=_NAMES) as file:
             yield file
         return
     asked, path = path, path.resolve()

@@ -363,7 +363,9 @@ def _two_classes(root: Path, names: set[str], positive: str) -> tuple[str, str]:
     if len(names) != 2:
         raise InputError(f"{root} needs images of exactly two classes, found {listed}")
     if positive not in names:
-        raise InputError(f"{root} has the classes {listed}; name one of them with --data.positive")
+        raise InputError(
+            f"{root} has the classes {listed}; name one of them with --data.positive to train on it"
+        )
     (negative,) = names - {positive}
     return negative, positive
 

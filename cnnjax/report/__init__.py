@@ -130,6 +130,7 @@ def _render(
     )
     summary = workdir.read_summary()
     history, speeds = read_lines(workdir.metrics), read_lines(workdir.throughput)
+    rows = read_table(workdir.split)
     labels, patients = judged.labels, judged.patients
     both = len(set(labels.tolist())) == 2
     figures = {
@@ -149,7 +150,8 @@ def _render(
         config=config,
         settings=flags(config),
         sessions=read_lines(workdir.sessions),
-        split=_counts(workdir, predictor.classes),
+        split=_counts(rows, predictor.classes),
+        shared=_shared(rows),
         quarantine=read_table(workdir.quarantine),
         classes=predictor.classes,
         summary=summary,
@@ -220,9 +222,8 @@ def _encoded(image: np.ndarray) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def _counts(workdir: Workdir, classes: Sequence[str]) -> list[dict[str, Any]]:
+def _counts(rows: Sequence[dict[str, str]], classes: Sequence[str]) -> list[dict[str, Any]]:
     """Returns images by class, and patients, of each side of the run's split."""
-    rows = read_table(workdir.split)
     sides = []
     for role in ("train", "validation"):
         mine = [row for row in rows if row["role"] == role]
@@ -235,3 +236,11 @@ def _counts(workdir: Workdir, classes: Sequence[str]) -> list[dict[str, Any]]:
             }
         )
     return sides
+
+
+def _shared(rows: Sequence[dict[str, str]]) -> int:
+    """Returns how many patients are on both sides of the run's split."""
+    train, validation = (
+        {row["patient"] for row in rows if row["role"] == role} for role in ("train", "validation")
+    )
+    return len(train & validation)

@@ -283,7 +283,7 @@ class Config:
 
 
 # These do not decide what the network becomes, so they may change on a resume. (The data are
-# compared by their content, not by where they lie.)
+# compared by content and by names under the root, not by where that lies.)
 _INCIDENTAL = {
     "--workdir",
     "--profile",

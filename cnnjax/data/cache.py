@@ -44,7 +44,7 @@ class Decoded:
     quarantine: tuple[tuple[str, str], ...]
     """(name, reason) of each file that could not."""
     fingerprint: str
-    """SHA-256 over names, labels, patients and pixels: the same data has the same, anywhere. Files
+    """SHA-256 over names under the root, labels, patients and pixels; a copy has the same. Files
     that cannot be decoded count too, as folds are drawn over them."""
 
     @property

@@ -31,7 +31,9 @@ class Estimate:
     def __str__(self) -> str:
         if self.value is None:
             return "undefined"
-        low, high = self.ci95 or (math.nan, math.nan)
+        if self.ci95 is None:
+            return f"{self.value:.4f}  [no interval]"
+        low, high = self.ci95
         return f"{self.value:.4f}  [{low:.4f}, {high:.4f}]"
 
 
@@ -138,7 +140,8 @@ def evaluate(
     specificity and precision get that of `clustered_proportion`; F1, AUC, Brier score and
     calibration error get the percentile interval of a bootstrap that draws whole patients. That of
     the calibration error is moved by the bootstrap's bias: each draw adds noise, and an average of
-    absolute values rises with it.
+    absolute values rises with it. Where all draws agree, as of a single patient or for a perfect
+    ranking, they cannot tell how far off the metric may be, and there is no interval.
 
     Args:
         logits: float [n].
@@ -178,8 +181,11 @@ def evaluate(
         drawn["f1"].append(_divide(2 * hits, weights @ decided + weights @ truth))
 
     draws = {name: np.concatenate([np.empty(0), *parts]) for name, parts in drawn.items()}
+    for name, some in draws.items():
+        if len(np.unique(some[np.isfinite(some)])) == 1:
+            draws[name] = some[:0]
     ece = float(np.abs(excess.sum(0)).sum() / len(labels))
-    if replicates:
+    if len(draws["ece"]):
         draws["ece"] = np.maximum(draws["ece"] + ece - np.median(draws["ece"]), 0)
 
     return Evaluation(

@@ -28,7 +28,7 @@ from cnnjax.cli import guarded
 from cnnjax.config import Config, OperatingConfig
 from cnnjax.errors import InputError
 from cnnjax.loop import fit_all
-from cnnjax.metrics import auc
+from cnnjax.metrics import Estimate, auc
 from cnnjax.predict import Predictor
 from cnnjax.steps import variables_of
 from cnnjax.workdir import Workdir, write_json
@@ -128,8 +128,7 @@ def show(document: dict[str, Any]) -> None:
     print(f"\nAUC by fold: {document['auc_mean']:.4f} +- {document['auc_sd']:.4f}")
     print(f"as they are, pooled over {document['images']:,} images, with 95 % intervals")
     for name, value in document["plain"].items():
-        low, high = value["ci95"]
-        print(f"  {name:<12} {value['value']:.4f}  [{low:.4f}, {high:.4f}]")
+        print(f"  {name:<12} {Estimate(**value)}")
     names = ("threshold", *shifted.METRICS[1:])
     print("\nas they are, at other operating points")
     width = max(len(point["criterion"]) for point in document["points"])

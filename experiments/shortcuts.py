@@ -29,7 +29,7 @@ from cnnjax.data.decode import decode
 from cnnjax.data.index import Index, read_index
 from cnnjax.errors import InputError
 from cnnjax.loop import fit
-from cnnjax.metrics import evaluate
+from cnnjax.metrics import Estimate, evaluate
 from cnnjax.workdir import write_json
 
 SIZE = baseline.CONFIG.data.size  # pixels
@@ -96,16 +96,14 @@ def single_numbers(tree: str, root: Path) -> list[dict[str, Any]]:
         spread = values.std() or 1.0
         area = evaluate((values - values.mean()) / spread, labels, patients).auc
         assert area.value is not None
-        assert area.ci95 is not None
         turned = area.value < 0.5
-        low, high = sorted(1 - end if turned else end for end in area.ci95)
         found.append(
             {
                 "what": name,
                 "images": tree,
                 "n": len(labels),
                 "auc": 1 - area.value if turned else area.value,
-                "ci95": [low, high],
+                "ci95": sorted(1 - end if turned else end for end in area.ci95 or ()),
                 "higher in": index.classes[0 if turned else 1],
             }
         )
@@ -181,10 +179,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 1 + 0.28 * len(rows)), layout="constrained")
     colors = dict(zip(dict.fromkeys(row["images"] for row in rows), COLORS, strict=False))
     for i, row in enumerate(rows):
-        low, high = row["ci95"]
         label = row["images"] if row["images"] not in [r["images"] for r in rows[:i]] else None
         axes.barh(i, row["auc"] - 0.5, left=0.5, color=colors[row["images"]], label=label)
-        axes.plot([low, high], [i, i], color="black")
+        axes.plot(row["ci95"], [i] * len(row["ci95"]), color="black")
     axes.set_yticks(range(len(rows)), [row["what"] for row in rows])
     axes.invert_yaxis()
     axes.set_xlim(0.5, 1)
@@ -204,11 +201,10 @@ def main() -> int:
     if options.full_resolution is not None:
         rows += single_numbers("as published", options.full_resolution)
     small = single_numbers("as given", options.data)
-    rows += [row for row in small if row["ci95"][1] > 0.5]  # not where all images have the same
+    rows += [row for row in small if row["auc"] > 0.5]  # not where all images have the same
     rows += networks(options)
     for row in rows:
-        low, high = row["ci95"]
-        print(f"{row['what']:<24} {row['images']:<16} {row['auc']:.3f}  [{low:.3f}, {high:.3f}]")
+        print(f"{row['what']:<24} {row['images']:<16} {Estimate(row['auc'], row['ci95'] or None)}")
     if options.json is not None:
         write_json(options.json, {"rows": rows})
     if options.plot is not None:

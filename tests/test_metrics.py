@@ -151,6 +151,18 @@ def test_undefined_is_none_and_null() -> None:
     assert "undefined" in found.report(("NORMAL", "PNEUMONIA"))
 
 
+@pytest.mark.parametrize("patients", [["a"] * 6, list("abcdef")], ids=["one patient", "perfect"])
+def test_draws_that_all_agree_tell_no_interval(patients: list[str]) -> None:
+    perfect = len(set(patients)) > 1
+    logits = np.array([-2.0, -1, -3, 1, 2, 3 if perfect else -4])
+    found = metrics.evaluate(logits, np.array([0, 0, 0, 1, 1, 1]), patients)
+    assert found.auc.value is not None
+    assert found.auc.ci95 is None
+    assert found.f1.ci95 is None
+    assert (found.brier.ci95 is None) is not perfect
+    assert f"auc          {found.auc.value:.4f}  [no interval]" in found.report(("a", "b"))
+
+
 def test_json_has_the_documented_form() -> None:
     out = metrics.evaluate(*drawn(3)).to_json()
     assert set(out["confusion"]) == {"tn", "fp", "fn", "tp"}

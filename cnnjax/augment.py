@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,37 @@ from cnnjax.config import AugmentConfig
 
 Augment = Callable[[jax.Array, jax.Array], jax.Array]
 Views = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+class _Draws(NamedTuple):
+    """What decides how an image is changed: numbers drawn evenly from [0, 1).
+
+    All are drawn whatever the config uses, in one go: another change more or less leaves the others
+    as they are, and a program with one generator is compiled sooner than with one for each.
+    """
+
+    shear: jax.Array
+    zoom_rows: jax.Array
+    zoom_columns: jax.Array
+    rotate: jax.Array
+    shift_rows: jax.Array
+    shift_columns: jax.Array
+    flip: jax.Array
+    black: jax.Array
+    crop_area: jax.Array
+    crop_aspect: jax.Array
+    crop_row: jax.Array
+    crop_column: jax.Array
+    sharpness: jax.Array
+    gamma: jax.Array
+    contrast: jax.Array
+    brightness: jax.Array
+    noise: jax.Array
+    erase: jax.Array
+    erase_area: jax.Array
+    erase_aspect: jax.Array
+    erase_row: jax.Array
+    erase_column: jax.Array
 
 
 def make_augment(config: AugmentConfig) -> Augment:
@@ -27,26 +59,30 @@ def make_augment(config: AugmentConfig) -> Augment:
     moves = (config.shear, config.zoom, config.rotate, config.shift, config.flip, config.crop < 1)
 
     def augment_one(key: jax.Array, image: jax.Array) -> jax.Array:
-        geometry, tone = jax.random.split(key)
-        sharpness, gamma, noise, erase = (jax.random.fold_in(key, k) for k in range(4))
+        count = len(_Draws._fields)
+        draws = _Draws(*jax.random.uniform(key, (count,)))
         if any(moves):
-            matrix = _random_affine(geometry, config, (image.shape[0], image.shape[1]))
+            matrix = _random_affine(draws, config, (image.shape[0], image.shape[1]))
             moved = affine(image[..., 0], matrix)
             if config.black:
-                fill = jax.random.bernoulli(jax.random.fold_in(key, 4), config.black)
-                moved = jnp.where(fill & _outside(matrix, moved.shape), 0, moved)
+                fill = (draws.black < config.black) & _outside(matrix, moved.shape)
+                moved = jnp.where(fill, 0, moved)
             image = moved[..., None]
         if config.sharpness:
-            image = _random_sharpness(sharpness, config.sharpness, image)
+            image = _sharpened(image, _within(draws.sharpness, config.sharpness))
         if config.gamma:
             # A power as XLA vectorises it on a CPU; black stays black, exp(-inf).
-            image = jnp.exp(jnp.log(image) * jnp.exp(_uniform(gamma, config.gamma)))
+            image = jnp.exp(jnp.log(image) * jnp.exp(_within(draws.gamma, config.gamma)))
         if config.contrast or config.brightness:
-            image = _random_tone(tone, config, image)
+            mean = image.mean()
+            image = mean + (image - mean) * (1 + _within(draws.contrast, config.contrast))
+            image = jnp.clip(image + _within(draws.brightness, config.brightness), 0, 1)
         if config.noise:
-            image = _random_noise(noise, config.noise, image)
+            pixels = jax.random.fold_in(key, count)  # the numbers before are those of the draws
+            grain = jax.random.normal(pixels, image.shape, image.dtype)
+            image = jnp.clip(image + draws.noise * config.noise * grain, 0, 1)
         if config.erase:
-            image = _random_erasing(erase, config.erase, image)
+            image = _randomly_erased(image, draws, config.erase)
         return image
 
     def augment(key: jax.Array, images: jax.Array) -> jax.Array:
@@ -185,43 +221,47 @@ def keras_affine(
     return jnp.concatenate([linear, offset[:, None]], axis=1)
 
 
-def _random_affine(key: jax.Array, config: AugmentConfig, size: tuple[int, int]) -> jax.Array:
-    """Draws shear, zoom, rotation, shift and flip, as one matrix for `affine`."""
-    shear, zoom, rotate, shift, flip = jax.random.split(key, 5)
+def _random_affine(draws: _Draws, config: AugmentConfig, size: tuple[int, int]) -> jax.Array:
+    """Returns a random shear, zoom, rotation, shift, flip and crop, as one matrix for `affine`."""
     extent = jnp.array(size, jnp.float32)
+    zoom = jnp.stack([draws.zoom_rows, draws.zoom_columns])
+    shift = jnp.stack([draws.shift_rows, draws.shift_columns])
     matrix = keras_affine(
-        jnp.deg2rad(_uniform(shear, config.shear)),
-        1 + _uniform(zoom, config.zoom, (2,)),
-        jnp.deg2rad(_uniform(rotate, config.rotate)),
-        _uniform(shift, config.shift, (2,)) * extent,
+        jnp.deg2rad(_within(draws.shear, config.shear)),
+        1 + _within(zoom, config.zoom),
+        jnp.deg2rad(_within(draws.rotate, config.rotate)),
+        _within(shift, config.shift) * extent,
         size,
     )
     if config.flip:
         # Keras warps, then mirrors: output column c shows what stood at width - 1 - c.
         mirror = jnp.array([[1.0, 0.0, 0.0], [0.0, -1.0, size[1] - 1.0], [0.0, 0.0, 1.0]])
-        matrix = jnp.where(jax.random.bernoulli(flip), _matmul(matrix, mirror), matrix)
+        matrix = jnp.where(draws.flip < 0.5, _matmul(matrix, mirror), matrix)
     if config.crop < 1:
-        window = _random_crop(jax.random.fold_in(key, 0), config.crop, size)
+        sides = _sides(config.crop + (1 - config.crop) * draws.crop_area, draws.crop_aspect, 4 / 3)
+        # Pixels are squares whose edges, not centres, the window's edges meet.
+        corner = jnp.stack([draws.crop_row, draws.crop_column]) * (1 - sides) * extent
+        window = jnp.concatenate([jnp.diag(sides), (corner + (sides - 1) / 2)[:, None]], axis=1)
         matrix = _matmul(matrix, jnp.concatenate([window, jnp.array([[0.0, 0.0, 1.0]])]))
     return matrix
 
 
-def _random_crop(key: jax.Array, smallest: float, size: tuple[int, int]) -> jax.Array:
-    """Returns the matrix, for `affine`, that fills the image with a random window of it."""
-    area, aspect, place = jax.random.split(key, 3)
-    part = jax.random.uniform(area, minval=smallest, maxval=1)
-    stretch = jnp.exp(_uniform(aspect, math.log(4 / 3) / 2))
-    sides = jnp.minimum(jnp.sqrt(part) * jnp.stack([stretch, 1 / stretch]), 1)
-    # Pixels are squares whose edges, not centres, the window's edges meet.
-    extent = jnp.array(size, jnp.float32)
-    corner = jax.random.uniform(place, (2,)) * (1 - sides) * extent
-    return jnp.concatenate([jnp.diag(sides), (corner + (sides - 1) / 2)[:, None]], axis=1)
+def _sides(area: jax.Array, draw: jax.Array, extreme: float) -> jax.Array:
+    """Returns height and width, [2], of a part of an image, with a random aspect ratio.
+
+    Args:
+        area: of the part, where the image's is 1.
+        draw: what decides the ratio, in [0, 1).
+        extreme: the greatest ratio of the sides; the image's sides bound it too.
+    """
+    stretch = jnp.exp(_within(draw, math.log(extreme) / 2))
+    return jnp.minimum(jnp.sqrt(area) * jnp.stack([stretch, 1 / stretch]), 1)
 
 
-def _random_sharpness(key: jax.Array, bound: float, image: jax.Array) -> jax.Array:
-    """Adds or takes away a part of what a binomial blur of five pixels takes away."""
+def _sharpened(image: jax.Array, amount: jax.Array) -> jax.Array:
+    """Adds, or takes away, a part of what a binomial blur of five pixels takes away."""
     blurred = _blurred(_blurred(image, 0), 1)
-    return jnp.clip(image + (image - blurred) * _uniform(key, bound), 0, 1)
+    return jnp.clip(image + (image - blurred) * amount, 0, 1)
 
 
 def _blurred(image: jax.Array, axis: int) -> jax.Array:
@@ -234,20 +274,11 @@ def _blurred(image: jax.Array, axis: int) -> jax.Array:
     return (a + e + 4 * (b + d) + 6 * c) / 16
 
 
-def _random_noise(key: jax.Array, bound: float, image: jax.Array) -> jax.Array:
-    amount, values = jax.random.split(key)
-    scale = jax.random.uniform(amount, maxval=bound)
-    return jnp.clip(image + scale * jax.random.normal(values, image.shape, image.dtype), 0, 1)
-
-
-def _random_erasing(key: jax.Array, largest: float, image: jax.Array) -> jax.Array:
+def _randomly_erased(image: jax.Array, draws: _Draws, largest: float) -> jax.Array:
     """Fills a rectangle of an aspect ratio in [1/3, 3] with the image's mean, or does nothing."""
-    whether, area, aspect, place = jax.random.split(key, 4)
-    part = jax.random.uniform(area, maxval=largest)
-    stretch = jnp.exp(_uniform(aspect, math.log(3) / 2))
-    sides = jnp.minimum(jnp.sqrt(part) * jnp.stack([stretch, 1 / stretch]), 1)
-    start = jax.random.uniform(place, (2,)) * (1 - sides)
-    inside = jax.random.bernoulli(whether)
+    sides = _sides(largest * draws.erase_area, draws.erase_aspect, 3)
+    start = jnp.stack([draws.erase_row, draws.erase_column]) * (1 - sides)
+    inside = draws.erase < 0.5
     for axis in (0, 1):
         n = image.shape[axis]
         at = (jnp.arange(n, dtype=image.dtype) + 0.5) / n
@@ -256,20 +287,14 @@ def _random_erasing(key: jax.Array, largest: float, image: jax.Array) -> jax.Arr
     return jnp.where(inside, image.mean(), image)
 
 
-def _random_tone(key: jax.Array, config: AugmentConfig, image: jax.Array) -> jax.Array:
-    contrast, brightness = jax.random.split(key)
-    mean = image.mean()
-    image = mean + (image - mean) * (1 + _uniform(contrast, config.contrast))
-    return jnp.clip(image + _uniform(brightness, config.brightness), 0, 1)
-
-
 def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     # An accelerator's default rounds to 10 bits: coordinates would be off by parts of a pixel.
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
-def _uniform(key: jax.Array, bound: float, shape: tuple[int, ...] = ()) -> jax.Array:
-    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+def _within(draw: jax.Array, bound: float) -> jax.Array:
+    """Brings numbers of [0, 1) to [-bound, bound)."""
+    return (2 * draw - 1) * bound
 
 
 def _mix(a: jax.Array, b: jax.Array, part: jax.Array) -> jax.Array:

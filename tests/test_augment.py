@@ -100,6 +100,19 @@ def test_flip_mirrors_about_half_of_the_images() -> None:
     assert 20 < flipped < 44
 
 
+def test_one_change_more_leaves_the_others_as_they_are() -> None:
+    toned = AugmentConfig(0, 0, False, contrast=0.5, brightness=0.2)
+    given = images(16)
+    mirrored = 0
+    for one, other in zip(
+        augmented(toned, given), augmented(replace(toned, flip=True), given), strict=True
+    ):
+        turned = np.abs(other - one).max() > 1e-5
+        np.testing.assert_allclose(other, one[:, ::-1] if turned else one, atol=1e-5)
+        mirrored += turned
+    assert 0 < mirrored < 16
+
+
 @pytest.mark.parametrize(
     "config",
     [

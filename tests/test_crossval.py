@@ -49,7 +49,7 @@ def made(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pa
             data=DataConfig(root=str(tree), size=24, folds=FOLDS, cache=folder / "cache"),
             model=ModelConfig("resnet", width=4, stages=2, standardize=True, local_contrast=True),
             augment=AugmentConfig(0, 0.1, True, views=3),
-            train=TrainConfig(epochs=8, batch=16, learning_rate=1e-2, ema=0.9, auxiliary=0.3),
+            train=TrainConfig(epochs=12, batch=16, learning_rate=1e-2, ema=0.9, auxiliary=0.3),
         )
         crossval.crossvalidate(crossval.Options(config, shifted=True, release=folder / "release"))
     return folder / "run", folder / "release"

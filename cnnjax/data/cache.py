@@ -91,7 +91,7 @@ def load(
         except OSError as error:
             raise InputError(
                 f"the cache {folder} cannot be written ({error.strerror or error});"
-                " free some space there or name another folder for the cache"
+                " free some space there or choose another with --data.cache (evaluate: --cache)"
             ) from None
     done = json.loads((home / "done.json").read_text("utf-8"))
     quarantine = tuple((name, reason) for name, reason in done["quarantine"])

@@ -61,7 +61,7 @@ def open_index(config: DataConfig, say: Say) -> Index:
             except OSError as error:
                 raise InputError(
                     f"{root} cannot be written ({error.strerror or error});"
-                    " free some space there or name another folder for the cache"
+                    " free some space there or choose another with --data.cache (evaluate: --cache)"
                 ) from None
     return read_index(root, config.positive)
 

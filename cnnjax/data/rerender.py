@@ -162,7 +162,7 @@ def load(decoded: Decoded, size: int, folder: Path | None = None) -> dict[str, n
     except OSError as error:
         raise InputError(
             f"the cache {folder} cannot be written ({error.strerror or error});"
-            " free some space there or name another folder for the cache"
+            " free some space there or choose another with --data.cache (evaluate: --cache)"
         ) from None
     return {name: np.load(home / f"{name}.npy", mmap_mode="r") for name in names}
 

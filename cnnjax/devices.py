@@ -92,8 +92,8 @@ def platform(mesh: Mesh) -> str:
 def once(kind: str) -> dict[str, Any]:
     """Returns `compiler_options` of `jax.jit` for a program that is run once on a `platform`.
 
-    LLVM takes seconds to make random numbers fast on a CPU: 5.9 s to compile the initial state of
-    `experiments/pneumonia.py` on an AMD EPYC (Zen 3), 2.4 s so, for the same state to the bit.
+    LLVM takes seconds to make random numbers fast on a CPU: 2.4 s to compile the initial state of
+    `experiments/pneumonia.py` on an AMD EPYC (Zen 3), 1.6 s so, for the same state to the bit.
     """
     return {"xla_backend_optimization_level": 1} if kind == "cpu" else {}
 

@@ -7,6 +7,7 @@ CPU is one device; elsewhere every core is made a device of its own.
 from __future__ import annotations
 
 import contextlib
+import os
 from typing import Any
 
 import jax
@@ -31,7 +32,7 @@ def make_mesh(config: DeviceConfig) -> Mesh:
     """
     keep_compiled_programs()
     keep_freed_memory()
-    if jax.config.values["jax_num_cpu_devices"] < 1:  # the user, or a test, has not chosen a number
+    if not _cpu_devices_chosen():
         # JAX refuses once it is in use, as in a notebook: then take the devices there are.
         with contextlib.suppress(RuntimeError):
             devices = config.count or (1 if onednn.library() else cpu_cores())
@@ -54,6 +55,12 @@ def make_mesh(config: DeviceConfig) -> Mesh:
             f"--device.count {config.count}: there are only {len(found)} {name} devices"
         )
     return Mesh(np.array(found[: config.count or None]), (AXIS,))
+
+
+def _cpu_devices_chosen() -> bool:
+    """Whether the user, or a test, has told JAX or XLA into how many devices to divide the CPU."""
+    forced = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    return forced or jax.config.values["jax_num_cpu_devices"] > 0
 
 
 def keep_compiled_programs() -> None:

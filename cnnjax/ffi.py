@@ -264,12 +264,15 @@ def _handler(frame: Any) -> int | None:
         _serve(frame.contents)
         return None
     except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
-            # XLA knows errors alone; what it was for hears of it once XLA has returned.
-            threading.Thread(target=_thread.interrupt_main, daemon=True).start()
         message = f"oneDNN: {str(error) or type(error).__name__}".encode()
         failure = _Failure(ctypes.sizeof(_Failure), None, message, _INTERNAL)
         address: int = frame.contents.api.contents.create_error(ctypes.byref(failure))
+        if isinstance(error, KeyboardInterrupt):
+            # XLA knows errors alone; whom it was for hears of it a little later, once XLA has
+            # returned: here it would end this function without an answer to XLA.
+            timer = threading.Timer(0.1, _thread.interrupt_main)
+            timer.daemon = True
+            timer.start()
         return address
 
 

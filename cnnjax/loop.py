@@ -319,8 +319,9 @@ def _expect_writable(folder: Path | None) -> None:
 def _expect_finite(loss: float, epoch: int) -> None:
     if not math.isfinite(loss):
         raise InputError(
-            f"the loss is {loss} in epoch {epoch}; lower --train.learning-rate"
-            f" or set --train.clip-norm (the run is kept as of epoch {epoch - 1})"
+            f"the loss is {loss} in epoch {epoch}; begin another run (--workdir) with a lower"
+            " --train.learning-rate or with --train.clip-norm"
+            f" (this one is kept as it was after epoch {epoch - 1})"
         )
 
 

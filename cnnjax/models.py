@@ -164,10 +164,11 @@ class ConvPool(nn.Module):
 class BatchNorm(nn.Module):
     """Batch norm over the rows that count (Ioffe and Szegedy, arXiv:1502.03167).
 
-    Variables, momentum and variance, E[x^2] - E[x]^2, are those of `flax.linen.BatchNorm`, whose
-    masked mean counts the rows once for each pixel and channel. As a x + b, with two numbers for
-    each channel, it takes two sums over the batch forward and two backward. It computes in float32
-    and returns that: rounded only after what follows, it costs one pass over the maps fewer.
+    Variables and variance, E[x^2] - E[x]^2, are those of `flax.linen.BatchNorm` with momentum 0.9,
+    whose masked mean counts the rows once for each pixel and channel. As a x + b, with two numbers
+    for each channel, it takes two sums over the batch forward and two backward. It computes in
+    float32 and returns that: rounded only after what follows, it costs one pass over the maps
+    fewer.
     """
 
     scale_init: Initializer = nn.initializers.ones

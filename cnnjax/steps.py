@@ -191,7 +191,7 @@ def make_train_step(
             decay = jnp.minimum(ema_decay, (1 + step) / (10 + step))
             ema = jax.tree.map(lambda mean, new: mean + (new - mean) * (1 - decay), ema, params)
         state = TrainState(state.step + 1, params, batch_stats, opt_state, ema)
-        correct = ((logits > 0) == (batch.labels == 1)) & batch.mask
+        correct = ((logits >= 0) == (batch.labels == 1)) & batch.mask
         loss = loss * images_seen.astype(loss.dtype)
         return state, Metrics(loss, correct.sum(dtype=jnp.int32), images_seen)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -54,6 +55,14 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 file = f"person{patient}_{cause}_{i}" if positive else f"IM-{patient:04}-{i}"
                 Image.fromarray(radiograph(rng, positive)).save(folder / f"{file}.jpeg", quality=95)
     return root
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A process that a shell started in the background may have been told to ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import functools
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -380,6 +381,24 @@ def test_what_onednn_refuses_is_an_error_of_the_program() -> None:
     np.testing.assert_array_equal(right, np.full((3, 3, 4, 8), 32))
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"oneDNN: .* failed with status"):
         jax.block_until_ready(gradient(x, jnp.ones((3, 3, 4, 9)), g, pads, 1))
+
+
+@needs_onednn
+@pytest.mark.usefixtures("interruptible")
+def test_an_interrupt_within_a_call_comes_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    x, kernel = jnp.ones((2, 6, 6, 4)), jnp.ones((3, 3, 4, 8))
+    call = jax.jit(lambda x, kernel: ffi.convolution(x, kernel, ((1, 1), (1, 1)), 1))
+    compiled = call.lower(x, kernel).compile()
+    with monkeypatch.context() as patched:
+        patched.setattr(ffi, "_serve", interrupted)
+        with pytest.raises(jax.errors.JaxRuntimeError, match="oneDNN: KeyboardInterrupt"):
+            jax.block_until_ready(compiled(x, kernel))
+        with pytest.raises(KeyboardInterrupt):
+            time.sleep(10)
+    assert compiled(x, kernel)[0, 3, 3, 0] == 36
 
 
 _BFLOAT16 = """

@@ -266,7 +266,8 @@ def test_a_workdir_in_use_is_refused(tree: Path, tmp_path: Path) -> None:
 
 def test_a_diverging_run_says_so(tree: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        InputError, match=r"the loss is .* in epoch \d; lower --train.learning-rate"
+        InputError,
+        match=r"the loss is .* in epoch \d; begin another run \(--workdir\) with a lower",
     ):
         fit(config_for(tree, tmp_path / "run", learning_rate=1e30, optimizer="sgd"))
 
@@ -274,7 +275,7 @@ def test_a_diverging_run_says_so(tree: Path, tmp_path: Path) -> None:
 def test_a_network_that_an_epochs_last_step_breaks_is_not_kept(tree: Path, tmp_path: Path) -> None:
     """The loss of the only step is that of the network before it."""
     config = config_for(tree, tmp_path / "run", learning_rate=1e30, optimizer="sgd", batch=96)
-    with pytest.raises(InputError, match=r"the loss is (nan|inf) in epoch 1; lower"):
+    with pytest.raises(InputError, match=r"the loss is (nan|inf) in epoch 1; begin another"):
         fit(config)
     assert not (config.workdir / "metrics.jsonl").exists()
     assert not list((config.workdir / "checkpoints").glob("*/*"))
@@ -588,14 +589,6 @@ def test_a_full_disk_is_told_as_such(
     assert "error: the disk is full" in capsys.readouterr().err
     fit(config_for(tree, run))
     assert outcome(run) == outcome(finished)
-
-
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """A process that a shell started in the background may have been told to ignore Ctrl-C."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.usefixtures("interruptible")

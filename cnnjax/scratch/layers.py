@@ -328,7 +328,7 @@ def dropout_forward(
     if isinstance(keep, np.random.Generator):
         keep = keep.random(x.shape) >= rate
     expect("keep", keep.shape, x.shape, "like x")
-    scale = keep.astype(x.dtype) / (1 - rate)
+    scale = keep.astype(x.dtype) / (1 - float(rate))
     return x * scale, scale
 
 

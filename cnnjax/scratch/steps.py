@@ -152,7 +152,7 @@ def make_train_step(
         )
         params, opt_state = optimizer.update(found.params, state.opt_state, state.params)
         images = int(batch.mask.sum())
-        correct = ((found.logits > 0) == (batch.labels == 1)) & batch.mask
+        correct = ((found.logits >= 0) == (batch.labels == 1)) & batch.mask
         metrics = Metrics(found.loss * images, int(correct.sum()), images)
         return TrainState(state.step + 1, params, found.batch_stats, opt_state), metrics
 

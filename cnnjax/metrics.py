@@ -180,12 +180,9 @@ def evaluate(
         hits = weights @ (truth & decided)
         drawn["f1"].append(_divide(2 * hits, weights @ decided + weights @ truth))
 
-    draws = {name: np.concatenate([np.empty(0), *parts]) for name, parts in drawn.items()}
-    for name, some in draws.items():
-        if len(np.unique(some[np.isfinite(some)])) == 1:
-            draws[name] = some[:0]
+    draws = {name: np.concatenate([np.empty(0), *some]) for name, some in drawn.items()}
     ece = float(np.abs(excess.sum(0)).sum() / len(labels))
-    if len(draws["ece"]):
+    if len(_telling(draws["ece"])):
         draws["ece"] = np.maximum(draws["ece"] + ece - np.median(draws["ece"]), 0)
 
     return Evaluation(
@@ -230,7 +227,7 @@ def paired_differences(
 
     AUC, accuracy, sensitivity and specificity; positive are logits from 0 on. The intervals are
     percentiles of 2000 bootstrap draws of whole patients, the same for both: what makes an image
-    hard for both does not widen them.
+    hard for both does not widen them. Where all draws agree there is none, as in `evaluate`.
 
     Args:
         logits: float [n].
@@ -264,12 +261,18 @@ def _expect_as_many(**arrays: Sequence[Any] | np.ndarray) -> None:
 
 
 def _bootstrapped(value: float | None, draws: np.ndarray) -> Estimate:
-    """Returns a metric with the interval of its draws, those apart that do not define it."""
-    draws = draws[np.isfinite(draws)]
+    """Returns a metric with the interval of its draws, if they tell one."""
+    draws = _telling(draws)
     if value is None or not len(draws):
         return Estimate(value, None)
     low, high = np.percentile(draws, (2.5, 97.5))
     return Estimate(value, (float(low), float(high)))
+
+
+def _telling(draws: np.ndarray) -> np.ndarray:
+    """Returns the draws that define their metric; none where these all agree."""
+    draws = draws[np.isfinite(draws)]
+    return draws if len(np.unique(draws)) > 1 else draws[:0]
 
 
 def _weighted_at_zero(scores: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -318,7 +321,8 @@ def clustered_proportion(hits: np.ndarray, patients: np.ndarray) -> Estimate:
     Sampling, 1965), the ratio of the share's variance among draws of patients to that among draws
     of images, at least 1 (see Dean and Pagano, J. Surv. Stat. Methodol. 3, 2015). What tells of it
     are the patients with the rarer outcome. So that few or none of them do not make the interval
-    short, one is added for whom images of a patient are all alike, which makes it n over patients.
+    short, one is added whose effect is n over patients: that of images all alike within a patient,
+    if all patients have as many.
 
     Args:
         hits: bool [n].

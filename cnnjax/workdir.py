@@ -6,7 +6,7 @@ import csv
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -116,19 +116,22 @@ class Workdir:
 
     def read_validation(self) -> Judged:
         """Returns the held-out images of a run that has ended, as its best epoch judges them."""
-        rows = read_table(self.validation)
-        return Judged(
-            [row["image"] for row in rows],
-            np.array([int(row["label"]) for row in rows]),
-            [row["patient"] for row in rows],
-            np.array([float(row["logit_best"]) for row in rows]),
-        )
+        rows = read_table(self.validation, ("image", "label", "patient", "logit_best"))
+        try:
+            return Judged(
+                [row["image"] for row in rows],
+                np.array([int(row["label"]) for row in rows]),
+                [row["patient"] for row in rows],
+                np.array([float(row["logit_best"]) for row in rows]),
+            )
+        except ValueError as error:
+            raise InputError(f"{self.validation} is damaged ({error}); restore it") from None
 
     def trained_on(self, names: Iterable[str]) -> int:
         """Counts the names, by split, class and file, that the run's training images bear."""
         if not self.split.exists():
             return 0
-        rows = read_table(self.split)
+        rows = read_table(self.split, ("image", "role"))
         ours = {PurePosixPath(row["image"]).parts[-3:] for row in rows if row["role"] == "train"}
         return sum(PurePosixPath(name).parts[-3:] in ours for name in names)
 
@@ -208,10 +211,21 @@ def claim(config: Config) -> Iterator[Workdir]:
         lock.release()
 
 
-def read_table(path: Path) -> list[dict[str, str]]:
-    """Returns the rows of a CSV file."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    """Returns the rows of a CSV file as `write_atomically` writes it.
+
+    Raises:
+        InputError: it is not there, or lacks one of the columns in a row.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, csv.Error) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{path} cannot be read ({reason}); restore it") from None
+    if any(row.get(column) is None for row in rows for column in columns):
+        raise InputError(f"{path} lacks some of {', '.join(columns)}; restore it")
+    return rows
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

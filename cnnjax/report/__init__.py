@@ -130,7 +130,7 @@ def _render(
     )
     summary = workdir.read_summary()
     history, speeds = read_lines(workdir.metrics), read_lines(workdir.throughput)
-    rows = read_table(workdir.split)
+    rows = read_table(workdir.split, ("patient", "label", "role"))
     labels, patients = judged.labels, judged.patients
     both = len(set(labels.tolist())) == 2
     figures = {
@@ -152,7 +152,7 @@ def _render(
         sessions=read_lines(workdir.sessions),
         split=_counts(rows, predictor.classes),
         shared=_shared(rows),
-        quarantine=read_table(workdir.quarantine),
+        quarantine=read_table(workdir.quarantine, ("image", "reason")),
         classes=predictor.classes,
         summary=summary,
         rules=rules,
@@ -182,7 +182,8 @@ def _pictures(
         return {"mistakes": None, "samples": None, "augmented": None}
     decided = probabilities >= found.threshold
     wrong = np.flatnonzero(decided != (judged.labels == 1))
-    surest = wrong[np.argsort(-np.abs(probabilities[wrong] - found.threshold), kind="stable")]
+    sure = np.abs(predictor.operating.margins(judged.logits[wrong]))
+    surest = wrong[np.argsort(-sure, kind="stable")]
     rng = np.random.default_rng(0)
     of_class = [np.flatnonzero(judged.labels == label) for label in (0, 1)]
     sample = np.concatenate([rng.permutation(rows)[:SAMPLES] for rows in of_class])

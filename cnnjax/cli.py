@@ -166,7 +166,7 @@ class Predict:
         _expect_folder(self.csv, "--csv")
         films = _films(self.paths)
         if self.heatmap is not None:
-            _expect_apart(self.heatmap, films)
+            _expect_apart(self.heatmap, films, self.paths)
         mesh = devices.make_mesh(self.device)
         predictor = Predictor.open(self.run, mesh, self.checkpoint, self.views)
         point, threshold = predictor.operating, self.threshold
@@ -505,11 +505,17 @@ class _Film(NamedTuple):
 _SHOWN = 512  # pixels: side of the pictures of heat
 
 
-def _expect_apart(folder: Path, films: Sequence[_Film]) -> None:
-    """Raises if pictures of heat would lie among the films, and could take the place of one."""
-    homes = {Path(film.name).resolve().parent for film in films if film.name != "-"}
+def _expect_apart(folder: Path, films: Sequence[_Film], given: Sequence[Path]) -> None:
+    """Raises if pictures of heat would lie among the films: over one, or to be judged next time."""
+    files = [Path(film.name) for film in films if film.name != "-"]
+    homes = {file.resolve().parent for file in files} | {file.parent.resolve() for file in files}
     if folder.resolve() in homes:
         raise InputError(f"--heatmap {folder} is the images' own folder; name another one")
+    for path in given:
+        if path.is_dir() and path.resolve() in folder.resolve().parents:
+            raise InputError(
+                f"--heatmap {folder} lies in {path}, whose images are judged; name one elsewhere"
+            )
 
 
 def _write_heatmaps(folder: Path, films: Sequence[_Film], heat: np.ndarray) -> None:
@@ -533,7 +539,7 @@ def _write_heatmaps(folder: Path, films: Sequence[_Film], heat: np.ndarray) -> N
 
 def _films(paths: Sequence[Path]) -> list[_Film]:
     """Returns the files named, and those in the folders named, sorted within each."""
-    from cnnjax.data.index import IMAGE_SUFFIXES
+    from cnnjax.data.index import IMAGE_SUFFIXES, walk
 
     films: list[_Film] = []
     for path in paths:
@@ -545,9 +551,8 @@ def _films(paths: Sequence[Path]) -> list[_Film]:
             continue
         inside = [path]
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-            hidden = [any(part[0] == "." for part in p.relative_to(path).parts) for p in inside]
-            inside = [p for p, passed_over in zip(inside, hidden, strict=True) if not passed_over]
+            names = walk(path)[0]
+            inside = sorted(path / name for name in names if name.lower().endswith(IMAGE_SUFFIXES))
             if not inside:
                 raise InputError(f"{path} holds no {', '.join(IMAGE_SUFFIXES)}")
         films += [_Film(str(file), file.read_bytes) for file in inside]

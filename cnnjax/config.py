@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -163,7 +164,8 @@ class TrainConfig:
     learning_rate: float = 1e-3
     """Peak learning rate."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """`cosine` warms up linearly, then falls to zero at the last step."""
+    """`cosine` warms up linearly from 0, the rate of the first step, and falls to 0, which the step
+    after the last one would have."""
     warmup: float = 1.0
     """Epochs of linear warm-up of the cosine schedule."""
     weight_decay: float = 0.0
@@ -400,7 +402,8 @@ def _settle(config: Any, prefix: str) -> None:
     """Brings scalars of NumPy and JAX, and paths, to the types that fields have in JSON.
 
     Raises:
-        InputError: a value is of another type, or none of the words that there are.
+        InputError: a value is of another type, none of the words that there are, not finite, or a
+            path below a ~ that no shell has expanded.
     """
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
@@ -410,9 +413,13 @@ def _settle(config: Any, prefix: str) -> None:
             value = os.fspath(value) if hint is str else Path(value)
         object.__setattr__(config, name, value)
         plain = str(value) if isinstance(value, Path) else value
+        flag = f"--{prefix}{name}".replace("_", "-")
         if not (type(value) is hint or _fits(plain, hint)):
-            flag = f"--{prefix}{name}".replace("_", "-")
             raise InputError(f"{flag} must be {_wanted(hint)}, got {value!r}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{flag} must be a finite number, got {value}")
+        if isinstance(value, Path) and value.parts[:1] == ("~",):
+            raise InputError(f"{flag} {value} is not expanded by all shells; write the ~ out")
 
 
 def _wanted(hint: Any) -> str:

@@ -266,10 +266,12 @@ class Predictor:
         `cnnjax.explain`.
         """
         self._check(images)
-        batch = FEW if len(images) <= FEW else MANY
+        most = at_once(platform(self._mesh), self.size)
+        batch = min(most, FEW if len(images) <= FEW else MANY)
+        batch = -(-batch // self._mesh.size) * self._mesh.size
         chunks = [np.zeros((0, self.size, self.size), np.float32)]
         for rows in in_batches(np.arange(len(images), dtype=np.int32), batch):
-            taken = images[np.maximum(rows, 0)]
+            taken = jax.device_put(images[np.maximum(rows, 0)], divided(self._mesh))
             with full_float32(self._mesh):
                 maps = [self._cam(variables_of(state), taken) for state in self.members]
             chunks.append(np.mean(jax.device_get(maps), axis=0)[rows >= 0])

@@ -89,7 +89,7 @@ class Options:
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the split, the weights and the order of images."""
     validations: tuple[Validation, ...] = ("patients", "blocks")
-    """What is held out; of the blocks, the last for the first seed, the one before for the next."""
+    """What is held out; of the blocks, the last for seed 0, the one before for seed 1."""
     only: tuple[str, ...] = ()
     """Names of variants; all by default."""
     json: Path | None = None
@@ -117,12 +117,12 @@ def ablate(options: Options) -> list[dict[str, Any]]:
     """Trains and judges every variant; returns a row for each training."""
     rows = []
     for validation in options.validations:
-        for seed_number, seed in enumerate(options.seeds):
+        for seed in options.seeds:
             for name, variant in variants(options.config).items():
                 if options.only and name not in options.only:
                     continue
                 folds = variant.data.folds
-                fold = (folds - 1 - seed_number) % folds if validation == "blocks" else 0
+                fold = (folds - 1 - seed) % folds if validation == "blocks" else 0
                 run = replace(
                     variant,
                     workdir=options.config.workdir / name / f"{validation}-{seed}",
@@ -139,7 +139,8 @@ def ablate(options: Options) -> list[dict[str, Any]]:
 def judge(run: Config) -> dict[str, Any]:
     """Judges a finished run, each half of its held-out patients at the point of the other."""
     held_out = shifted.held_out_logits(run.workdir, devices.make_mesh(run.device))
-    halves = np.array([zlib.crc32(patient.encode()) % 2 for patient in held_out.patients])
+    names = (patient.encode("utf-8", "surrogateescape") for patient in held_out.patients)
+    halves = np.array([zlib.crc32(name) % 2 for name in names])
     found = shifted.judge(held_out, halves, run.operating)
     return {
         "epochs": run.train.epochs,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -290,6 +292,52 @@ def test_heat_maps_take_the_place_of_no_image(
     assert (tmp_path / "film.png").read_bytes() == before
 
 
+def test_heat_maps_are_kept_from_links_and_from_the_next_judging(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, films = tmp_path / "store", tmp_path / "films"
+    for folder in (store, films):
+        folder.mkdir()
+    Image.new("L", (30, 30)).save(store / "film.png")
+    (films / "film.png").symlink_to(store / "film.png")
+    before = (store / "film.png").read_bytes()
+    for heat in (films, store):
+        assert cnnjax("predict", "--run", run, films / "film.png", "--heatmap", heat) == 2
+        assert f"--heatmap {heat} is the images' own folder" in capsys.readouterr().err
+    heat = films / "heat"
+    assert cnnjax("predict", "--run", run, films, "--heatmap", heat) == 2
+    assert f"--heatmap {heat} lies in {films}, whose images are judged" in capsys.readouterr().err
+    assert (store / "film.png").read_bytes() == before
+
+
+def test_folders_are_judged_whole(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With those that are links, or told of where they cannot be read."""
+    (tmp_path / "store").mkdir()
+    films = tmp_path / "films"
+    (films / "folder.png").mkdir(parents=True)
+    for path in (tmp_path / "store" / "a.png", films / "folder.png" / "b.PNG"):
+        Image.new("L", (30, 30)).save(path)
+    (films / "ward").symlink_to(tmp_path / "store")
+    assert cnnjax("predict", "--run", run, films) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["path"] for row in rows] == [
+        str(films / name) for name in ("folder.png/b.PNG", "ward/a.png")
+    ]
+
+    scandir = os.scandir
+
+    def closed(path: Any) -> Any:
+        if Path(path).name == "ward":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    assert cnnjax("predict", "--run", run, films) == 2
+    assert f"{films / 'ward'} cannot be read (Permission denied)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -307,6 +355,11 @@ def test_heat_maps_take_the_place_of_no_image(
         ),
         (["evaluate", "--run", "RUN", "--data", "TREE", "--csv", "no/dir/x"], "--csv no/dir/x can"),
         (["predict", "--run", "RUN", "EMPTY"], "holds no .jpeg, .jpg, .png, .dcm"),
+        (
+            ["evaluate", "--run", "RUN", "--data", "~no-one-of-this-name/x"],
+            "~no-one-of-this-name/x does not exist",
+        ),
+        (["phantom", "EMPTY", "--seed", "-1"], "the seed must be at least 0, got -1"),
         (["devices", "--device.platform", "gpu"], "--device.platform gpu: JAX finds none here"),
         (["devices", "--device.count", "99"], "--device.count 99: there are only 4 cpu devices"),
     ],
@@ -347,6 +400,13 @@ def test_unknown_flags_end_with_status_2(
 def test_devices(capsys: pytest.CaptureFixture[str]) -> None:
     assert cnnjax("devices", "--device.count", "2") == 0
     assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_devices_that_xla_was_told_to_make_are_taken() -> None:
+    command = [sys.executable, "-c", "from cnnjax.cli import main; main()", "devices"]
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "3 x cpu" in done.stdout
 
 
 def test_a_recipe_from_the_shell(tree: Path, tmp_path: Path) -> None:

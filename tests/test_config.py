@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -73,6 +74,8 @@ def test_no_json() -> None:
         (lambda: TrainConfig(weight_decay=0.1), "--train.weight-decay needs"),
         (lambda: DeviceConfig(count=-1), "--device.count"),
         (lambda: Config(seed=-1), "--seed"),
+        (lambda: OperatingConfig(cost=math.inf), "--operating.cost must be a finite number"),
+        (lambda: Config(workdir=Path("~/runs/a")), "--workdir ~/runs/a is not expanded"),
         (lambda: TrainConfig(optimizer="rmsprop"), "--train.optimizer must be adam | adamw | sgd"),
         (lambda: ModelConfig("Baseline"), "--model.name must be baseline | resnet, got 'Baseline'"),
         (lambda: TrainConfig(epochs=2.5), "--train.epochs must be int, got 2.5"),

@@ -234,6 +234,8 @@ def test_damaged_zip_member_is_an_error_of_that_file(tmp_path: Path) -> None:
         ("normal-3464500-0001.jpeg", "3464500", -1),
         ("BACTERIA-1008087-0001.jpeg", "1008087", 0),
         ("train/PNEUMONIA/VIRUS-1008087-0001.jpeg", "1008087", 1),
+        ("PERSON12_Bacteria_46.JPEG", "person12_bacteria", 0),
+        ("normal2-im-0395-0001.jpg", "NORMAL2-IM-0395", -1),
         ("virus/scan.jpeg", "virus/scan.jpeg", -1),
         ("00012", "00012", -1),
     ],

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from sklearn.model_selection import StratifiedGroupKFold
 
+from cnnjax.config import DataConfig
 from cnnjax.data.index import Example
 from cnnjax.data.patients import (
     block_folds,
@@ -17,6 +19,7 @@ from cnnjax.data.patients import (
     in_several_splits,
     write_split,
 )
+from cnnjax.data.prepare import training_data
 from cnnjax.errors import InputError
 
 
@@ -105,6 +108,16 @@ def test_blocks_of_names_of_no_known_scheme() -> None:
 def test_too_few_patients_for_blocks() -> None:
     with pytest.raises(InputError, match="1 patients of class 0 are too few for 5 folds"):
         block_folds(examples(4), 5)
+
+
+def test_a_fold_without_a_class_is_told_before_decoding(make_tree: Callable[..., Path]) -> None:
+    """One patient has nearly all of a class."""
+    ill = [f"train/PNEUMONIA/person1_virus_{i}.jpeg" for i in range(96)]
+    ill += [f"train/PNEUMONIA/person{i}_virus_{i}.jpeg" for i in range(2, 6)]
+    tree = make_tree(*ill, *(f"train/NORMAL/IM-{i:04}-0001.jpeg" for i in range(10)))
+    config = DataConfig(str(tree), validation="blocks", fold=1)
+    with pytest.raises(InputError, match=r"--data\.fold 1, validation lacks a class; choose"):
+        training_data(config, 0, print)
 
 
 def test_one_number_is_one_group_whatever_the_germ() -> None:

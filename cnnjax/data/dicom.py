@@ -2,7 +2,7 @@
 
 A file becomes gray levels as a viewer shows them: stored values rescaled, windowed (DICOM PS3.3,
 C.11), and turned over where MONOCHROME1 has bright for little. Of the patient, nothing leaves this
-module but a hash of the identifier.
+module but a hash of the identifier, and in a doubt of `doubts` an age that is not a young child's.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def save_array(path: Path, array: np.ndarray) -> None:
         os.fsync(file.fileno())
 
 
-def sweep(home: Path) -> None:
+def _sweep(home: Path) -> None:
     """Removes what killed processes left of a `work_folder` beside `home`, a day or more ago."""
     for left in home.parent.glob(f".{home.name}.????????"):
         with contextlib.suppress(FileNotFoundError):  # another process was first
@@ -70,9 +70,10 @@ def sweep(home: Path) -> None:
 def work_folder(home: Path) -> Iterator[Path]:
     """Makes an empty folder with the usual rights beside `home`, for the block to rename to it.
 
-    What is left of it is removed in the end. (`mkdtemp` alone makes folders that no other user can
-    read.)
+    What is left of it is removed in the end, and first what killed processes left of others.
+    (`mkdtemp` alone makes folders that no other user can read.)
     """
+    _sweep(home)
     private = Path(tempfile.mkdtemp(dir=home.parent, prefix=f".{home.name}."))
     try:
         work = private / home.name

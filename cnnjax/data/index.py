@@ -27,9 +27,9 @@ IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".dcm")
 _MEDMNIST_CLASSES = ("NORMAL", "PNEUMONIA")
 _LARGEST_FILE = 256 * 2**20  # no radiograph is near it; a zip bomb would be
 _PATIENT = (
-    re.compile(r"(person\d+_(?:bacteria|virus))_\d+"),
-    re.compile(r"((?:NORMAL2-)?IM-\d+)-\d+"),
-    re.compile(r"(?:NORMAL|BACTERIA|VIRUS|PNEUMONIA)-(\d+)-\d+", re.IGNORECASE),
+    (re.compile(r"(person\d+_(?:bacteria|virus))_\d+", re.IGNORECASE), str.lower),
+    (re.compile(r"((?:NORMAL2-)?IM-\d+)-\d+", re.IGNORECASE), str.upper),
+    (re.compile(r"(?:NORMAL|BACTERIA|VIRUS|PNEUMONIA)-(\d+)-\d+", re.IGNORECASE), str),
 )
 _CAUSE = re.compile(r"(?:person\d+_)?(bacteria|virus)[_-]", re.IGNORECASE)
 
@@ -123,9 +123,9 @@ def patient_of(name: str) -> str:
 
     The schemes are listed in `cnnjax.data.patients`.
     """
-    for scheme in _PATIENT:
+    for scheme, spelled in _PATIENT:
         if match := scheme.match(PurePosixPath(name).stem):
-            return match[1]
+            return spelled(match[1])
     return name
 
 
@@ -149,7 +149,7 @@ def read_index(root: Path | str, positive: str = "PNEUMONIA") -> Index:
     """
     root = Path(root)
     if root.is_dir():
-        files, folders = _walk(root)
+        files, folders = walk(root)
         return _from_names(root, files, folders, _Tree(root), positive)
     if not root.exists():
         raise InputError(f"{root} does not exist; give a folder, a .zip or a .npz")
@@ -237,7 +237,12 @@ class _Arrays:
         return self.members[f"{name.partition('/')[0]}_images.npy"]
 
 
-def _walk(root: Path) -> tuple[list[str], list[str]]:
+def walk(root: Path) -> tuple[list[str], list[str]]:
+    """Returns the paths of files and of folders below a root, relative to it; hidden ones apart.
+
+    Raises:
+        InputError: a folder cannot be read.
+    """
     files: list[str] = []
     folders: list[str] = []
 
@@ -256,7 +261,7 @@ def _walk(root: Path) -> tuple[list[str], list[str]]:
             continue
         inner[:] = [d for d in inner if not _hidden(d)]
         folders += [(below / d).as_posix() for d in inner]
-        files += [(below / name).as_posix() for name in names]
+        files += [(below / name).as_posix() for name in names if not _hidden(name)]
     return files, folders
 
 

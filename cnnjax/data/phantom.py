@@ -170,6 +170,8 @@ class _Film(NamedTuple):
 
 def _plan(images: Mapping[str, int], seed: int) -> list[_Film]:
     """Returns the films of every split, patients whole and numbered without regard to the class."""
+    if seed < 0:
+        raise ValueError(f"the seed must be at least 0, got {seed}")
     if min(images.values()) < 0 or not any(images.values()):
         given = ", ".join(f"{split} {total}" for split, total in images.items())
         raise ValueError(f"no split may have fewer than 0 images, nor all of them 0; got {given}")

@@ -47,7 +47,10 @@ def open_index(config: DataConfig, say: Say) -> Index:
     Raises:
         InputError: see `read_index`.
     """
-    root = Path(config.root).expanduser()  # not every shell does after a =
+    try:
+        root = Path(config.root).expanduser()  # not every shell does after a =
+    except RuntimeError:
+        raise InputError(f"{config.root} does not exist; there is no such user's home") from None
     if config.root == "phantom":
         from cnnjax.data import phantom
 
@@ -97,6 +100,12 @@ def training_data(config: DataConfig, seed: int, say: Say) -> TrainingData:
         validates = list(block_folds(examples, config.folds) == config.fold)
     else:
         validates = list(grouped_folds(examples, config.folds, seed) == config.fold)
+    _expect_both_classes(
+        np.array([e.label for e in examples]),
+        np.array(validates),
+        f"{index.root}: with --data.validation {config.validation}, --data.folds {config.folds} and"
+        f" --data.fold {config.fold}, {{}} lacks a class; choose others",
+    )
     decoded = cache.load(
         examples, index.source, config.size, folder=config.cache, strict=config.strict
     )
@@ -104,7 +113,13 @@ def training_data(config: DataConfig, seed: int, say: Say) -> TrainingData:
         say(f"  left out: {len(decoded.quarantine):,} that cannot be decoded, see quarantine.csv")
     role = {e.name: v for e, v in zip(examples, validates, strict=True)}
     held_out = np.array([role[e.name] for e in decoded.examples])
-    for side, name in ((~held_out, "training"), (held_out, "validation")):
-        if len(set(decoded.labels[side])) < 2:
-            raise InputError(f"{index.root}: after decoding, {name} lacks a class; fix the files")
+    _expect_both_classes(
+        decoded.labels, held_out, f"{index.root}: after decoding, {{}} lacks a class; fix the files"
+    )
     return TrainingData(decoded, held_out, index.classes)
+
+
+def _expect_both_classes(labels: np.ndarray, held_out: np.ndarray, sentence: str) -> None:
+    for side, name in ((~held_out, "training"), (held_out, "validation")):
+        if len(set(labels[side])) < 2:
+            raise InputError(sentence.format(name))

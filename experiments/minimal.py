@@ -69,11 +69,11 @@ def train_step(
     would be traced again: that is why the last batch is filled up with -1 and not cut short.
     """
     # The data set stays on the device as bytes; a batch is gathered there, and made floats here.
-    batch = images[rows][..., None].astype(jnp.float32) / 255
+    pixels = images[rows][..., None].astype(jnp.float32) / 255
     # A key is a value: the run's key, folded with the step's number, is fresh randomness for each
     # step, and the same again if the step is taken again.
-    batch = augment(jax.random.fold_in(key, state.step), batch)
-    loss, gradient = jax.value_and_grad(loss_of)(state.params, batch, labels[rows], rows >= 0)
+    pixels = augment(jax.random.fold_in(key, state.step), pixels)
+    loss, gradient = jax.value_and_grad(loss_of)(state.params, pixels, labels[rows], rows >= 0)
     updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
     return State(state.step + 1, optax.apply_updates(state.params, updates), optimizer_state), loss
 
@@ -87,7 +87,7 @@ def eval_step(state: State, images: jax.Array) -> jax.Array:
 def main(data: DataConfig, epochs: int = 5) -> int:
     """Trains, and evaluates on the held-out patients; returns the exit status."""
     mesh = devices.make_mesh(DeviceConfig())  # the CPU, or each of its cores, or each GPU
-    size = math.ceil(BATCH / mesh.size) * mesh.size  # of a batch: divisible among them
+    batch_size = math.ceil(BATCH / mesh.size) * mesh.size  # divisible among the devices
     everywhere, by_row = devices.replicated(mesh), devices.divided(mesh)
     found = training_data(data, SEED, print)
     init_key, order_key, step_key = jax.random.split(jax.random.key(SEED), 3)
@@ -101,23 +101,23 @@ def main(data: DataConfig, epochs: int = 5) -> int:
     step = jax.jit(train_step, donate_argnames="state", out_shardings=everywhere)
 
     train = found.train
-    steps = math.ceil(len(train) / size)
+    steps = math.ceil(len(train) / batch_size)
     for epoch in range(epochs):
         order = jax.random.permutation(jax.random.fold_in(order_key, epoch), len(train))
-        rows = np.full(steps * size, -1, np.int32)
-        rows[: len(train)] = train[np.asarray(order)]
+        shuffled = np.full(steps * batch_size, -1, np.int32)
+        shuffled[: len(train)] = train[np.asarray(order)]
         losses = []
-        for batch in jax.device_put(list(rows.reshape(steps, size)), by_row):
+        for rows in jax.device_put(list(shuffled.reshape(steps, batch_size)), by_row):
             # The call returns before the device has finished: Python is already at the next batch.
             # Only a look at a number waits, so the losses stay on the device until the epoch's end.
-            state, loss = step(state, images, labels, batch, step_key)
+            state, loss = step(state, images, labels, rows, step_key)
             losses.append(loss)
         print(f"epoch {epoch + 1}: loss {np.mean(jax.device_get(losses)):.4f}")
 
     logits = np.asarray(jax.jit(eval_step)(state, images[found.validation]))
     patients = [found.decoded.examples[i].patient for i in found.validation]
-    labels = found.decoded.labels[found.validation]
-    print(evaluate(logits, labels, patients).report(found.classes))
+    truth = found.decoded.labels[found.validation]
+    print(evaluate(logits, truth, patients).report(found.classes))
     return 0
 
 

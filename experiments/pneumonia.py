@@ -4,8 +4,8 @@ python experiments/pneumonia.py --data.root DIR --workdir RUN
 
 Hardware: 2 cores of an AMD EPYC (Zen 3, AVX2). On the phantoms, fold 0 of 5, seed 0: 1:45
 minutes, drawing and compiling included; AUC 0.999 [0.997, 1.000] on the 243 held-out images,
-which also chose the epoch. On chest_xray a fold of five takes four to seven minutes. (An Intel Xeon
-with AVX-512 took one minute and two, before there was local contrast.) Figures: MODEL_CARD.md.
+which also chose the epoch. On chest_xray a fold of five takes four to seven minutes. Figures:
+MODEL_CARD.md.
 """
 
 from pathlib import Path

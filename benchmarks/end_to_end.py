@@ -72,13 +72,6 @@ class Options:
             if getattr(self, name) < 1:
                 flag = name.replace("_", "-")
                 raise InputError(f"--{flag} must be at least 1, got {getattr(self, name)}")
-        if not self.keras.exists():
-            raise InputError(f"no {self.keras}; make it with: python benchmarks/peers.py --setup")
-
-    @property
-    def keras(self) -> Path:
-        """Keras's Python."""
-        return python_of("keras", self.environments)
 
 
 def repeated(source: Path, files: int, target: Path) -> None:
@@ -125,9 +118,12 @@ def ours(
     return Job(seconds, phases, told["compiling"], [line - began for line in told["lines"]])
 
 
-def theirs(options: Options, folder: Path, epochs: int) -> float:
-    """Trains with Keras in a process of its own; returns its seconds."""
-    return _timed([options.keras, HERE / "peer_keras_job.py", folder, str(epochs)])[0]
+def theirs(options: Options, folder: Path, epochs: int, on: str) -> float:
+    """Trains with Keras on a platform in a process of its own; returns its seconds."""
+    python = python_of("keras", options.environments, on)
+    if not python.exists():
+        raise InputError(f"no {python}; make it with: python benchmarks/peers.py --setup")
+    return _timed([python, HERE / "peer_keras_job.py", folder, str(epochs), on])[0]
 
 
 def split_folder(root: Path, run: Path, target: Path) -> None:
@@ -141,8 +137,8 @@ def split_folder(root: Path, run: Path, target: Path) -> None:
             to.symlink_to(path.resolve())
 
 
-def measure(options: Options, scratch: Path) -> dict[str, Any]:
-    """Does every job by both sides; returns the document."""
+def measure(options: Options, scratch: Path, on: str) -> dict[str, Any]:
+    """Does every job by both sides on a platform; returns the document."""
     rows: list[dict[str, Any]] = []
     ratios: dict[str, float] = {}
     jobs = [("small", options.data, options.epochs)]
@@ -155,7 +151,7 @@ def measure(options: Options, scratch: Path) -> dict[str, Any]:
         folder = scratch / f"keras-{job.split()[0]}"
         split_folder(root, scratch / "run", folder)
         files = sum(path.is_symlink() for path in folder.rglob("*"))
-        theirs(options, folder, 1)
+        theirs(options, folder, 1, on)
         took: dict[str, list[float]] = {"cold": [], "warm": [], "keras": []}
         phases: dict[str, list[dict[str, float]]] = {"cold": [], "warm": []}
         for _ in range(options.rounds):
@@ -163,7 +159,7 @@ def measure(options: Options, scratch: Path) -> dict[str, Any]:
                 done = ours(root, epochs, scratch, cold=start == "cold")
                 took[start].append(done.seconds)
                 phases[start].append(done.phases | {"compiling, in these": done.compiling})
-            took["keras"].append(theirs(options, folder, epochs))
+            took["keras"].append(theirs(options, folder, epochs, on))
         for name, seconds_all in took.items():
             mine = name != "keras"
             rows.append(
@@ -217,7 +213,7 @@ def main() -> int:
     options = tyro.cli(Options, description=__doc__)
     found = circumstances_apart("auto")
     with tempfile.TemporaryDirectory() as folder:
-        measured = measure(options, Path(folder))
+        measured = measure(options, Path(folder), found["platform"])
     print(headline(found))
     keys = ["job", "by", "start", "files", "epochs", "seconds"]
     print_table(keys, [[row[key] for key in keys] for row in measured["rows"]])

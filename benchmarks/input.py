@@ -102,7 +102,9 @@ def readers(options: Options, root: Path, scratch: Path) -> tuple[int, dict[str,
 
     runs: dict[str, Run] = {"ours, cold": cold, "ours, warm": warm, "Pillow loop": pillow}
     for peer in ("keras", "torch"):
-        python = python_of(peer, options.environments)
+        # Either reads alike.
+        pythons = [python_of(peer, options.environments, on) for on in ("cpu", "gpu")]
+        python = next((python for python in pythons if python.exists()), pythons[0])
         if python.exists():
             runs[peer] = partial(_peer, peer, python, root / "train", options.size)
         else:

@@ -62,9 +62,10 @@ def in_turn(
     return {name: times[1:] for name, times in took.items()}
 
 
-def python_of(peer: str, environments: Path) -> Path:
-    """Returns the Python of a peer's environment, which need not be there."""
-    return environments / peer / "bin" / "python"
+def python_of(peer: str, environments: Path, on: str = "cpu") -> Path:
+    """Returns the Python of a peer's environment for a platform, which need not be there."""
+    folder = peer if on == "cpu" else f"{peer}-{on}"
+    return environments / folder / "bin" / "python"
 
 
 def call(what: str, command: Sequence[object], **environment: str) -> str:
@@ -146,9 +147,11 @@ def commit() -> str | None:
     """Returns the checkout's commit, with a plus if files differ from it; None outside of git."""
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
-        )
+        command = ["git", *arguments]
+        try:
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        except OSError:  # none here
+            return ""
         return done.stdout.strip()
 
     name = git("rev-parse", "--short", "HEAD")

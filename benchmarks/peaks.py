@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -91,6 +92,36 @@ def count_flops(model: Any, batch: int, size: int) -> tuple[int, int]:
     flops = [count for _, count in found]
     learned = flops[first:]
     return sum(flops), sum(flops) + 2 * sum(learned) - learned[0]
+
+
+# %name = result operation(operands), ..., and within these type[sides].
+_INSTRUCTION = re.compile(r"%([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*?)\)")
+_ARRAY = re.compile(r"\b[a-z]+(\d+)\w*\[([\d,]*)\]")
+
+
+def called_bytes(program: str) -> int:
+    """Returns the bytes that a compiled program's calls into libraries read and write.
+
+    XLA counts none of them: oneDNN's convolutions on a CPU, cuDNN's and cuBLAS's on a GPU. (The
+    scratch memory that these have as another result, a row of bytes, does not count.)
+
+    Args:
+        program: its optimised HLO.
+    """
+    sizes: dict[str, int] = {}
+    total = 0
+    for name, result, operation, operands in _INSTRUCTION.findall(program):
+        called = operation == "custom-call"
+        arrays = [(int(bits), shape.split(",")) for bits, shape in _ARRAY.findall(result)]
+        sizes[name] = sum(
+            bits // 8 * int(np.prod([int(side) for side in shape if side]))
+            for bits, shape in arrays
+            if not (called and bits == 8 and len(shape) == 1)
+        )
+        if called:
+            read = (sizes.get(operand, 0) for operand in re.findall(r"%([\w.-]+)", operands))
+            total += sizes[name] + sum(read)
+    return total
 
 
 def _products(jaxpr: Any) -> list[tuple[str, int]]:

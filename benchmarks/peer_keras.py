@@ -85,12 +85,28 @@ def resnet(size: int, problem: Problem) -> Any:
     return keras.Model(images, layers.Dense(1, name="head", dtype="float32")(x))
 
 
+def use(device: str) -> str:
+    """Has TensorFlow compute on `cpu` or `gpu`; returns the device's name.
+
+    Raises:
+        RuntimeError: there is no GPU for TensorFlow.
+    """
+    found = tf.config.list_physical_devices("GPU")
+    if device == "cpu":
+        tf.config.set_visible_devices([], "GPU")
+        return "cpu"
+    if not found:
+        raise RuntimeError("TensorFlow finds no GPU")
+    return tf.config.experimental.get_device_details(found[0])["device_name"]
+
+
 class Keras:
     """See `peer_worker.Network`."""
 
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
-        self.version = f"keras {keras.__version__}, tensorflow {tf.__version__}, {problem.device}"
+        name = use(problem.device)
+        self.version = f"keras {keras.__version__}, tensorflow {tf.__version__} on {name}"
         if problem.precision == "bfloat16":
             keras.mixed_precision.set_global_policy("mixed_bfloat16")
         self._images = problem.floats()
@@ -152,8 +168,12 @@ class Keras:
         )
         self._model.make_train_function()
         self._function = self._model.train_function
-        data = tf.data.Dataset.from_tensor_slices((self._images, self._labels))
-        self._iterator = iter(data.repeat().prefetch(2))
+        data = tf.data.Dataset.from_tensor_slices((self._images, self._labels)).repeat()
+        if problem.device == "gpu":  # as the others have their batches on it
+            ahead = tf.data.experimental.prefetch_to_device("/GPU:0", 2)
+            self._iterator = iter(data.apply(ahead))
+        else:
+            self._iterator = iter(data.prefetch(2))
 
 
 if __name__ == "__main__":

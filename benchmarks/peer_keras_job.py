@@ -1,6 +1,6 @@
 """The post's own Keras program: from folders of JPEGs to a trained and judged network.
 
-    python peer_keras_job.py FOLDER EPOCHS
+    python peer_keras_job.py FOLDER EPOCHS cpu|gpu
 
 FOLDER holds train/ and val/, each with a folder for each class. Runs in Keras's own environment and
 imports nothing of cnnjax.
@@ -15,12 +15,17 @@ from pathlib import Path
 os.environ["KERAS_BACKEND"] = "tensorflow"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import tensorflow as tf
 from keras import Sequential, layers
 from keras.src.legacy.preprocessing.image import ImageDataGenerator
 
 
-def main(folder: Path, epochs: int) -> None:
+def main(folder: Path, epochs: int, device: str) -> None:
     """Trains as the post does, and judges after each epoch."""
+    if device == "cpu":
+        tf.config.set_visible_devices([], "GPU")
+    elif not tf.config.list_physical_devices("GPU"):
+        raise RuntimeError("TensorFlow finds no GPU")
     changed = ImageDataGenerator(
         rescale=1 / 255, shear_range=0.2, zoom_range=0.2, horizontal_flip=True
     )
@@ -49,4 +54,4 @@ def main(folder: Path, epochs: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -149,7 +149,7 @@ class Torch:
         found = []
         with self._proving():
             for image, label in zip(self._images[:steps], self._labels[:steps], strict=True):
-                found.append(float(self._backward(image, label)))
+                found.append(float(self._step(image, label)))
                 self._optimizer.step()
                 self._optimizer.zero_grad(set_to_none=True)
         return found

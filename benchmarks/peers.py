@@ -7,7 +7,8 @@
 Every library starts from the same weights and takes the same batches, resident on the device and
 without augmentation. First each must give the same logits (within 1e-4) and the same losses over
 ten steps (within 1e-3) as ours, in float32; then all take steps in turn, in rounds A B C A B C. The
-ratio is our throughput over theirs, in each round: its median, least and largest are printed. The
+ratio is our throughput over theirs, in each round: its median, least and largest are printed. A
+form that fails is left out, and the file says why; the file is written after each combination. The
 networks are those of `experiments/baseline.py`, with Adam, and of `experiments/pneumonia.py`, with
 AdamW, at the sizes of their recipes.
 """
@@ -21,8 +22,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +33,7 @@ import numpy as np
 import tyro
 from measure import (
     ENVIRONMENTS,
+    call,
     circumstances,
     headline,
     print_table,
@@ -39,6 +42,7 @@ from measure import (
     write_json,
 )
 
+from cnnjax import devices
 from cnnjax.cli import guarded
 from cnnjax.config import DeviceConfig
 from cnnjax.errors import InputError
@@ -65,6 +69,8 @@ RATE, EPSILON = 1e-3, 1e-10
 RECIPES = {"baseline": "baseline", "resnet": "pneumonia"}
 # By default both JAX and TensorFlow take nearly all of a GPU's memory when they start.
 _SHARE = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_FORCE_GPU_ALLOW_GROWTH": "true"}
+OURS = "cnnjax"
+LeftOut = dict[str, str]  # why, by the peer's name
 _PROOF = 10  # steps over which the losses must agree
 _REST = 0.3  # seconds between turns, in which the last one's threads stop spinning
 _WARM = 4  # steps at the start of a turn that are not counted: threads wake up and find their cores
@@ -77,7 +83,8 @@ class Options:
     setup: bool = False
     """Make the peers' environments, and do nothing else."""
     environments: Path = ENVIRONMENTS
-    """Folder of the peers' environments, `torch` and `keras`; one that is missing is left out."""
+    """Folder of the peers' environments, `torch` and `keras` (on a GPU `torch-gpu` and
+    `keras-gpu`); one that is missing is left out."""
     networks: tuple[Literal["baseline", "resnet"], ...] = ("baseline", "resnet")
     """Which networks."""
     precisions: tuple[Literal["float32", "bfloat16"], ...] = ("float32",)
@@ -90,19 +97,19 @@ class Options:
     """Channels of the ResNet's first stage; the recipe's by default."""
     rounds: int = 9
     """Rounds after the first, which is not counted."""
-    steps: int = 16
-    """Steps in a turn."""
+    steps: int | None = None
+    """Steps in a turn; 16 on a CPU, 160 on a GPU by default."""
     peers: tuple[Literal["torch", "keras", "numpy"], ...] = ("torch", "keras")
     """Which peers; `numpy` are the networks of `cnnjax.scratch`, on the CPU in float32."""
-    device: Literal["cpu", "gpu"] = "cpu"
-    """What all compute on."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """What all compute on; `auto` is a GPU where JAX finds one."""
     json: Path | None = None
     """Write the rows and the circumstances to this file."""
 
     def __post_init__(self) -> None:
         for name in ("rounds", "steps"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} must be at least 1, got {getattr(self, name)}")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InputError(f"--{name} must be at least 1, got {value}")
         if min(self.batches, default=0) < 1:
             raise InputError("--batches must be numbers of at least 1")
 
@@ -120,9 +127,13 @@ class Worker:
             stderr=self._errors,
             text=True,
             cwd=HERE,
-            env=os.environ | {"PYTHONPATH": str(HERE)} | _SHARE,
+            env=os.environ | _SHARE,
         )
-        self.version: str = self._read()["version"]
+        try:
+            self.version: str = self._read()["version"]
+        except InputError:
+            self.close()
+            raise
 
     def ask(self, **request: Any) -> Any:
         """Sends a request and returns the answer."""
@@ -149,14 +160,18 @@ class Worker:
 
 
 def set_up(options: Options) -> None:
-    """Makes the peers' environments with venv and pip."""
+    """Makes the peers' environments with venv and pip.
+
+    Raises:
+        InputError: one of these failed.
+    """
     for peer in filter(PACKAGES.get, options.peers):  # the others have ours
-        folder = options.environments / peer
+        python = python_of(peer, options.environments, options.device)
+        folder = python.parents[1]
         packages = PACKAGES[peer].get(options.device, PACKAGES[peer]["cpu"])
         print(f"{folder}: {' '.join(packages)}")
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        python = python_of(peer, options.environments)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
+        call(f"making {folder}", [sys.executable, "-m", "venv", folder])
+        call(f"pip for {folder}", [python, "-m", "pip", "install", "--quiet", *packages])
 
 
 def write_problem(path: Path, options: Options, network: str, batch: int) -> int:
@@ -189,89 +204,121 @@ def write_problem(path: Path, options: Options, network: str, batch: int) -> int
     return size
 
 
-@contextlib.contextmanager
-def workers(options: Options, problem: Path, precision: str) -> Iterator[list[Worker]]:
-    """Starts ours and every form of every peer."""
-    started: list[Worker] = []
-    try:
-        asked: dict[str, tuple[str, ...]] = {"cnnjax": ("",)}
-        asked |= {peer: FORMS[peer] for peer in options.peers}
-        for peer, forms in asked.items():
-            python = sys.executable
-            if peer == "numpy" and precision != "float32":
+def started(options: Options, problem: Path, precision: str, left_out: LeftOut) -> list[Worker]:
+    """Starts ours and every form of every peer that is there and does start."""
+    command = [str(HERE / "peer_cnnjax.py"), str(problem), "", precision]
+    workers = [Worker(OURS, [sys.executable, *command])]
+    for peer in options.peers:
+        python = sys.executable
+        if peer == "numpy" and precision != "float32":
+            continue
+        if peer in PACKAGES:
+            python = str(python_of(peer, options.environments, options.device))
+            if not Path(python).exists():
+                left_out[peer] = f"{peer} has no {python}; make it with --setup"
                 continue
-            if peer in PACKAGES:
-                python = str(python_of(peer, options.environments))
-                if not Path(python).exists():
-                    print(f"{peer} is left out: no {python}; make it with --setup")
-                    continue
-            script = str(HERE / f"peer_{peer}.py")
-            for form in forms:
-                name = f"{peer} {form}".strip()
-                started.append(Worker(name, [python, script, str(problem), form, precision]))
-        yield started
-    finally:
-        for worker in started:
-            worker.close()
+        script = str(HERE / f"peer_{peer}.py")
+        for form in FORMS[peer]:
+            name = f"{peer} {form}".strip()
+            with leaving_out(name, left_out):
+                workers.append(Worker(name, [python, script, str(problem), form, precision]))
+    return workers
 
 
-def prove(options: Options, ours: Worker, peers: list[Worker]) -> list[dict[str, Any]]:
+@contextlib.contextmanager
+def leaving_out(name: str, left_out: LeftOut) -> Iterator[None]:
+    """Notes why a peer failed in the block, for the others to go on; ours may not fail."""
+    try:
+        yield
+    except InputError as error:
+        if name == OURS:
+            raise
+        left_out[name] = str(error)
+
+
+def prove(workers: list[Worker], left_out: LeftOut) -> list[dict[str, Any]]:
     """Returns how far each peer's logits and losses are from ours.
 
-    Raises:
-        InputError: further than rounding explains: it is another network.
+    Left out is who is further than rounding explains: it is another network.
     """
     found = []
+    ours, *peers = workers
     logits = np.array(ours.ask(do="logits"))
     losses = np.array(ours.ask(do="losses", steps=_PROOF))
     for peer in peers:
-        apart = float(np.abs(np.array(peer.ask(do="logits")) - logits).max())
-        lost = float(np.abs(np.array(peer.ask(do="losses", steps=_PROOF)) - losses).max())
-        if apart > 1e-4 or lost > 1e-3:
-            raise InputError(
-                f"{peer.name} is another network than ours: logits differ by {apart:.2g},"
-                f" losses by {lost:.2g}"
-            )
-        found.append({"peer": peer.name, "logits": apart, "losses": lost})
+        with leaving_out(peer.name, left_out):
+            apart = float(np.abs(np.array(peer.ask(do="logits")) - logits).max())
+            lost = float(np.abs(np.array(peer.ask(do="losses", steps=_PROOF)) - losses).max())
+            if apart > 1e-4 or lost > 1e-3:
+                raise InputError(
+                    f"{peer.name} is another network than ours: logits differ by {apart:.2g},"
+                    f" losses by {lost:.2g}"
+                )
+            found.append({"peer": peer.name, "logits": apart, "losses": lost})
     return found
 
 
-def measure(options: Options) -> dict[str, Any]:
-    """Proves and times every combination; returns the document."""
+def measure(options: Options, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Proves and times every combination; returns the document.
+
+    Args:
+        options: what is compared, the device and the steps in a turn told.
+        keep: given the document after each combination, with all so far.
+
+    Raises:
+        InputError: ours failed, or all peers did.
+    """
     rows: list[dict[str, Any]] = []
     proofs: list[dict[str, Any]] = []
+    failed: list[dict[str, Any]] = []
     versions: set[str] = set()
     with tempfile.TemporaryDirectory() as folder:
-        for network in options.networks:
-            for batch in options.batches:
-                problem = Path(folder) / f"{network}-{batch}.npz"
-                size = write_problem(problem, options, network, batch)
-                for precision in options.precisions:
-                    with workers(options, problem, precision) as (ours, *peers):
-                        versions |= {ours.version, *(peer.version for peer in peers)}
-                        if precision == "float32":
-                            proofs += [
-                                {"network": network, "batch": batch} | proof
-                                for proof in prove(options, ours, peers)
-                            ]
-                        took = _in_turn([ours, *peers], options)
-                    named = {"network": network, "precision": precision, "batch": batch}
-                    named["pixels"] = size
-                    rows += [
-                        named | {"peer": peer.name} | _compare(took[ours.name], took[peer.name])
-                        for peer in peers
-                    ]
-    return {"rows": rows, "proofs": proofs, "versions": sorted(versions)}
+        for network, batch in product(options.networks, options.batches):
+            problem = Path(folder) / f"{network}-{batch}.npz"
+            size = write_problem(problem, options, network, batch)
+            for precision in options.precisions:
+                named = {"network": network, "precision": precision, "batch": batch}
+                left_out: LeftOut = {}
+                workers = started(options, problem, precision, left_out)
+                with contextlib.ExitStack() as stack:
+                    for worker in workers:
+                        stack.callback(worker.close)
+                    if precision == "float32":
+                        found = prove(workers, left_out)
+                        proofs += [{"network": network, "batch": batch} | proof for proof in found]
+                    took = _in_turn(workers, options, left_out)
+                for worker in workers:
+                    if worker.name in took:
+                        versions.add(worker.version)
+                ours = took.pop(OURS)
+                rows += [
+                    named | {"pixels": size, "peer": peer} | _compare(ours, theirs)
+                    for peer, theirs in took.items()
+                ]
+                for peer, why in left_out.items():
+                    print(f"left out: {why}", file=sys.stderr)
+                    failed.append(named | {"peer": peer, "why": why})
+                document = {"rows": rows, "proofs": proofs, "versions": sorted(versions)}
+                keep(document | {"left_out": failed})
+    if not rows:
+        raise InputError("no peer could be measured; see above")
+    return document
 
 
-def _in_turn(all_workers: list[Worker], options: Options) -> dict[str, np.ndarray]:
-    took: dict[str, list[float]] = {worker.name: [] for worker in all_workers}
+def _in_turn(workers: list[Worker], options: Options, left_out: LeftOut) -> dict[str, np.ndarray]:
+    """Returns each worker's seconds of a step in each round, but of those that were left out."""
+    took: dict[str, list[float]] = {worker.name: [] for worker in workers}
+    # On a GPU the steps of a call are one program, another one for another number of them.
+    warm = _WARM if options.device == "cpu" else options.steps
     for _ in range(options.rounds + 1):
-        for worker in all_workers:
-            time.sleep(_REST)
-            worker.ask(do="time", steps=_WARM)
-            took[worker.name].append(worker.ask(do="time", steps=options.steps) / options.steps)
-    return {name: np.array(times[1:]) for name, times in took.items()}
+        for worker in workers:
+            if worker.name not in left_out:
+                with leaving_out(worker.name, left_out):
+                    time.sleep(_REST)
+                    worker.ask(do="time", steps=warm)
+                    seconds = worker.ask(do="time", steps=options.steps)
+                    took[worker.name].append(seconds / options.steps)
+    return {name: np.array(times[1:]) for name, times in took.items() if name not in left_out}
 
 
 def _compare(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
@@ -288,21 +335,29 @@ def _compare(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
 def main() -> int:
     """Measures, prints and writes; returns the exit status."""
     options = tyro.cli(Options, description=__doc__)
+    os.environ |= _SHARE  # for this process too, before JAX looks for a GPU
+    on = devices.platform(devices.make_mesh(DeviceConfig(options.device)))
+    if on == "tpu":
+        raise InputError("--device auto: the peers do not run on a TPU; give cpu")
+    steps = options.steps or (16 if on == "cpu" else 160)
+    options = replace(options, device=on, steps=steps)  # type: ignore[arg-type]
     if options.setup:
         set_up(options)
         return 0
-    os.environ |= _SHARE  # for this process too, before JAX looks for a GPU
-    found = circumstances(DeviceConfig(options.device, 0 if options.device == "cpu" else 1))
-    measured = measure(options)
+    found = circumstances(DeviceConfig(options.device, 0 if on == "cpu" else 1))
+    asked = asdict(options)
+    del asked["environments"], asked["json"]
+
+    def keep(document: dict[str, Any]) -> None:
+        if options.json is not None:
+            write_json(options.json, {"circumstances": found, "options": asked, **document})
+
+    measured = measure(options, keep)
     print(headline(found))
     print(*measured["versions"], sep="\n")
     keys = ["network", "peer", "precision", "batch", "pixels", "ours_ms", "theirs_ms"]
     keys += ["ratio", "ratio_min", "ratio_max"]
     print_table(keys, [[row[key] for key in keys] for row in measured["rows"]])
-    if options.json is not None:
-        asked = asdict(options)
-        del asked["environments"], asked["json"]
-        write_json(options.json, {"circumstances": found, "options": asked, **measured})
     return 0
 
 

@@ -79,11 +79,14 @@ def page(plots: Path = RESULTS) -> str:
                     f"*Commit {found['commit']}; Python {found['python']}, {versions};"
                     f" {found['device']}; load before {load[0] or 0:.1f}.*\n"
                 )
-        missing = [name for name in _SECTIONS if name not in sections and name != "ahead"]
+        platform = next(iter(sections.values()))["circumstances"]["platform"]
+        # What is compiled ahead is for devices that are not at hand; and the CPU reads the images.
+        elsewhere = ("ahead",) if platform == "cpu" else ("ahead", "input")
+        missing = [name for name in _SECTIONS if name not in sections and name not in elsewhere]
         if missing:
             parts.append(f"Not yet measured on this device: {', '.join(missing)}.\n")
     if not any("gpu" in section for section in _platforms()):
-        parts.append("## GPU\n\nNot yet measured; the scripts take the fastest device there is.\n")
+        parts.append("## GPU\n\nNot yet measured.\n")
     return "\n".join(parts)
 
 
@@ -125,7 +128,8 @@ def _step_time(document: dict[str, Any], plots: Path) -> str:
             f"{row['median_ms']:.3g} ({row['quartile1_ms']:.3g} to {row['quartile3_ms']:.3g})",
             row["images_per_second"],
             100 * row["mfu"],
-            None if row["of_bound"] is None else 100 * row["of_bound"],
+            # Before bytes were counted with those of the convolutions, it was no bound.
+            100 * row["of_bound"] if row.get("bytes") is not None else None,
             row["memory_mib"],
         ]
         for row in document["rows"]
@@ -134,8 +138,10 @@ def _step_time(document: dict[str, Any], plots: Path) -> str:
     columns += ["step, ms (quartiles)", "images/s", "MFU, %", "of the roofline, %", "MiB"]
     plot = _throughput(document["rows"], plots)
     note = (
-        "MFU is of the device's peak; the roofline's bytes are XLA's count over the bandwidth of"
-        " memory, and what a cache serves beats it. Augmentation is part of the train step."
+        "MFU (model FLOPs utilization) is of the device's peak. The roofline's bytes are those that"
+        " XLA counts and those of the calls into libraries, over the bandwidth of memory; what a"
+        " cache serves beats it. It is empty where it was measured before the calls were counted."
+        " Augmentation is part of the train step."
         " Both networks see one channel, and `resnet` has 16 at first (the library's default is"
         " 32); the recipes' networks are in `peers.py`.\n"
     )
@@ -145,7 +151,7 @@ def _step_time(document: dict[str, Any], plots: Path) -> str:
 def _throughput(rows: list[dict[str, Any]], plots: Path) -> str:
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        name = f"{row['network']} {row['step']} {row['precision']}"
+        name = _named(row, rows, ("network", "step", "precision"), ("size", "devices"))
         lines.setdefault(name, []).append(row)
     if max(map(len, lines.values()), default=0) < 2:
         return ""
@@ -163,6 +169,15 @@ def _throughput(rows: list[dict[str, Any]], plots: Path) -> str:
         axes.yaxis.set_major_formatter("{x:,.0f}")
 
     return _plot(plots, "step-time", "Throughput against batch size", draw)
+
+
+def _named(
+    row: dict[str, Any], rows: list[dict[str, Any]], always: Sequence[str], else_: Sequence[str]
+) -> str:
+    """Returns what a plot calls a row: some values, and others where they tell rows apart."""
+    told = [str(row[key]) for key in always]
+    told += [f"{row[key]} {key}" for key in else_ if len({other[key] for other in rows}) > 1]
+    return ", ".join(told)
 
 
 def _peers(document: dict[str, Any], plots: Path) -> str:
@@ -192,8 +207,13 @@ def _peers(document: dict[str, Any], plots: Path) -> str:
             [row["ratio_max"] - row["ratio"] for row in shown],
         ]
         axes.barh(places, ratios, xerr=spread, color="#4477aa", ecolor="0.3")
-        names = [f"{row['network']}, {row['peer']}, {row['precision']}" for row in shown]
-        axes.set_yticks(places, names)
+        axes.set_yticks(
+            places,
+            [
+                _named(row, shown, ("network", "peer", "precision"), ("batch", "pixels"))
+                for row in shown
+            ],
+        )
         axes.invert_yaxis()
         axes.axvline(1, color="0.2", linestyle="--")
         axes.set(xlabel="our throughput over theirs")
@@ -204,8 +224,17 @@ def _peers(document: dict[str, Any], plots: Path) -> str:
         " three channels are one gray image: the peers convolve all three, ours the sum of their"
         " filters with one. The ratio is the median of the rounds' ratios, so it need not be that"
         " of the two medians.\n\n"
-        f"{_table(columns, rows)}\n" + _plot(plots, "peers", "Our throughput over the peers'", draw)
+        f"{_table(columns, rows)}\n{_left_out(document)}"
+        + _plot(plots, "peers", "Our throughput over the peers'", draw, 1 + 0.2 * len(rows))
     )
+
+
+def _left_out(document: dict[str, Any]) -> str:
+    lines = [
+        f"Left out of {row['network']}, {row['precision']}, batch {row['batch']}: {row['why']}.\n\n"
+        for row in document.get("left_out", ())
+    ]
+    return "".join(lines)
 
 
 def _input(document: dict[str, Any], plots: Path) -> str:
@@ -276,7 +305,8 @@ def _scaling(document: dict[str, Any], plots: Path) -> str:
                 marker=marker,
                 label=curve,
             )
-        axes.set(xlabel="devices", ylabel="throughput over one device's")
+        fewest = document["weak"][0]["devices"]
+        axes.set(xlabel="devices", ylabel=f"throughput over that of {fewest}")
 
     return text + _plot(plots, "scaling", "Throughput against devices", draw)
 
@@ -317,9 +347,9 @@ def _ahead(document: dict[str, Any], plots: Path) -> str:
     )
 
 
-def _plot(plots: Path, name: str, alt: str, draw: Callable[[Any], None]) -> str:
+def _plot(plots: Path, name: str, alt: str, draw: Callable[[Any], None], height: float = 4) -> str:
     """Draws into the device's file of that name; returns the line that shows it."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, height), layout="constrained")
     axes = figure.subplots()
     draw(axes)
     axes.grid(alpha=0.3)
@@ -358,7 +388,8 @@ What the scripts here measured. Every comparison is made in turn within one run,
 the machines are shared: trust the ratios, and their spread, before the milliseconds. Each script's
 first lines say how to run it and what it counts; `python benchmarks/report.py --run NAME` runs one
 (with `--flags "--data DIR"` those that train on the real images) and makes this page anew. PyTorch
-and Keras need `python benchmarks/peers.py --setup` first.
+and Keras need `python benchmarks/peers.py --setup` first. A plus behind a commit says that files
+differed from it.
 """
 
 

@@ -120,6 +120,8 @@ def measure(options: Options, found: dict[str, Any]) -> dict[str, list[dict[str,
     """Returns the points of each curve, in the circumstances found."""
     virtual = found["platform"] == "cpu"
     counts = [n for n in options.counts if virtual or n <= found["devices"]]
+    if not counts:
+        raise InputError(f"--counts: there are only {found['devices']} devices; name fewer")
     curves: dict[str, list[dict[str, Any]]] = {"weak": [], "strong": [], "size": [], "images": []}
     total = options.batch * max(counts)
     for n in counts:

@@ -11,8 +11,9 @@ slows all of them alike; a round is the mean over a few steps that end with the 
 as many that are not counted. The images are random bytes.
 
 FLOP are counted by hand (products and convolutions) and by XLA; MFU is the former over the device's
-peak, the bound is the larger of operations over the peak and bytes, as XLA counts them, over the
-bandwidth of memory. What a cache serves counts as well, so a CPU can do better than this bound.
+peak, the bound is the larger of operations over the peak and bytes over the bandwidth of memory:
+bytes as XLA counts them, and the arrays of its calls into libraries, of which it counts none. What
+a cache serves counts as well, so a CPU can do better than this bound.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import numpy as np
 import tyro
 from jax.sharding import Mesh
 from measure import circumstances, headline, in_turn, print_table, spread, write_json
-from peaks import Peak, count_flops, peak_of
+from peaks import Peak, called_bytes, count_flops, peak_of
 
 from cnnjax import devices, programs, steps
 from cnnjax.augment import make_augment
@@ -97,7 +98,7 @@ class Row:
     compile_seconds: float
     flops: int
     xla_flops: float | None
-    xla_bytes: float | None
+    bytes: float | None
     memory_mib: float | None
     median_ms: float = 0.0
     quartile1_ms: float = 0.0
@@ -167,6 +168,9 @@ def compiled(
         if together > 1:  # XLA counts a loop's body once, but with all of its operands
             counted = taken.one.lower(start, feeder.data, alone, key).compile()
         cost = counted.cost_analysis() or {}
+        moved = cost.get("bytes accessed")
+        if moved is not None:  # XLA knows nothing of what it calls
+            moved += called_bytes(counted.as_text())
         row = Row(
             network,
             name,
@@ -179,7 +183,7 @@ def compiled(
             compile_seconds=compile_,
             flops=flops,
             xla_flops=cost.get("flops"),
-            xla_bytes=cost.get("bytes accessed"),
+            bytes=moved,
             memory_mib=memory
             and (
                 memory.temp_size_in_bytes
@@ -236,8 +240,8 @@ def finish(one: Timed, seconds: list[float]) -> None:
     row.images_per_second = row.batch / median
     row.images_per_second_per_device = row.images_per_second / row.devices
     row.mfu = row.flops / row.devices / median / one.peak.flops
-    if row.xla_bytes is not None:
-        bound = one.peak.bound(row.flops / row.devices, row.xla_bytes)
+    if row.bytes is not None:
+        bound = one.peak.bound(row.flops / row.devices, row.bytes)
         row.bound_ms, row.of_bound = bound * 1e3, bound / median
 
 

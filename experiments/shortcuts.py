@@ -25,7 +25,7 @@ from PIL import Image, ImageFilter
 from tqdm import tqdm
 
 from cnnjax.cli import guarded
-from cnnjax.data.decode import decode
+from cnnjax.data.decode import DecodeError, decode
 from cnnjax.data.index import Index, read_index
 from cnnjax.errors import InputError
 from cnnjax.loop import fit
@@ -136,7 +136,10 @@ def view(index: Index, change: Callable[[Image.Image], Image.Image], target: Pat
         return
     partial = target.with_name(f"{target.name}.partial")
     for example in tqdm(index.split("train", "val"), target.name, unit="image", disable=None):
-        image = Image.fromarray(decode(index.source.read(example.name), SIZE))
+        try:
+            image = Image.fromarray(decode(index.source.read(example.name), SIZE))
+        except (OSError, DecodeError) as error:
+            raise InputError(f"{index.root}: {example.name} {error}; take it out") from None
         to = (partial / example.name).with_suffix(".png")
         to.parent.mkdir(parents=True, exist_ok=True)
         change(image).save(to)

@@ -57,6 +57,25 @@ def test_flops_of_local_contrast_count_forward_alone(monkeypatch: pytest.MonkeyP
     assert both[1] - plain[1] == 2 * (means + 2 * stem)
 
 
+CALLS = """\
+ENTRY %main (x: f32[2,8,8,1], k: bf16[3,3,1,4]) -> f32[2,8,8,4] {
+  %x = f32[2,8,8,1]{3,2,1,0} parameter(0)
+  %k = bf16[3,3,1,4]{3,2,1,0} parameter(1)
+  %conv.1 = (f32[2,8,8,4]{3,2,1,0}, u8[2,8,8,4]{3,2,1,0}, u8[4096]{0}) custom-call(%x, %k), \
+custom_call_target="convolve", operand_layout_constraints={f32[2,8,8,1]{3,2,1,0}}
+  ROOT %y = f32[2,8,8,4]{3,2,1,0} get-tuple-element(%conv.1), index=0
+}
+"""
+
+
+def test_bytes_of_calls_are_those_of_their_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from peaks import called_bytes
+
+    assert called_bytes(CALLS) == 4 * 2 * 8 * 8 + 2 * 3 * 3 * 4 + (4 + 1) * 2 * 8 * 8 * 4
+    assert called_bytes(HLO) == 0
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
@@ -97,12 +116,21 @@ def test_step_time_writes_its_rows(tmp_path: Path) -> None:
 
 
 def test_a_peer_is_proven_to_be_the_same_network_and_timed(tmp_path: Path) -> None:
-    flags = ["--peers", "numpy", "--networks", "resnet", "--batches", "4", "--size", "32"]
-    flags += ["--width", "4", "--rounds", "2", "--steps", "1"]
+    """Though another fails."""
+    flags = ["--peers", "torch", "numpy", "--networks", "resnet", "--batches", "4", "--size", "32"]
+    flags += ["--width", "4", "--rounds", "2", "--steps", "1", "--environments", str(tmp_path)]
     out = tmp_path / "rows.json"
-    done = script("peers.py", *flags, "--json", out)
+    python = tmp_path / "torch" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/sh\necho 'no CUDA here' >&2\nexit 1\n")
+    python.chmod(0o755)
+    done = script("peers.py", *flags, "--device", "cpu", "--json", out)
     assert done.returncode == 0, done.stderr
+    assert "left out: torch eager stopped: no CUDA here" in done.stderr
     found = json.loads(out.read_text())
+    assert {row["peer"] for row in found["left_out"]} == {
+        f"torch {form}" for form in ("eager", "eager channels_last", "compiled")
+    }
     (row,), (proof,) = found["rows"], found["proofs"]
     assert (row["network"], row["peer"], row["precision"]) == ("resnet", "numpy", "float32")
     assert 0 < row["ratio_min"] <= row["ratio"] <= row["ratio_max"]

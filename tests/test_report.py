@@ -244,14 +244,18 @@ def test_runs_are_set_side_by_side(run: Path, other: Path, tmp_path: Path) -> No
 def test_differences_are_of_the_same_image_whatever_the_order(
     run: Path, other: Path, tmp_path: Path
 ) -> None:
-    turned = tmp_path / "turned"
+    turned = tmp_path / "_turned $_$"  # of a name that matplotlib would leave out, and typeset
     shutil.copytree(other, turned)
     header, *lines = (other / "validation.csv").read_text().splitlines(keepends=True)
     (turned / "validation.csv").write_text("".join([header, *lines[::-1]]))
-    page = Page(report.compare([run, other, turned], tmp_path / "all.html").read_text("utf-8"))
+    text = report.compare([run, other, turned], tmp_path / "all.html").read_text("utf-8")
+    page = Page(text)
+    plots = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
+    assert len(plots) == 3
+    assert all(turned.name in plot for plot in plots)
     words = re.sub(r"\s+", " ", page.text).partition("Difference from")[2]
     rows = [
-        re.search(rf"{folder.name} ((?:[+-]\d\.\d+ (?:to )?){{4,12}})", words)
+        re.search(rf"{re.escape(folder.name)} ((?:[+-]\d\.\d+ (?:to )?){{4,12}})", words)
         for folder in (other, turned)
     ]
     assert rows[0] is not None

@@ -21,6 +21,7 @@ _INK = "#010203"  # becomes the page's colour of text
 _INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
 _STYLE = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a $ in a name is one
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.spines.top": False,
@@ -203,7 +204,7 @@ def scores(
                 color=color,
                 alpha=0.55,
                 hatch=hatch,
-                label=classes[label],
+                label=_label(classes[label]),
             )
         axes.axvline(threshold, color=GREEN, ls=":", label="operating point")
         axes.set(xlabel="probability", ylabel="images", yscale="log")
@@ -223,7 +224,7 @@ def rocs(runs: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> str:
         for i, (name, logits, labels) in enumerate(runs):
             false, true = _ranked(logits, labels, np.ones(len(labels)))
             dash = _DASHES[i % len(_DASHES)]
-            axes.plot(false / false[-1], true / true[-1], dash, color=_RUNS[i], label=name)
+            axes.plot(false / false[-1], true / true[-1], dash, color=_RUNS[i], label=_label(name))
         axes.plot([0, 1], [0, 1], ls=":", color="0.5", label="chance")
         axes.set(xlabel="1 - specificity", ylabel="sensitivity", aspect="equal")
 
@@ -238,7 +239,7 @@ def progress(runs: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> str:
             epochs = [line["epoch"] for line in history]
             areas = [line["validation"]["auc"] for line in history]
             dash = _DASHES[i % len(_DASHES)]
-            axes.plot(epochs, areas, dash, marker="o", ms=3, color=_RUNS[i], label=name)
+            axes.plot(epochs, areas, dash, marker="o", ms=3, color=_RUNS[i], label=_label(name))
         axes.set(xlabel="epoch", ylabel="AUC on held-out images", ylim=(None, 1.005))
         axes.xaxis.get_major_locator().set_params(integer=True)
 
@@ -263,6 +264,11 @@ def forest(runs: Sequence[tuple[str, Evaluation]]) -> str:
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
 
     return svg("forest", draw, (5.2, 1.4 + 0.5 * len(runs)))
+
+
+def _label(name: str) -> str:
+    """Returns a name for the legend, from which those that begin with _ would be left out."""
+    return f"\u200b{name}" if name.startswith("_") else name
 
 
 def _ranked(

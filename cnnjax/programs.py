@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -144,8 +144,17 @@ class Alone:
 
     def __init__(self, task: Task, mesh: Mesh) -> None:
         self._task, self._mesh = task, mesh
-        self._key = jax.device_put(task.step_key, devices.replicated(mesh))
-        self._steps = compile_steps(mesh, task.make_step(task.class_weights))
+        # The weights are no constants, so that other folds and seeds find the program compiled.
+        weights = np.array(task.class_weights, np.float32)
+        self._key = jax.device_put((task.step_key, weights), devices.replicated(mesh))
+
+        def step(
+            state: TrainState, batch: Batch, given: tuple[jax.Array, jax.Array]
+        ) -> tuple[TrainState, Metrics]:
+            key, w = given
+            return task.make_step((w[0], w[1]))(state, batch, key)
+
+        self._steps = compile_steps(mesh, step)
         self._feeder = task.feeder(mesh)
         self._logits = make_logits(task.model, mesh, 1, task.config.augment)
 
@@ -307,16 +316,24 @@ class Steps(NamedTuple):
     together: int
 
 
-def compile_steps(mesh: Mesh, train_step: TrainStep) -> Steps:
-    """Returns what the loop calls: the step on a mesh, with the batch fetched inside it."""
+def compile_steps(
+    mesh: Mesh, train_step: Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]
+) -> Steps:
+    """Returns what the loop calls: the step on a mesh, with the batch fetched inside it.
+
+    Args:
+        mesh: the devices.
+        train_step: (state, batch, key) -> (state, metrics); what it takes as its key, the same at
+            each step, may be any arrays.
+    """
 
     def one(
-        state: TrainState, data: Resident | None, feed: Batch | jax.Array, key: jax.Array
+        state: TrainState, data: Resident | None, feed: Batch | jax.Array, key: Any
     ) -> tuple[TrainState, Metrics]:
         return train_step(state, load(data, feed), key)
 
     def many(
-        state: TrainState, data: Resident, feeds: jax.Array, key: jax.Array
+        state: TrainState, data: Resident, feeds: jax.Array, key: Any
     ) -> tuple[TrainState, Metrics]:
         return jax.lax.scan(lambda state, feed: one(state, data, feed, key), state, feeds)
 
@@ -330,7 +347,7 @@ def take_epoch(
     steps: Steps,
     feeder: Feeder,
     order: np.ndarray,
-    key: jax.Array,
+    key: Any,
     bar: tqdm[Any],
 ) -> tuple[TrainState, dict[str, float]]:
     """Takes the steps of one epoch; returns the state and the mean loss and accuracy over it."""

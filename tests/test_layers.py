@@ -316,39 +316,28 @@ print(*losses, *np.asarray(steps.make_eval_step(model)(state, batch)))
 
 @needs_onednn
 @pytest.mark.parametrize("network", ["baseline", pytest.param("resnet", marks=pytest.mark.slow)])
-def test_a_process_of_its_own_trains_the_same_with_onednn(network: str) -> None:
-    def numbers(form: str) -> list[float]:
+def test_a_process_of_its_own_trains_the_same_with_onednn(network: str, tmp_path: Path) -> None:
+    """And the next one need not compile it again."""
+
+    def numbers_and_kept(form: str) -> tuple[list[float], set[str]]:
         done = subprocess.run(
             [sys.executable, "-c", _TWO_STEPS, form, network],
+            env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)},
             capture_output=True,
             text=True,
             check=False,
         )
         assert done.returncode == 0, done.stderr
         assert not done.stderr
-        return [float(x) for x in done.stdout.split()]
-
-    np.testing.assert_allclose(numbers("onednn"), numbers("plain"), rtol=2e-3, atol=2e-3)
-
-
-@needs_onednn
-def test_a_program_that_calls_onednn_is_kept(tmp_path: Path) -> None:
-    """The next process need not compile it again."""
-
-    def losses_and_kept() -> tuple[str, set[str]]:
-        done = subprocess.run(
-            [sys.executable, "-c", _TWO_STEPS, "onednn", "baseline"],
-            env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
         # What compiles in about a tenth of a second is kept by some processes and not by others.
-        return done.stdout, {file.name for file in tmp_path.rglob("jit_train_step*-cache")}
+        kept = {file.name for file in tmp_path.rglob("jit_train_step*-cache")}
+        return [float(x) for x in done.stdout.split()], kept
 
-    before, kept = losses_and_kept()
+    numbers, kept = numbers_and_kept("onednn")
     assert kept
-    assert losses_and_kept() == (before, kept)
+    assert numbers_and_kept("onednn") == (numbers, kept)
+    plain, _ = numbers_and_kept("plain")
+    np.testing.assert_allclose(numbers, plain, rtol=2e-3, atol=2e-3)
 
 
 @needs_onednn

@@ -502,6 +502,25 @@ def test_members_on_devices_of_their_own_exchange_nothing(tree: Path, tmp_path: 
         assert exchange not in lowered.compile().as_text()
 
 
+def test_folds_share_a_compiled_program(tree: Path, tmp_path: Path) -> None:
+    """Whatever shares the classes have in them."""
+    config = config_for(tree, tmp_path / "run", precision="float32")
+    data = training_data(config.data, config.seed, lambda _: None)
+    held_out = data.held_out.copy()
+    labels = data.decoded.labels
+    held_out[np.flatnonzero(held_out & (labels == 0))[0]] = False
+    held_out[np.flatnonzero(~held_out & (labels == 1))[0]] = True
+    tasks = [programs.Task(config, each) for each in (data, replace(data, held_out=held_out))]
+    assert tasks[0].class_weights != tasks[1].class_weights
+    lowered = set()
+    for task in tasks:
+        alone = programs.Alone(task, make_mesh(config.device))
+        state = jax.eval_shape(task.new_state, task.init_key)
+        step = alone._steps.one.lower(state, alone._feeder.data, task.order(1)[0], alone._key)
+        lowered.add(step.as_text())
+    assert len(lowered) == 1
+
+
 def test_members_may_differ_by_seed_and_fold_alone(tree: Path, tmp_path: Path) -> None:
     config = Config(workdir=tmp_path / "a", data=DataConfig(root=str(tree), size=20))
     with pytest.raises(ValueError, match="workdir, seed and fold alone"):

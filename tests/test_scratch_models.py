@@ -147,7 +147,9 @@ def check_gradients(network: str) -> None:
     [
         "baseline",
         "baseline of the post",
+        "baseline of local contrast",
         "resnet",
+        "recipe's resnet",
         pytest.param("deeper resnet", marks=pytest.mark.slow),
     ],
 )

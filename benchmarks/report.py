@@ -209,10 +209,7 @@ def _peers(document: dict[str, Any], plots: Path) -> str:
         axes.barh(places, ratios, xerr=spread, color="#4477aa", ecolor="0.3")
         axes.set_yticks(
             places,
-            [
-                _named(row, shown, ("network", "peer", "precision"), ("batch", "pixels"))
-                for row in shown
-            ],
+            [_named(row, shown, ("network", "peer", "precision"), ("batch",)) for row in shown],
         )
         axes.invert_yaxis()
         axes.axvline(1, color="0.2", linestyle="--")

@@ -121,8 +121,6 @@ def ours(
 def theirs(options: Options, folder: Path, epochs: int, on: str) -> float:
     """Trains with Keras on a platform in a process of its own; returns its seconds."""
     python = python_of("keras", options.environments, on)
-    if not python.exists():
-        raise InputError(f"no {python}; make it with: python benchmarks/peers.py --setup")
     return _timed([python, HERE / "peer_keras_job.py", folder, str(epochs), on])[0]
 
 
@@ -212,6 +210,9 @@ def main() -> int:
     """Measures, prints and writes; returns the exit status."""
     options = tyro.cli(Options, description=__doc__)
     found = circumstances_apart("auto")
+    keras = python_of("keras", options.environments, found["platform"])
+    if not keras.exists():
+        raise InputError(f"no {keras}; make it with: python benchmarks/peers.py --setup")
     with tempfile.TemporaryDirectory() as folder:
         measured = measure(options, Path(folder), found["platform"])
     print(headline(found))

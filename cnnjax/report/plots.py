@@ -21,7 +21,6 @@ _INK = "#010203"  # becomes the page's colour of text
 _INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
 _STYLE = {
     "svg.fonttype": "none",
-    "text.parse_math": False,  # a $ in a name is one
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.spines.top": False,
@@ -258,7 +257,7 @@ def forest(runs: Sequence[tuple[str, Evaluation]]) -> str:
                 axes.plot(estimate.value, i + aside, mark, color=color, ms=5, label=label)
                 if estimate.ci95:
                     axes.plot(estimate.ci95, [i + aside] * 2, color=color, lw=1.5)
-        axes.set_yticks(range(len(runs)), [name for name, _ in runs])
+        axes.set_yticks(range(len(runs)), [_label(name) for name, _ in runs])
         axes.set_ylim(len(runs) - 0.5, -0.5)
         axes.set(xlabel="at each run's operating point")
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
@@ -267,7 +266,8 @@ def forest(runs: Sequence[tuple[str, Evaluation]]) -> str:
 
 
 def _label(name: str) -> str:
-    """Returns a name for the legend, from which those that begin with _ would be left out."""
+    """Returns a name as matplotlib shows it: it typesets $...$, and leaves _... out of legends."""
+    name = name.replace("$", r"\$")
     return f"\u200b{name}" if name.startswith("_") else name
 
 

@@ -210,11 +210,12 @@ def main() -> int:
     """Measures, prints and writes; returns the exit status."""
     options = tyro.cli(Options, description=__doc__)
     found = circumstances_apart("auto")
-    keras = python_of("keras", options.environments, found["platform"])
+    on = "gpu" if found["platform"] == "gpu" else "cpu"  # TensorFlow's here take no TPU
+    keras = python_of("keras", options.environments, on)
     if not keras.exists():
         raise InputError(f"no {keras}; make it with: python benchmarks/peers.py --setup")
     with tempfile.TemporaryDirectory() as folder:
-        measured = measure(options, Path(folder), found["platform"])
+        measured = measure(options, Path(folder), on)
     print(headline(found))
     keys = ["job", "by", "start", "files", "epochs", "seconds"]
     print_table(keys, [[row[key] for key in keys] for row in measured["rows"]])

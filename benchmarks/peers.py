@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -120,18 +121,21 @@ class Worker:
     def __init__(self, name: str, command: list[str]) -> None:
         self.name = name
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed by close()
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-            cwd=HERE,
-            env=os.environ | _SHARE,
-        )
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                text=True,
+                cwd=HERE,
+                env=os.environ | _SHARE,
+            )
+        except OSError as error:
+            raise InputError(f"{name} cannot be started: {command[0]}: {error.strerror}") from None
         try:
             self.version: str = self._read()["version"]
-        except InputError:
+        except BaseException:
             self.close()
             raise
 
@@ -204,10 +208,17 @@ def write_problem(path: Path, options: Options, network: str, batch: int) -> int
     return size
 
 
-def started(options: Options, problem: Path, precision: str, left_out: LeftOut) -> list[Worker]:
-    """Starts ours and every form of every peer that is there and does start."""
-    command = [str(HERE / "peer_cnnjax.py"), str(problem), "", precision]
-    workers = [Worker(OURS, [sys.executable, *command])]
+def started(
+    options: Options, problem: Path, precision: str, left_out: LeftOut, stack: ExitStack
+) -> list[Worker]:
+    """Starts ours and every form of every peer that is there and does start; `stack` ends them."""
+
+    def start(name: str, *command: str) -> Worker:
+        worker = Worker(name, [*command, precision])
+        stack.callback(worker.close)
+        return worker
+
+    workers = [start(OURS, sys.executable, str(HERE / "peer_cnnjax.py"), str(problem), "")]
     for peer in options.peers:
         python = sys.executable
         if peer == "numpy" and precision != "float32":
@@ -221,7 +232,7 @@ def started(options: Options, problem: Path, precision: str, left_out: LeftOut) 
         for form in FORMS[peer]:
             name = f"{peer} {form}".strip()
             with leaving_out(name, left_out):
-                workers.append(Worker(name, [python, script, str(problem), form, precision]))
+                workers.append(start(name, python, script, str(problem), form))
     return workers
 
 
@@ -279,10 +290,8 @@ def measure(options: Options, keep: Callable[[dict[str, Any]], None]) -> dict[st
             for precision in options.precisions:
                 named = {"network": network, "precision": precision, "batch": batch}
                 left_out: LeftOut = {}
-                workers = started(options, problem, precision, left_out)
-                with contextlib.ExitStack() as stack:
-                    for worker in workers:
-                        stack.callback(worker.close)
+                with ExitStack() as stack:
+                    workers = started(options, problem, precision, left_out, stack)
                     if precision == "float32":
                         found = prove(workers, left_out)
                         proofs += [{"network": network, "batch": batch} | proof for proof in found]
@@ -299,7 +308,8 @@ def measure(options: Options, keep: Callable[[dict[str, Any]], None]) -> dict[st
                     print(f"left out: {why}", file=sys.stderr)
                     failed.append(named | {"peer": peer, "why": why})
                 document = {"rows": rows, "proofs": proofs, "versions": sorted(versions)}
-                keep(document | {"left_out": failed})
+                if rows:
+                    keep(document | {"left_out": failed})
     if not rows:
         raise InputError("no peer could be measured; see above")
     return document

@@ -9,6 +9,7 @@ import functools
 import io
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -405,8 +406,7 @@ def guarded(command: Callable[[], int]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nstopped; a training goes on when its command is given again", file=sys.stderr)
-        return 130
+        return _stopped()
     except BrokenPipeError:
         # The reader of our output has left, as `head` does; it wants no traceback.
         sys.stdout = None
@@ -420,6 +420,10 @@ def guarded(command: Callable[[], int]) -> int:
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except RuntimeError as error:
+        if "oneDNN: KeyboardInterrupt" in str(error):  # which `cnnjax.ffi` is about to pass on
+            with contextlib.suppress(KeyboardInterrupt):
+                time.sleep(1)
+            return _stopped()
         if "RESOURCE_EXHAUSTED" not in str(error):  # as XLA says
             raise
         print(
@@ -429,6 +433,11 @@ def guarded(command: Callable[[], int]) -> int:
             file=sys.stderr,
         )
         return 2
+
+
+def _stopped() -> int:
+    print("\nstopped; a training goes on when its command is given again", file=sys.stderr)
+    return 130
 
 
 @contextlib.contextmanager
@@ -507,12 +516,15 @@ _SHOWN = 512  # pixels: side of the pictures of heat
 
 def _expect_apart(folder: Path, films: Sequence[_Film], given: Sequence[Path]) -> None:
     """Raises if pictures of heat would lie among the films: over one, or to be judged next time."""
+    from cnnjax.data.index import walk
+
     files = [Path(film.name) for film in films if film.name != "-"]
     homes = {file.resolve().parent for file in files} | {file.parent.resolve() for file in files}
     if folder.resolve() in homes:
         raise InputError(f"--heatmap {folder} is the images' own folder; name another one")
-    for path in given:
-        if path.is_dir() and path.resolve() in folder.resolve().parents:
+    for path in filter(Path.is_dir, given):
+        judged = {path.resolve(), *((path / inner).resolve() for inner in walk(path)[1])}
+        if not judged.isdisjoint(folder.resolve().parents):
             raise InputError(
                 f"--heatmap {folder} lies in {path}, whose images are judged; name one elsewhere"
             )

@@ -9,12 +9,12 @@ cache.
 
 from __future__ import annotations
 
-import _thread
 import atexit
 import contextlib
 import ctypes
 import functools
 import json
+import signal
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
@@ -270,7 +270,8 @@ def _handler(frame: Any) -> int | None:
         if isinstance(error, KeyboardInterrupt):
             # XLA knows errors alone; whom it was for hears of it a little later, once XLA has
             # returned: here it would end this function without an answer to XLA.
-            timer = threading.Timer(0.1, _thread.interrupt_main)
+            passed_on = threading.main_thread().ident, signal.SIGINT
+            timer = threading.Timer(0.1, signal.pthread_kill, passed_on)
             timer.daemon = True
             timer.start()
         return address

@@ -117,21 +117,29 @@ class Workdir:
     def read_validation(self) -> Judged:
         """Returns the held-out images of a run that has ended, as its best epoch judges them."""
         rows = read_table(self.validation, ("image", "label", "patient", "logit_best"))
-        try:
+        if not rows:
+            raise InputError(f"{self.validation} holds no images; restore it")
+        with _undamaged(self.validation):
             return Judged(
                 [row["image"] for row in rows],
                 np.array([int(row["label"]) for row in rows]),
                 [row["patient"] for row in rows],
                 np.array([float(row["logit_best"]) for row in rows]),
             )
-        except ValueError as error:
-            raise InputError(f"{self.validation} is damaged ({error}); restore it") from None
+
+    def read_split(self) -> list[dict[str, str]]:
+        """Returns the rows of the run's split: image, patient, label and role of each image."""
+        rows = read_table(self.split, ("image", "patient", "label", "role"))
+        with _undamaged(self.split):
+            for row in rows:
+                int(row["label"])
+        return rows
 
     def trained_on(self, names: Iterable[str]) -> int:
         """Counts the names, by split, class and file, that the run's training images bear."""
         if not self.split.exists():
             return 0
-        rows = read_table(self.split, ("image", "role"))
+        rows = self.read_split()
         ours = {PurePosixPath(row["image"]).parts[-3:] for row in rows if row["role"] == "train"}
         return sum(PurePosixPath(name).parts[-3:] in ours for name in names)
 
@@ -226,6 +234,14 @@ def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     if any(row.get(column) is None for row in rows for column in columns):
         raise InputError(f"{path} lacks some of {', '.join(columns)}; restore it")
     return rows
+
+
+@contextmanager
+def _undamaged(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(f"{path} is damaged ({error}); restore it") from None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

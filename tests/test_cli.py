@@ -304,9 +304,11 @@ def test_heat_maps_are_kept_from_links_and_from_the_next_judging(
     for heat in (films, store):
         assert cnnjax("predict", "--run", run, films / "film.png", "--heatmap", heat) == 2
         assert f"--heatmap {heat} is the images' own folder" in capsys.readouterr().err
-    heat = films / "heat"
-    assert cnnjax("predict", "--run", run, films, "--heatmap", heat) == 2
-    assert f"--heatmap {heat} lies in {films}, whose images are judged" in capsys.readouterr().err
+    (films / "ward").symlink_to(store)
+    for heat in (films / "heat", store / "heat"):
+        assert cnnjax("predict", "--run", run, films, "--heatmap", heat) == 2
+        sentence = f"--heatmap {heat} lies in {films}, whose images are judged"
+        assert sentence in capsys.readouterr().err
     assert (store / "film.png").read_bytes() == before
 
 

@@ -126,7 +126,9 @@ def test_the_release_gives_each_held_out_fold_the_logits_of_its_run(
         # float16 has eleven bits
         np.testing.assert_allclose(logits[fold][rows], expected, atol=0.02, rtol=0.02)
         # What the run wrote down is of as many views as its config says.
-        written = [float(row["logit_last"]) for row in read_table(workdir.validation)]
+        written = [
+            float(row["logit_last"]) for row in read_table(workdir.validation, ("logit_last",))
+        ]
         several = Predictor.open(workdir.root, mesh, "latest").logits(decoded.images[rows])
         np.testing.assert_allclose(several, written, atol=1e-3)
         assert np.abs(several - expected).max() > 1e-3

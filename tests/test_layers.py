@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from cnnjax import ffi, layers, onednn
+from cnnjax.cli import guarded
 
 
 def plain_pool(x: jax.Array) -> jax.Array:
@@ -385,8 +386,12 @@ def test_an_interrupt_within_a_call_comes_after_it(monkeypatch: pytest.MonkeyPat
         patched.setattr(ffi, "_serve", interrupted)
         with pytest.raises(jax.errors.JaxRuntimeError, match="oneDNN: KeyboardInterrupt"):
             jax.block_until_ready(compiled(x, kernel))
+        started = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
             time.sleep(10)
+        assert time.monotonic() - started < 5
+        # A command tells of it as of any other.
+        assert guarded(lambda: int(compiled(x, kernel)[0, 0, 0, 0])) == 130
     assert compiled(x, kernel)[0, 3, 3, 0] == 36
 
 

@@ -98,6 +98,9 @@ def test_what_is_missing_or_damaged_is_named(run: Path, tmp_path: Path) -> None:
         workdir.validation.write_text(damaged)
         with pytest.raises(InputError, match=r"validation\.csv lacks some of image, label,"):
             written(workdir.root)
+    workdir.validation.write_text(whole.splitlines()[0])
+    with pytest.raises(InputError, match=r"validation\.csv holds no images"):
+        written(workdir.root)
     workdir.validation.write_text(whole + "a,b,c,d,e\n")
     with pytest.raises(InputError, match=r"validation\.csv is damaged \(invalid literal"):
         written(workdir.root)

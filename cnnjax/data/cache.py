@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cnnjax.data.decode import DecodeError, MissingDecoder, decode
-from cnnjax.data.files import save_array, work_folder, write_atomically
+from cnnjax.data.files import save_array, sweep, work_folder, write_atomically
 from cnnjax.data.index import Example, Source, viral_of
 from cnnjax.errors import InputError
 from cnnjax.machine import cache_folder, cpu_cores
@@ -154,6 +154,7 @@ def _decode_into(
                 passing.append(example.name)
             return f"cannot be read: {error.strerror or error}"
 
+    sweep(home)
     with work_folder(home) as work:
         shape = len(examples), size, size
         images = np.lib.format.open_memmap(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import secrets
 import shutil
@@ -57,9 +58,12 @@ def save_array(path: Path, array: np.ndarray) -> None:
         os.fsync(file.fileno())
 
 
-def _sweep(home: Path) -> None:
-    """Removes what killed processes left of a `work_folder` beside `home`, a day or more ago."""
-    for left in home.parent.glob(f".{home.name}.????????"):
+def sweep(home: Path) -> None:
+    """Removes what killed processes left of a `work_folder` beside `home`, a day or more ago.
+
+    For folders that are ours alone: it goes by their names.
+    """
+    for left in home.parent.glob(f".{glob.escape(home.name)}.????????"):
         with contextlib.suppress(FileNotFoundError):  # another process was first
             touched = max(path.stat().st_mtime for path in (left, *left.rglob("*")))
             if time.time() - touched > 86_400:
@@ -70,10 +74,9 @@ def _sweep(home: Path) -> None:
 def work_folder(home: Path) -> Iterator[Path]:
     """Makes an empty folder with the usual rights beside `home`, for the block to rename to it.
 
-    What is left of it is removed in the end, and first what killed processes left of others.
-    (`mkdtemp` alone makes folders that no other user can read.)
+    What is left of it is removed in the end. (`mkdtemp` alone makes folders that no other user can
+    read.)
     """
-    _sweep(home)
     private = Path(tempfile.mkdtemp(dir=home.parent, prefix=f".{home.name}."))
     try:
         work = private / home.name

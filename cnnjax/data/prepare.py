@@ -10,6 +10,7 @@ import numpy as np
 
 from cnnjax.config import DataConfig
 from cnnjax.data import cache
+from cnnjax.data.files import sweep
 from cnnjax.data.index import Index, read_index
 from cnnjax.data.patients import block_folds, grouped_folds, in_several_splits
 from cnnjax.errors import InputError
@@ -57,6 +58,7 @@ def open_index(config: DataConfig, say: Say) -> Index:
         root = (config.cache or cache_folder()) / f"phantom-{phantom.VERSION}"
         if not root.is_dir():
             say(f"drawing the phantom radiographs into {root}")
+            sweep(root)
             try:
                 phantom.write_tree(root)
             except FileExistsError:
@@ -104,7 +106,8 @@ def training_data(config: DataConfig, seed: int, say: Say) -> TrainingData:
         np.array([e.label for e in examples]),
         np.array(validates),
         f"{index.root}: with --data.validation {config.validation}, --data.folds {config.folds} and"
-        f" --data.fold {config.fold}, {{}} lacks a class; choose others",
+        f" --data.fold {config.fold},",
+        "choose others",
     )
     decoded = cache.load(
         examples, index.source, config.size, folder=config.cache, strict=config.strict
@@ -114,12 +117,12 @@ def training_data(config: DataConfig, seed: int, say: Say) -> TrainingData:
     role = {e.name: v for e, v in zip(examples, validates, strict=True)}
     held_out = np.array([role[e.name] for e in decoded.examples])
     _expect_both_classes(
-        decoded.labels, held_out, f"{index.root}: after decoding, {{}} lacks a class; fix the files"
+        decoded.labels, held_out, f"{index.root}: after decoding,", "fix the files"
     )
     return TrainingData(decoded, held_out, index.classes)
 
 
-def _expect_both_classes(labels: np.ndarray, held_out: np.ndarray, sentence: str) -> None:
+def _expect_both_classes(labels: np.ndarray, held_out: np.ndarray, when: str, do: str) -> None:
     for side, name in ((~held_out, "training"), (held_out, "validation")):
         if len(set(labels[side])) < 2:
-            raise InputError(sentence.format(name))
+            raise InputError(f"{when} {name} lacks a class; {do}")

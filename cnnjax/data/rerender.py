@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from cnnjax.data.cache import Decoded
 from cnnjax.data.decode import decode
-from cnnjax.data.files import save_array, work_folder
+from cnnjax.data.files import save_array, sweep, work_folder
 from cnnjax.errors import InputError
 from cnnjax.machine import cache_folder, cpu_cores
 
@@ -169,6 +169,7 @@ def load(decoded: Decoded, size: int, folder: Path | None = None) -> dict[str, n
 
 def _render_into(home: Path, decoded: Decoded, size: int) -> None:
     home.parent.mkdir(parents=True, exist_ok=True)
+    sweep(home)
     with work_folder(home) as work:
         with ThreadPoolExecutor(cpu_cores()) as pool:
             renderings = list(product(CHANGES, STRENGTHS))

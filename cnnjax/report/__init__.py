@@ -130,7 +130,7 @@ def _render(
     )
     summary = workdir.read_summary()
     history, speeds = read_lines(workdir.metrics), read_lines(workdir.throughput)
-    rows = read_table(workdir.split, ("patient", "label", "role"))
+    rows = workdir.read_split()
     labels, patients = judged.labels, judged.patients
     both = len(set(labels.tolist())) == 2
     figures = {

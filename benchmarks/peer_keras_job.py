@@ -15,17 +15,14 @@ from pathlib import Path
 os.environ["KERAS_BACKEND"] = "tensorflow"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import tensorflow as tf
 from keras import Sequential, layers
 from keras.src.legacy.preprocessing.image import ImageDataGenerator
+from peer_keras import use
 
 
 def main(folder: Path, epochs: int, device: str) -> None:
     """Trains as the post does, and judges after each epoch."""
-    if device == "cpu":
-        tf.config.set_visible_devices([], "GPU")
-    elif not tf.config.list_physical_devices("GPU"):
-        raise RuntimeError("TensorFlow finds no GPU")
+    use(device)
     changed = ImageDataGenerator(
         rescale=1 / 255, shear_range=0.2, zoom_range=0.2, horizontal_flip=True
     )

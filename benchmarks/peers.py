@@ -348,7 +348,7 @@ def main() -> int:
     os.environ |= _SHARE  # for this process too, before JAX looks for a GPU
     on = devices.platform(devices.make_mesh(DeviceConfig(options.device)))
     if on == "tpu":
-        raise InputError("--device auto: the peers do not run on a TPU; give cpu")
+        raise InputError("--device auto: the peers do not run on a TPU; give --device cpu")
     steps = options.steps or (16 if on == "cpu" else 160)
     options = replace(options, device=on, steps=steps)  # type: ignore[arg-type]
     if options.setup:

@@ -172,11 +172,11 @@ def _throughput(rows: list[dict[str, Any]], plots: Path) -> str:
 
 
 def _named(
-    row: dict[str, Any], rows: list[dict[str, Any]], always: Sequence[str], else_: Sequence[str]
+    row: dict[str, Any], rows: list[dict[str, Any]], always: Sequence[str], varying: Sequence[str]
 ) -> str:
     """Returns what a plot calls a row: some values, and others where they tell rows apart."""
     told = [str(row[key]) for key in always]
-    told += [f"{row[key]} {key}" for key in else_ if len({other[key] for other in rows}) > 1]
+    told += [f"{row[key]} {key}" for key in varying if len({other[key] for other in rows}) > 1]
     return ", ".join(told)
 
 
@@ -302,8 +302,7 @@ def _scaling(document: dict[str, Any], plots: Path) -> str:
                 marker=marker,
                 label=curve,
             )
-        fewest = document["weak"][0]["devices"]
-        axes.set(xlabel="devices", ylabel=f"throughput over that of {fewest}")
+        axes.set(xlabel="devices", ylabel="throughput over that of the fewest devices")
 
     return text + _plot(plots, "scaling", "Throughput against devices", draw)
 

@@ -39,7 +39,7 @@ from cnnjax.augment import make_augment
 from cnnjax.cli import guarded
 from cnnjax.config import DeviceConfig
 from cnnjax.data.batches import Resident
-from cnnjax.errors import InputError
+from cnnjax.errors import InputError, first_line
 from cnnjax.models import make_model
 
 Target = Literal["tpu-v5e", "h100"]
@@ -129,7 +129,7 @@ def mesh_of(target: Target, count: int) -> tuple[Mesh, str]:
         needed = "jax[cuda13]" if target == "h100" else "jax[tpu]"
         raise InputError(
             f'--target {target}: its compiler is not here; pip install "{needed}"'
-            f" ({str(error).splitlines()[0]})"
+            f" ({first_line(error)})"
         ) from None
     return Mesh(np.array(found.devices[:count]), (devices.AXIS,)), (
         "cuda" if target == "h100" else "tpu"

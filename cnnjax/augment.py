@@ -288,7 +288,7 @@ def _randomly_erased(image: jax.Array, draws: _Draws, largest: float) -> jax.Arr
 
 
 def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    # An accelerator's default rounds to 10 bits: coordinates would be off by parts of a pixel.
+    # An accelerator's default rounds to 11 bits or 8: coordinates would be off by parts of a pixel.
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 

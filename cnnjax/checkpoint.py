@@ -14,7 +14,7 @@ from typing import Literal
 import jax
 import orbax.checkpoint as ocp
 
-from cnnjax.errors import InputError
+from cnnjax.errors import InputError, first_line
 from cnnjax.steps import TrainState
 
 Kind = Literal["latest", "best"]
@@ -63,9 +63,6 @@ class Checkpoints:
     def _write(self, kind: Kind, epoch: int, state: TrainState) -> None:
         manager = self._manager(kind)
         before = list(manager.all_steps())
-        if before == [epoch]:
-            # From a run that ended between this save and the next: same config, same state.
-            return
         for step in before:
             if step >= epoch:  # Orbax would save nothing before them
                 self._remove(kind, step)
@@ -105,10 +102,8 @@ class Checkpoints:
         try:
             state: TrainState = manager.restore(epoch, args=ocp.args.StandardRestore(template))
         except (ValueError, KeyError, OSError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(
-                f"{manager.directory / str(epoch)} cannot be read ({reason})"
-            ) from None
+            where = manager.directory / str(epoch)
+            raise InputError(f"{where} cannot be read ({first_line(error)})") from None
         return state
 
     def close(self) -> None:
@@ -162,6 +157,9 @@ def _sync_one(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # the file system has no such thing
+            raise
     finally:
         os.close(descriptor)
 

@@ -12,17 +12,21 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TextIO
 
 import numpy as np
 import tyro
 from tqdm import tqdm
 
 from cnnjax.config import Config, DataConfig, DeviceConfig
-from cnnjax.errors import InputError
+from cnnjax.errors import InputError, first_line
 from cnnjax.machine import cpu_cores
+from cnnjax.operating import OperatingPoint
+
+if TYPE_CHECKING:
+    from cnnjax.predict import Predictor
 
 # Modules that import JAX are imported where they are used: `cnnjax --help` answers at once, and
 # `cnnjax.devices.make_mesh` can still divide the CPU into devices.
@@ -44,7 +48,8 @@ class Evaluate:
     """Images count as positive from this probability on, as --prevalence makes it; by default the
     operating point's."""
     prevalence: float | None = None
-    """Share of positives where the images come from; by default that of the fit."""
+    """Share of positives where the images come from; by default that of the fit. Probabilities
+    are for that share then, not for that of the images, so they have no Brier score or ECE."""
     views: int | None = None
     """How many views of each image to judge: as many as the recipe says (the default), or 1, the
     image as it is, which takes less time."""
@@ -67,10 +72,11 @@ class Evaluate:
         from cnnjax.workdir import Workdir, write_json
 
         _check_probabilities(self.threshold, self.prevalence)
-        _expect_folder(self.json, "--json")
-        _expect_folder(self.csv, "--csv")
+        _expect_place(self.json, "--json")
+        _expect_place(self.csv, "--csv")
         mesh = devices.make_mesh(self.device)
         predictor = Predictor.open(self.run, mesh, self.checkpoint, self.views)
+        _tell_uncalibrated(predictor)
         positive = predictor.classes[1]
         config = DataConfig(self.data, predictor.size, positive, cache=self.cache)
         index = open_index(config, print)
@@ -97,13 +103,15 @@ class Evaluate:
         logits = point.calibrated(predictor.logits(decoded.images), self.prevalence)
         patients = [e.patient for e in decoded.examples]
         judged = metrics.evaluate(logits, decoded.labels, patients, threshold=threshold)
+        if self.prevalence is not None:
+            judged = replace(judged, brier=metrics.UNDEFINED, ece=metrics.UNDEFINED)
         print(f"\n{self.split} split, {predictor.about}, with 95 % intervals")
         print(judged.report(predictor.classes))
         if self.prevalence is not None:
             print(judged.elsewhere(self.prevalence))
         if self.json is not None:
             with _writing(self.json, "--json"):
-                write_json(self.json, judged.to_json())
+                write_json(self.json, judged.to_json() | {"prevalence": self.prevalence})
         if self.csv is not None:
             rows = [
                 {
@@ -163,13 +171,14 @@ class Predict:
         from cnnjax.predict import Predictor
 
         _check_probabilities(self.threshold, self.prevalence)
-        _expect_folder(self.json, "--json")
-        _expect_folder(self.csv, "--csv")
+        _expect_place(self.json, "--json")
+        _expect_place(self.csv, "--csv")
         films = _films(self.paths)
         if self.heatmap is not None:
             _expect_apart(self.heatmap, films, self.paths)
         mesh = devices.make_mesh(self.device)
         predictor = Predictor.open(self.run, mesh, self.checkpoint, self.views)
+        _tell_uncalibrated(predictor)
         point, threshold = predictor.operating, self.threshold
         if threshold is None:
             threshold = point.probability_threshold(self.prevalence)
@@ -239,6 +248,8 @@ class Report:
     out: Path | None = None
     """Where to; by default report.html in the workdir, report-SPLIT.html for --data, or
     comparison.html here."""
+    cache: Path | None = None
+    """Folder of the decoded images; by default the one that the run was trained with."""
     device: DeviceConfig = field(default_factory=DeviceConfig)
 
     def __call__(self) -> int:
@@ -252,6 +263,7 @@ class Report:
             raise InputError(
                 f"--split {self.split} needs --data; without, held-out images are judged"
             )
+        _expect_no_folder(self.out, "--out")
         split = self.split or "test"
         from cnnjax import devices, report
 
@@ -261,7 +273,9 @@ class Report:
             if len(runs) > 1:
                 path = report.compare(runs, out)
             else:
-                path = report.write(runs[0], mesh, data=self.data, split=split, out=self.out)
+                path = report.write(
+                    runs[0], mesh, data=self.data, split=split, out=self.out, cache=self.cache
+                )
         print(path)
         return 0
 
@@ -287,6 +301,7 @@ class Export:
         mesh = devices.make_mesh(DeviceConfig("cpu"))
         # One view: whoever loads the network should not need our augmentation.
         predictor = Predictor.open(self.run, mesh, self.checkpoint, views=1)
+        _tell_uncalibrated(predictor)
         with _writing(self.out, "the file"):
             for path in export.export(predictor, self.format, self.out):
                 print(path)
@@ -401,7 +416,10 @@ def guarded(command: Callable[[], int]) -> int:
             # A file's name may be any bytes; so it is shown, as `ls` does.
             sys.stdout.reconfigure(errors="surrogateescape")
     try:
-        return command()
+        status = command()
+        if sys.stdout is not None:
+            sys.stdout.flush()  # while it can still be told that there is no room
+        return status
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -414,6 +432,10 @@ def guarded(command: Callable[[], int]) -> int:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             print("error: the disk is full; make room and give the command again", file=sys.stderr)
+            try:
+                sys.stdout.flush()
+            except OSError:
+                sys.stdout = None  # else Python tries once more at its end
             return 2
         if error.filename is None:  # no file of the user's
             raise
@@ -429,7 +451,7 @@ def guarded(command: Callable[[], int]) -> int:
         print(
             "error: the device's memory is full; free some, take another with --device.platform,"
             " or begin another run with a smaller --train.batch or --data.size"
-            f" ({str(error).splitlines()[0]})",
+            f" ({first_line(error)})",
             file=sys.stderr,
         )
         return 2
@@ -453,10 +475,25 @@ def _writing(path: Path, flag: str) -> Iterator[None]:
         raise InputError(f"{flag} {path} cannot be written ({error.strerror or error})") from None
 
 
-def _expect_folder(path: Path | None, flag: str) -> None:
+def _expect_no_folder(path: Path | None, flag: str) -> None:
+    if path is not None and path.is_dir():
+        raise InputError(f"{flag} {path} is a folder; name a file in it")
+
+
+def _expect_place(path: Path | None, flag: str) -> None:
     """Says at once, and not after the work, that there is no place for a file."""
+    _expect_no_folder(path, flag)
     if path is not None and not path.parent.is_dir():
         raise InputError(f"{flag} {path} cannot be written (there is no folder {path.parent})")
+
+
+def _tell_uncalibrated(predictor: Predictor) -> None:
+    if predictor.operating == OperatingPoint():
+        print(
+            "note: the run has not ended, so it has no operating point yet: probabilities are as"
+            " the network gives them, and positive is from 0.5 on",
+            file=sys.stderr,
+        )
 
 
 def _check_probabilities(threshold: float | None, prevalence: float | None) -> None:
@@ -524,7 +561,7 @@ def _expect_apart(folder: Path, films: Sequence[_Film], given: Sequence[Path]) -
         raise InputError(f"--heatmap {folder} is the images' own folder; name another one")
     for path in filter(Path.is_dir, given):
         judged = {path.resolve(), *((path / inner).resolve() for inner in walk(path)[1])}
-        if not judged.isdisjoint(folder.resolve().parents):
+        if not judged.isdisjoint((folder.resolve(), *folder.resolve().parents)):
             raise InputError(
                 f"--heatmap {folder} lies in {path}, whose images are judged; name one elsewhere"
             )
@@ -565,9 +602,20 @@ def _films(paths: Sequence[Path]) -> list[_Film]:
         if path.is_dir():
             names = walk(path)[0]
             inside = sorted(path / name for name in names if name.lower().endswith(IMAGE_SUFFIXES))
+            suffixes = ", ".join(IMAGE_SUFFIXES)
             if not inside:
-                raise InputError(f"{path} holds no {', '.join(IMAGE_SUFFIXES)}")
-        films += [_Film(str(file), file.read_bytes) for file in inside]
+                raise InputError(f"{path} holds no {suffixes}")
+            if others := len(names) - len(inside):
+                print(
+                    f"{path}: {others:,} other files passed over, not {suffixes}", file=sys.stderr
+                )
+        # A pipe is empty once it is read, and heat maps read again.
+        films += [
+            _Film(
+                str(file), file.read_bytes if file.is_file() else functools.cache(file.read_bytes)
+            )
+            for file in inside
+        ]
     if not films:
         raise InputError("predict needs image files or folders")
     return films

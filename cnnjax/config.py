@@ -99,7 +99,8 @@ class AugmentConfig:
     shear: float = 0.2
     """Largest shear angle, in degrees either way (as Keras's `shear_range`)."""
     zoom: float = 0.2
-    """Height and width are scaled independently by factors in [1 - zoom, 1 + zoom]."""
+    """Height and width that are seen, independently, are [1 - zoom, 1 + zoom] times the image's (as
+    Keras's `zoom_range`)."""
     flip: bool = True
     """Mirror left and right with probability one half."""
     rotate: float = 0.0
@@ -107,7 +108,7 @@ class AugmentConfig:
     shift: float = 0.0
     """Largest shift, as a fraction of the side, in each direction."""
     black: float = 0.0
-    """Share of images in which what a shift, zoom or rotation brings in from beyond the edge is
+    """Share of images in which what shear, zoom, rotation or shift bring in from beyond the edge is
     black; in the others the edge goes on."""
     contrast: float = 0.0
     """Contrast about the image's mean is scaled by a factor in [1 - contrast, 1 + contrast]."""

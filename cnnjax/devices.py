@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cnnjax import ffi, onednn
 from cnnjax.config import DeviceConfig
-from cnnjax.errors import InputError
+from cnnjax.errors import InputError, first_line
 from cnnjax.machine import cache_folder, cpu_cores, keep_freed_memory
 
 AXIS = "batch"
@@ -43,11 +43,13 @@ def make_mesh(config: DeviceConfig) -> Mesh:
         found = jax.devices(None if config.platform == "auto" else config.platform)
     except Exception as error:
         if config.platform == "auto":
-            raise
+            raise InputError(
+                f"JAX finds nothing to compute on ({first_line(error)}); look at JAX_PLATFORMS"
+            ) from None
         hint = "" if config.platform == "tpu" else ' with pip install -e ".[cuda13]"'
         raise InputError(
             f"--device.platform {config.platform}: JAX finds none here; drop the flag,"
-            f" or install JAX for it{hint} ({str(error).splitlines()[0]})"
+            f" or install JAX for it{hint} ({first_line(error)})"
         ) from None
     if config.count > len(found):
         name = found[0].platform

@@ -6,3 +6,8 @@ class InputError(Exception):
 
     The commands print it without a traceback and exit with status 2.
     """
+
+
+def first_line(error: Exception) -> str:
+    """Returns the first line of what an error says, or its kind if it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -30,7 +30,7 @@ from cnnjax.data.cache import write_quarantine
 from cnnjax.data.files import write_atomically
 from cnnjax.data.patients import write_split
 from cnnjax.data.prepare import TrainingData, training_data
-from cnnjax.errors import InputError
+from cnnjax.errors import InputError, first_line
 from cnnjax.events import Events
 from cnnjax.operating import fit_operating_point, points_to_json
 from cnnjax.predict import make_logits
@@ -46,7 +46,7 @@ class Result:
     best: metrics.Evaluation
     """The best checkpoint on the images that chose it, so a little optimistic."""
     last: metrics.Evaluation
-    """The last epoch on the same images, which chose nothing of it."""
+    """The last epoch on the same images, which chose nothing of it, but by --train.patience."""
     classes: tuple[str, str]
     summary: dict[str, Any]
 
@@ -85,13 +85,15 @@ def fit_all(configs: Sequence[Config], *, together: bool | None = None) -> list[
     if together is None:
         together = devices.platform(mesh) != "cpu"
     with contextlib.ExitStack() as stack:
-        members = [_enter(config, mesh, stack, i == 0) for i, config in enumerate(configs)]
+        entered = [_enter(config, mesh, stack, i == 0) for i, config in enumerate(configs)]
+        # Only now are their data theirs: until all can serve, a workdir may be given anew.
+        members = [_begin(*each, mesh, stack) for each in entered]
         groups: list[list[Member]] = [[member] for member in members]
         if together and all(member.resident for member in members):
-            by_steps: dict[int, list[Member]] = {}
+            alike: dict[Any, list[Member]] = {}
             for member in members:
-                by_steps.setdefault(member.steps_per_epoch, []).append(member)
-            groups = list(by_steps.values())
+                alike.setdefault(member.shared, []).append(member)
+            groups = list(alike.values())
         for group in groups:
             _train(group, mesh)
         return [_conclude(member, mesh) for member in members]
@@ -131,6 +133,12 @@ class Member(Task):
         self.events = Events(workdir.events, self.history) if config.tensorboard else None
 
     @property
+    def shared(self) -> tuple[int, str, str]:
+        """What members have in common that are trained in one step."""
+        precision, images = self.config.train.precision, self.data.decoded.fingerprint
+        return self.steps_per_epoch, precision, images
+
+    @property
     def ended(self) -> bool:
         """Whether there is nothing left to train."""
         return self.done >= self.config.train.epochs or self.out_of_patience
@@ -158,6 +166,7 @@ class Member(Task):
         trained: dict[str, float],
         logits: np.ndarray,
         seconds: tuple[float, float],
+        images: int,
     ) -> str:
         """Writes down an epoch, begins to write its state, and returns the line to show.
 
@@ -166,14 +175,15 @@ class Member(Task):
             trained: loss and accuracy over it.
             logits: of the held-out images after it.
             seconds: what training and validation took.
+            images: how many were trained on in them, those of members beside it counted.
 
         Raises:
             InputError: the loss is not finite, or a logit.
         """
         epoch, config = self.done + 1, self.config.train
-        _expect_finite(trained["loss"], epoch)
+        self._expect_finite(trained["loss"])
         # Its last step may have been the first to break the network.
-        _expect_finite(float(np.abs(logits).max()), epoch)
+        self._expect_finite(float(np.abs(logits).max()))
         judged = _validate(logits, self.labels[self.data.validation])
         score = _score(judged, config)
         line = {
@@ -189,7 +199,7 @@ class Member(Task):
         append_line(self.workdir.metrics, line)
         self.checkpoints.save(("latest", "best") if line["best"] else ("latest",), epoch, state)
         self.done = epoch
-        speed = len(self.data.train) / seconds[0]
+        speed = images / seconds[0]
         if self.events:
             self.events.add(line)
         append_line(
@@ -203,6 +213,15 @@ class Member(Task):
         )
         return _epoch_line(line, config, speed)
 
+    def _expect_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            kept = f" (this one is kept as it was after epoch {self.done})" if self.done else ""
+            raise InputError(
+                f"{self.workdir.root}: the loss is {loss} in epoch {self.done + 1}; begin another"
+                " run (--workdir) with a lower --train.learning-rate or with --train.clip-norm"
+                + kept
+            )
+
     def close(self) -> None:
         """Releases the files that it writes to."""
         self.checkpoints.close()
@@ -210,14 +229,22 @@ class Member(Task):
             self.events.close()
 
 
-def _enter(config: Config, mesh: Mesh, stack: contextlib.ExitStack, first: bool) -> Member:
+def _enter(
+    config: Config, mesh: Mesh, stack: contextlib.ExitStack, first: bool
+) -> tuple[Config, TrainingData, Workdir]:
     """Claims a member's workdir and reads its data; tells of them for the first."""
     config = _with_precision(config, mesh)
     workdir = stack.enter_context(claim(config))
     say = print if first else lambda _: None
     say(f"cnnjax    {version('cnnjax')} on jax {jax.__version__}, flax {version('flax')}")
     say(f"devices   {devices.describe(mesh)}")
-    data = training_data(config.data, config.seed, say)
+    return config, training_data(config.data, config.seed, say), workdir
+
+
+def _begin(
+    config: Config, data: TrainingData, workdir: Workdir, mesh: Mesh, stack: contextlib.ExitStack
+) -> Member:
+    """Writes down what a member is trained on, or finds it as it was, and where that stopped."""
     workdir.claim_data(data.decoded.fingerprint, data.classes)
     write_split(workdir.split, data.decoded.examples, data.held_out)
     write_quarantine(workdir.quarantine, data.decoded.quarantine)
@@ -279,8 +306,8 @@ def _train_until(members: list[Member], mesh: Mesh, last: int) -> None:
             fetched = jax.tree.map(np.array, jax.device_get(states))
             for i, member in enumerate(members):
                 if not member.ended:
-                    note = member.note(program.part(fetched, i), trained[i], logits[i], seconds)
-                    bar.write(note)
+                    state = program.part(fetched, i)
+                    bar.write(member.note(state, trained[i], logits[i], seconds, images))
                     if member.out_of_patience:
                         patience = config.train.patience
                         bar.write(f"no better checkpoint in {patience} epochs: stopping early")
@@ -301,8 +328,9 @@ def _profiled(folder: Path | None) -> Iterator[None]:
         try:
             jax.profiler.stop_trace()
         except (OSError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"--profile {folder} cannot be written ({reason})") from None
+            raise InputError(
+                f"--profile {folder} cannot be written ({first_line(error)})"
+            ) from None
 
 
 def _expect_writable(folder: Path | None) -> None:
@@ -314,15 +342,6 @@ def _expect_writable(folder: Path | None) -> None:
         except OSError as error:
             reason = error.strerror or error
             raise InputError(f"--profile {folder} cannot be written ({reason})") from None
-
-
-def _expect_finite(loss: float, epoch: int) -> None:
-    if not math.isfinite(loss):
-        raise InputError(
-            f"the loss is {loss} in epoch {epoch}; begin another run (--workdir) with a lower"
-            " --train.learning-rate or with --train.clip-norm"
-            f" (this one is kept as it was after epoch {epoch - 1})"
-        )
 
 
 def _validate(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:

@@ -37,6 +37,10 @@ class Estimate:
         return f"{self.value:.4f}  [{low:.4f}, {high:.4f}]"
 
 
+UNDEFINED = Estimate(None, None)
+"""A metric that the images do not tell."""
+
+
 @dataclass(frozen=True)
 class Confusion:
     """Images by truth and decision."""

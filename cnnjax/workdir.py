@@ -95,7 +95,7 @@ class Workdir:
 
         A run that has not ended has none yet: then it is probability 0.5, as the network gives it.
         """
-        if not self.operating.exists():
+        if not self.operating.exists() and not self.summary.exists():
             return dict.fromkeys(self.read_config().augment.looks, OperatingPoint())
         try:
             return points_from_json(read_json(self.operating, kind))
@@ -149,7 +149,7 @@ class Workdir:
         Raises:
             InputError: it is not.
         """
-        if not self.data.exists():
+        if not self.data.exists() and not self.checkpoints.exists():
             write_json(self.data, {"fingerprint": fingerprint, "classes": classes})
         elif read_json(self.data, "fingerprint") != fingerprint:
             raise InputError(
@@ -160,15 +160,21 @@ class Workdir:
     def read_history(self, epochs: int) -> list[dict[str, Any]]:
         """Returns the first `epochs` lines of `metrics.jsonl`, and drops what follows from it.
 
-        A run that was killed may have written a line, or part of one, beyond its checkpoint, and so
-        in `throughput.jsonl`.
+        A run that was killed may have written a line or two, or part of one, beyond its checkpoint,
+        and so in `throughput.jsonl`.
 
         Raises:
-            InputError: there are fewer.
+            InputError: there are fewer, or so many more that a checkpoint is gone.
         """
         if not self.metrics.exists() and not epochs:
             return []
-        lines = _read_text(self.metrics).splitlines(keepends=True)[:epochs]
+        lines = _read_text(self.metrics).splitlines(keepends=True)
+        if len(lines) > epochs + 2:
+            raise InputError(
+                f"{self.metrics} tells of {len(lines)} epochs, {self.checkpoints / 'latest'} of"
+                f" {epochs}; restore that, or choose another --workdir"
+            )
+        lines = lines[:epochs]
         if len(lines) < epochs:
             raise InputError(
                 f"{self.metrics} holds {len(lines)} epochs of {epochs}; restore it, or choose"

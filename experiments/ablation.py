@@ -21,6 +21,7 @@ import baseline
 import numpy as np
 import pneumonia
 import tyro
+from crossval import expect_no_patience
 
 from cnnjax import devices, shifted
 from cnnjax.cli import guarded
@@ -111,6 +112,7 @@ class Options:
                 raise InputError(f"{flag} has no effect here; give --seeds and --validations")
         if config.data.validation != DataConfig().validation:
             raise InputError("--data.validation has no effect here; give --validations")
+        expect_no_patience(config)
 
 
 def ablate(options: Options) -> list[dict[str, Any]]:
@@ -141,6 +143,11 @@ def judge(run: Config) -> dict[str, Any]:
     held_out = shifted.held_out_logits(run.workdir, devices.make_mesh(run.device))
     names = (patient.encode("utf-8", "surrogateescape") for patient in held_out.patients)
     halves = np.array([zlib.crc32(name) % 2 for name in names])
+    if any(len(set(held_out.labels[halves == half])) < 2 for half in (0, 1)):
+        raise InputError(
+            f"{run.workdir}: too few patients are held out to judge half of them at the operating"
+            " point of the others; hold out more with a smaller --data.folds"
+        )
     found = shifted.judge(held_out, halves, run.operating)
     return {
         "epochs": run.train.epochs,

@@ -56,6 +56,16 @@ class Options:
             raise InputError("--data.validation official has no folds; take patients or blocks")
         if self.config.data.fold:
             raise InputError("--data.fold has no effect here: every fold is trained")
+        expect_no_patience(self.config)
+
+
+def expect_no_patience(config: Config) -> None:
+    """Raises where the held-out images would choose the last epoch, whose figures are reported."""
+    if config.train.patience:
+        raise InputError(
+            "--train.patience lets the held-out images end the training, so they could not judge"
+            " its last epoch; give --train.epochs"
+        )
 
 
 def crossvalidate(options: Options) -> None:
@@ -88,6 +98,14 @@ def judge(options: Options, runs: list[Path], views: int) -> tuple[shifted.HeldO
     }
     pooled, fold_of = shifted.together(each)
     found = shifted.judge(pooled, fold_of, config.operating)
+    points = [
+        operate(
+            pooled,
+            criterion,
+            found if criterion == config.operating else shifted.judge(pooled, fold_of, criterion),
+        )
+        for criterion in OTHERS
+    ]
     areas = [auc(fold.sets[shifted.PLAIN], fold.labels) or 0.0 for fold in each.values()]
     kind = (
         "blocks of the file numbering" if config.data.validation == "blocks" else "patient-grouped"
@@ -100,15 +118,14 @@ def judge(options: Options, runs: list[Path], views: int) -> tuple[shifted.HeldO
         "auc_by_fold": areas,
         "auc_mean": float(np.mean(areas)),
         "auc_sd": float(np.std(areas, ddof=1)),
-        "points": [operate(pooled, fold_of, criterion) for criterion in OTHERS],
+        "points": points,
     } | found
 
 
 def operate(
-    pooled: shifted.HeldOut, fold_of: np.ndarray, criterion: OperatingConfig
+    pooled: shifted.HeldOut, criterion: OperatingConfig, found: dict[str, Any]
 ) -> dict[str, Any]:
-    """Returns what an operating point comes to, and where it lies if fitted on all folds."""
-    found = shifted.judge(pooled, fold_of, criterion)
+    """Returns what an operating point came to, and where it lies if fitted on all folds."""
     point = shifted.fit_point(pooled.sets, pooled.labels, criterion)
     shares = shifted.METRICS[1:]
     kinds = [kind for kind in ("plain", "mean", "worst") if kind in found]

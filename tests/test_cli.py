@@ -75,6 +75,9 @@ def test_evaluate(
     assert cnnjax(*command, "--prevalence", 0.05, "--json", out) == 0
     here = json.loads(out.read_text())
     assert here["confusion"] == c  # the threshold moves along
+    assert (found["prevalence"], here["prevalence"]) == (None, 0.05)
+    # Probabilities that are made for one share of positives, of images with another.
+    assert here["brier"]["value"] is here["ece"]["value"] is None
     right = here["sensitivity"]["value"] * 0.05
     spared = here["specificity"]["value"] * 0.95
     said = f"where 0.05 are, accuracy is {right + spared:.4f}"
@@ -200,6 +203,31 @@ def test_few_images_and_many_get_the_same(
         assert a["probability"] == pytest.approx(b["probability"], abs=1e-4)
 
 
+def test_a_pipe_by_name_is_read_once(run: Path, tree: Path, tmp_path: Path) -> None:
+    one, *_ = sorted((tree / "test" / "PNEUMONIA").iterdir())
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with subprocess.Popen(["cp", one, pipe]):
+        assert cnnjax("predict", "--run", run, pipe, "--heatmap", tmp_path / "heat") == 0
+    assert (tmp_path / "heat" / "pipe.png").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_an_output_without_room_is_one_sentence() -> None:
+    code = "import sys; from cnnjax import cli; cli.main(sys.argv[1:])"
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code, "devices"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: the disk is full")
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_output_goes_into_a_pipe_and_through_a_link(run: Path, tree: Path, tmp_path: Path) -> None:
     command = ["evaluate", "--run", run, "--data", tree, "--json"]
     (tmp_path / "link.json").symlink_to(tmp_path / "there.json")
@@ -235,9 +263,14 @@ def test_a_damaged_run_is_named(
         assert f"{name} {message}" in error
         assert error.count("\n") == 1
         (tmp_path / "run" / name).write_bytes(kept)
-    (tmp_path / "run" / "throughput.jsonl").unlink()
-    assert cnnjax("report", "--run", tmp_path / "run") == 2
-    assert "throughput.jsonl cannot be read" in capsys.readouterr().err
+    for name in ("throughput.jsonl", "operating.json"):
+        (tmp_path / "run" / name).unlink()
+        assert cnnjax("report", "--run", tmp_path / "run") == 2
+        assert f"{name} cannot be read" in capsys.readouterr().err
+    # Without its summary it is one that has not ended.
+    (tmp_path / "run" / "summary.json").unlink()
+    assert cnnjax("predict", "--run", tmp_path / "run", tree / "test") == 0
+    assert "has no operating point yet" in capsys.readouterr().err
 
 
 def test_hidden_files_are_passed_over_and_parents_are_not(
@@ -309,6 +342,8 @@ def test_heat_maps_are_kept_from_links_and_from_the_next_judging(
         assert cnnjax("predict", "--run", run, films, "--heatmap", heat) == 2
         sentence = f"--heatmap {heat} lies in {films}, whose images are judged"
         assert sentence in capsys.readouterr().err
+    assert cnnjax("predict", "--run", run, tmp_path, "--heatmap", tmp_path) == 2
+    assert f"--heatmap {tmp_path} lies in {tmp_path}, whose" in capsys.readouterr().err
     assert (store / "film.png").read_bytes() == before
 
 
@@ -322,8 +357,11 @@ def test_folders_are_judged_whole(
     for path in (tmp_path / "store" / "a.png", films / "folder.png" / "b.PNG"):
         Image.new("L", (30, 30)).save(path)
     (films / "ward").symlink_to(tmp_path / "store")
+    (films / "notes.txt").touch()
     assert cnnjax("predict", "--run", run, films) == 0
-    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    screen = capsys.readouterr()
+    assert f"{films}: 1 other files passed over, not .jpeg, .jpg, .png, .dcm\n" == screen.err
+    rows = [json.loads(line) for line in screen.out.splitlines()]
     assert [row["path"] for row in rows] == [
         str(films / name) for name in ("folder.png/b.PNG", "ward/a.png")
     ]
@@ -356,6 +394,8 @@ def test_folders_are_judged_whole(
             "--json no/dir/x can",
         ),
         (["evaluate", "--run", "RUN", "--data", "TREE", "--csv", "no/dir/x"], "--csv no/dir/x can"),
+        (["predict", "--run", "RUN", "TREE", "--json", "EMPTY"], "empty is a folder; name a file"),
+        (["report", "--run", "RUN", "--out", "EMPTY"], "empty is a folder; name a file in it"),
         (["predict", "--run", "RUN", "EMPTY"], "holds no .jpeg, .jpg, .png, .dcm"),
         (
             ["evaluate", "--run", "RUN", "--data", "~no-one-of-this-name/x"],
@@ -409,6 +449,21 @@ def test_devices_that_xla_was_told_to_make_are_taken() -> None:
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert "3 x cpu" in done.stdout
+
+
+def test_a_platform_that_is_not_there_is_told() -> None:
+    command = [sys.executable, "-c", "from cnnjax import cli; cli.main(['devices'])"]
+    done = subprocess.run(
+        command,
+        env=os.environ | {"JAX_PLATFORMS": "tpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "error: JAX finds nothing to compute on (" in done.stderr
+    assert "look at JAX_PLATFORMS" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_recipe_from_the_shell(tree: Path, tmp_path: Path) -> None:

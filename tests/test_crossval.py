@@ -181,6 +181,8 @@ def test_the_official_split_is_no_cross_validation(monkeypatch: pytest.MonkeyPat
 
     with pytest.raises(InputError, match="official has no folds"):
         crossval.Options(Config(data=DataConfig(validation="official")))
+    with pytest.raises(InputError, match=r"--train\.patience lets the held-out images end"):
+        crossval.Options(Config(train=TrainConfig(patience=3)))
 
 
 def test_evaluate_takes_a_release(

@@ -170,7 +170,10 @@ def test_a_tree_with_only_test_serves_where_test_is_wanted(make_tree: Callable[.
         (("train/readme.txt", "train/NORMAL/readme.txt"), "but no .jpeg"),
         (("train/NORMAL/a.jpeg",), "exactly two classes, found NORMAL"),
         (("train/A/a.png", "train/B/b.png", "train/C/c.png"), "exactly two classes, found A, B, C"),
-        (("train/A/a.png", "train/B/b.png"), "classes A, B; name one of them with --data.positive"),
+        (
+            ("train/A/a.png", "train/B/b.png"),
+            "classes A, B, not PNEUMONIA; for training, name one of them",
+        ),
         (("a/b/c/train/NORMAL/a.png",), "too deep, in a/b/c; give that folder as the root"),
     ],
 )

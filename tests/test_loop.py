@@ -19,6 +19,7 @@ import filelock
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from cnnjax import checkpoint, loop, programs
 from cnnjax.cli import guarded
@@ -35,7 +36,7 @@ from cnnjax.devices import make_mesh
 from cnnjax.errors import InputError
 from cnnjax.loop import fit
 from cnnjax.steps import TrainState
-from cnnjax.workdir import append_line, claim, read_lines
+from cnnjax.workdir import Workdir, append_line, claim, read_lines
 
 EPOCHS = 4
 
@@ -162,30 +163,6 @@ def test_bfloat16_learns_the_same_and_is_kept_on_a_resume(
         fit(config_for(tree, config.workdir, precision="float32"))
 
 
-def test_a_run_that_an_older_version_left_ahead_of_itself_goes_on(
-    tree: Path, tmp_path: Path, finished: Path
-) -> None:
-    """It wrote the best state before the latest."""
-    run = tmp_path / "run"
-    write = checkpoint.Checkpoints._write
-
-    def killed(self: Any, kind: Any, epoch: int, state: Any) -> None:
-        if epoch == 2:
-            write(self, "best", epoch, state)
-            raise KeyboardInterrupt
-        write(self, kind, epoch, state)
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(checkpoint.Checkpoints, "_write", killed)
-        with pytest.raises(KeyboardInterrupt):
-            fit(config_for(tree, run))
-    kept = sorted(path.parts[-2:] for path in (run / "checkpoints").glob("*/*"))
-    assert kept == [("best", "2"), ("latest", "1")]
-    (run / "throughput.jsonl").write_text("nothing\n")
-    fit(config_for(tree, run))
-    assert outcome(run) == outcome(finished)
-
-
 def test_a_trace_that_cannot_be_written_is_refused_before_training(
     tree: Path, tmp_path: Path
 ) -> None:
@@ -267,7 +244,7 @@ def test_a_workdir_in_use_is_refused(tree: Path, tmp_path: Path) -> None:
 def test_a_diverging_run_says_so(tree: Path, tmp_path: Path) -> None:
     with pytest.raises(
         InputError,
-        match=r"the loss is .* in epoch \d; begin another run \(--workdir\) with a lower",
+        match=r"run: the loss is .* in epoch \d; begin another run \(--workdir\) with a lower",
     ):
         fit(config_for(tree, tmp_path / "run", learning_rate=1e30, optimizer="sgd"))
 
@@ -275,7 +252,7 @@ def test_a_diverging_run_says_so(tree: Path, tmp_path: Path) -> None:
 def test_a_network_that_an_epochs_last_step_breaks_is_not_kept(tree: Path, tmp_path: Path) -> None:
     """The loss of the only step is that of the network before it."""
     config = config_for(tree, tmp_path / "run", learning_rate=1e30, optimizer="sgd", batch=96)
-    with pytest.raises(InputError, match=r"the loss is (nan|inf) in epoch 1; begin another"):
+    with pytest.raises(InputError, match=r"in epoch 1; begin another .* --train\.clip-norm$"):
         fit(config)
     assert not (config.workdir / "metrics.jsonl").exists()
     assert not list((config.workdir / "checkpoints").glob("*/*"))
@@ -706,6 +683,47 @@ def test_a_run_without_its_history_says_so(tree: Path, tmp_path: Path, finished:
     (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(InputError, match=r"metrics\.jsonl holds 1 epochs of 4; restore it"):
         fit(config_for(tree, tmp_path / "run"))
+
+
+def test_a_run_without_its_checkpoints_or_its_images_says_so(
+    tree: Path, tmp_path: Path, finished: Path
+) -> None:
+    """And keeps what else it has."""
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    (run / "checkpoints" / "latest").rename(tmp_path / "latest")
+    before = outcome(run)
+    with pytest.raises(
+        InputError, match=r"metrics\.jsonl tells of 4 epochs, .*latest of 0; restore that"
+    ):
+        fit(config_for(tree, run))
+    assert outcome(run) == before
+    (tmp_path / "latest").rename(run / "checkpoints" / "latest")
+    (run / "data.json").unlink()
+    with pytest.raises(InputError, match=r"data\.json cannot be read"):
+        fit(config_for(tree, run))
+
+
+def test_folds_that_cannot_all_serve_leave_their_workdirs_free(tmp_path: Path) -> None:
+    """Of blocks of the numbering, where one patient has nearly all normal images."""
+    root = tmp_path / "tree"
+    for patient, images in enumerate((1, 1, 16, 1, 1)):
+        for i in range(images):
+            for name in (f"NORMAL/IM-{patient:04}-{i}", f"PNEUMONIA/person{i}_virus_{patient}"):
+                path = root / "train" / f"{name}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("L", (20, 20), 10 * patient + i).save(path)
+    folds = [
+        Config(
+            workdir=tmp_path / f"fold{fold}",
+            data=DataConfig(root=str(root), size=20, validation="blocks", fold=fold),
+        )
+        for fold in range(5)
+    ]
+    with pytest.raises(
+        InputError, match=r"--data\.fold 1, validation lacks a class; choose others"
+    ):
+        loop.fit_all(folds)
+    assert not Workdir(folds[0].workdir).begun
 
 
 def test_a_line_that_was_left_unfinished_is_dropped(tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_local_contrast_lies_under_scipys_gaussian() -> None:
 
 
 def test_rows_that_fill_up_do_not_change_batch_statistics() -> None:
-    model = ResNet(width=4)
+    model = ResNet(width=4, stages=2)
     images = noise(6, 32, 32, 1)
     variables = initial(model, images)
     mask = np.arange(6) < 4
@@ -147,7 +147,7 @@ def test_rows_that_fill_up_do_not_change_batch_statistics() -> None:
     "model",
     [
         BaselineCNN(dtype=jnp.bfloat16),
-        ResNet(width=4, standardize=True, local_contrast=True, dtype=jnp.bfloat16),
+        ResNet(width=4, stages=2, standardize=True, local_contrast=True, dtype=jnp.bfloat16),
     ],
 )
 def test_bfloat16_keeps_parameters_and_logits_in_float32(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,20 +50,21 @@ needs_radiographs = pytest.mark.skipif(not DATA.exists(), reason=f"no radiograph
 
 
 @needs_radiographs
-def test_each_network_has_the_recorded_figure_on_the_fold_that_it_never_saw() -> None:
+@pytest.mark.parametrize("of", [(3,), pytest.param(range(5), id="all", marks=pytest.mark.slow)])
+def test_a_network_has_the_recorded_figure_on_the_fold_that_it_never_saw(of: Sequence[int]) -> None:
     released = release.read()
     images, labels, fold = radiographs(released)
     recorded = released.about["figures"]["one_view"]["auc_by_fold"]
-    assert len(released.members) == len(recorded) == released.about["folds"]["folds"]
+    assert len(released.members) == len(recorded) == released.about["folds"]["folds"] == 5
     trained = []
-    for k, area in enumerate(recorded):
-        network = alone(released, k, views=1)
+    for k in of:
+        network, area = alone(released, k, views=1), recorded[k]
         held_out, seen = fold == k, fold == (k + 1) % len(recorded)
         judged = auc(network.logits(images[held_out]), labels[held_out])
         assert judged == pytest.approx(area, abs=3e-4)
         trained.append(auc(network.logits(images[seen]), labels[seen]))
     # On what they were trained on they do better, or the folds are others.
-    assert np.mean(trained) > np.mean(recorded)
+    assert np.mean(trained) > np.mean([recorded[k] for k in of])
 
 
 @pytest.mark.slow

@@ -164,6 +164,15 @@ def test_another_split_is_judged(run: Path, tree: Path, tmp_path: Path) -> None:
     assert ((run / "report.html").exists() and (run / "report.html").read_bytes()) == before
 
 
+def test_files_that_cannot_be_judged_are_counted(run: Path, tree: Path, tmp_path: Path) -> None:
+    shutil.copytree(tree / "test", tmp_path / "films" / "test")
+    (tmp_path / "films" / "test" / "NORMAL" / "bad.jpeg").write_bytes(b"nothing")
+    text, page = written(run, data=str(tmp_path / "films"), out=tmp_path / "page.html")
+    assert "1 of whose files cannot be decoded and are left out" in page.text
+    assert "on other images" not in text
+    assert "and this run on other images" in written(run)[0]
+
+
 def test_a_split_of_nothing_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main(["report", str(run), "--split", "test"])

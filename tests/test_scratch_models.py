@@ -40,8 +40,8 @@ NETWORKS: dict[str, tuple[models.Network, Any, int]] = {
     ),
     "resnet": (models.ResNet(width=4), cnnjax.models.ResNet(width=4), 20),
     "deeper resnet": (
-        models.ResNet(channels=3, width=3, depth=2),
-        cnnjax.models.ResNet(channels=3, width=3, depth=2),
+        models.ResNet(channels=3, width=3, depth=2, stages=2),
+        cnnjax.models.ResNet(channels=3, width=3, depth=2, stages=2),
         17,
     ),
     "recipe's resnet": (

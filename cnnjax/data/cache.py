@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cnnjax.data.decode import DecodeError, MissingDecoder, decode
-from cnnjax.data.files import save_array, sweep, work_folder, write_atomically
+from cnnjax.data.files import no_cache, save_array, sweep, work_folder, write_atomically
 from cnnjax.data.index import Example, Source, viral_of
 from cnnjax.errors import InputError
 from cnnjax.machine import cache_folder, cpu_cores
@@ -89,10 +89,7 @@ def load(
             folder.mkdir(parents=True, exist_ok=True)
             _decode_into(home, examples, source, size, progress)
         except OSError as error:
-            raise InputError(
-                f"the cache {folder} cannot be written ({error.strerror or error});"
-                " free some space there or choose another with --data.cache (evaluate: --cache)"
-            ) from None
+            raise no_cache(folder, error) from None
     done = json.loads((home / "done.json").read_text("utf-8"))
     quarantine = tuple((name, reason) for name, reason in done["quarantine"])
     if quarantine and strict:

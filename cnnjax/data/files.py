@@ -16,6 +16,8 @@ from typing import TextIO
 
 import numpy as np
 
+from cnnjax.errors import InputError
+
 _NAMES = "surrogateescape"  # a file name that is no UTF-8 is written as it is
 
 
@@ -35,19 +37,35 @@ def write_atomically(path: Path) -> Iterator[TextIO]:
         return
     asked, path = path, path.resolve()
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
+    with _named(asked):
         opened = partial.open("x", encoding="utf-8", newline="", errors=_NAMES)
-    except OSError as error:  # name the file that was asked for
-        raise type(error)(error.errno, error.strerror, str(asked)) from None
     try:
         with opened as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
+        with _named(asked):
+            partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def _named(asked: Path) -> Iterator[None]:
+    """Lets errors name the file that was asked for."""
+    try:
+        yield
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(asked)) from None
+
+
+def no_cache(folder: Path, error: OSError) -> InputError:
+    """Returns what to raise where a cache folder cannot be written."""
+    return InputError(
+        f"the cache {folder} cannot be written ({error.strerror or error}); free some space there"
+        " or choose another with --data.cache (evaluate, report: --cache)"
+    )
 
 
 def save_array(path: Path, array: np.ndarray) -> None:

@@ -198,9 +198,11 @@ class _Zip:
             raise OSError("larger than 256 MiB")
         try:
             return self.archive.read(name)
-        except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError) as error:
-            raise OSError(f"broken in the zip: {error}") from None
+        except MemoryError:
+            raise
         except Exception as error:  # zlib.error, lzma.LZMAError: each method has its own
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # of the disk, not of the zip
             raise OSError(f"broken in the zip: {error}") from None
 
     def signature(self, name: str) -> tuple[int, int]:
@@ -208,7 +210,7 @@ class _Zip:
 
 
 class _Arrays:
-    """The images of a MedMNIST file; each split is loaded when it is first asked for."""
+    """The arrays of a MedMNIST file, each loaded once and kept."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -369,7 +371,8 @@ def _two_classes(root: Path, names: set[str], positive: str) -> tuple[str, str]:
         raise InputError(f"{root} needs images of exactly two classes, found {listed}")
     if positive not in names:
         raise InputError(
-            f"{root} has the classes {listed}; name one of them with --data.positive to train on it"
+            f"{root} has the classes {listed}, not {positive}; for training, name one of them with"
+            " --data.positive"
         )
     (negative,) = names - {positive}
     return negative, positive

@@ -10,7 +10,7 @@ import numpy as np
 
 from cnnjax.config import DataConfig
 from cnnjax.data import cache
-from cnnjax.data.files import sweep
+from cnnjax.data.files import no_cache, sweep
 from cnnjax.data.index import Index, read_index
 from cnnjax.data.patients import block_folds, grouped_folds, in_several_splits
 from cnnjax.errors import InputError
@@ -64,10 +64,7 @@ def open_index(config: DataConfig, say: Say) -> Index:
             except FileExistsError:
                 pass  # another process drew the same ones meanwhile
             except OSError as error:
-                raise InputError(
-                    f"{root} cannot be written ({error.strerror or error});"
-                    " free some space there or choose another with --data.cache (evaluate: --cache)"
-                ) from None
+                raise no_cache(root, error) from None
     return read_index(root, config.positive)
 
 

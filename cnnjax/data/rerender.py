@@ -22,8 +22,7 @@ from tqdm import tqdm
 
 from cnnjax.data.cache import Decoded
 from cnnjax.data.decode import decode
-from cnnjax.data.files import save_array, sweep, work_folder
-from cnnjax.errors import InputError
+from cnnjax.data.files import no_cache, save_array, sweep, work_folder
 from cnnjax.machine import cache_folder, cpu_cores
 
 VERSION = 1  # raise it when a change gives other pixels for the same image
@@ -160,10 +159,7 @@ def load(decoded: Decoded, size: int, folder: Path | None = None) -> dict[str, n
         if not home.is_dir():
             _render_into(home, decoded, size)
     except OSError as error:
-        raise InputError(
-            f"the cache {folder} cannot be written ({error.strerror or error});"
-            " free some space there or choose another with --data.cache (evaluate: --cache)"
-        ) from None
+        raise no_cache(folder, error) from None
     return {name: np.load(home / f"{name}.npy", mmap_mode="r") for name in names}
 
 

@@ -11,6 +11,7 @@ import base64
 import io
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from PIL import Image
 from cnnjax import metrics
 from cnnjax.augment import make_augment
 from cnnjax.config import Config, DataConfig, flags
-from cnnjax.data import cache
+from cnnjax.data.cache import load
 from cnnjax.data.files import write_atomically
 from cnnjax.data.prepare import open_index, training_data
 from cnnjax.errors import InputError
@@ -50,7 +51,13 @@ _OTHERS = (
 
 
 def write(
-    run: Path, mesh: Mesh, *, data: str | None = None, split: str = "test", out: Path | None = None
+    run: Path,
+    mesh: Mesh,
+    *,
+    data: str | None = None,
+    split: str = "test",
+    out: Path | None = None,
+    cache: Path | None = None,
 ) -> Path:
     """Writes the report of a finished run.
 
@@ -60,6 +67,7 @@ def write(
         data: judge the run on this data set instead of on its held-out images.
         split: of `data`.
         out: the page; when None, in the workdir, `report.html`, or `report-SPLIT.html` of `data`.
+        cache: folder of the decoded images; when None, the one that the run was trained with.
 
     Returns:
         The page's path.
@@ -69,31 +77,35 @@ def write(
     """
     workdir = Workdir(run)
     config = workdir.read_config()
+    if cache is not None:
+        config = replace(config, data=replace(config.data, cache=cache))
     workdir.expect_ended()
     predictor = Predictor.of_run(run, mesh)
     if data is None:
         judged = workdir.read_validation()
         where = "the held-out images, which also chose the best epoch and the operating point"
-        images = _held_out_images(workdir, judged.names)
+        images = _held_out_images(workdir, config, judged.names)
     else:
         asked = DataConfig(data, config.data.size, config.data.positive, cache=config.data.cache)
-        judged, images = _split(predictor, asked, split)
+        judged, images, broken = _split(predictor, asked, split)
         where = f"the {split} split of {data}"
+        if broken:
+            where += f", {broken:,} of whose files cannot be decoded and are left out"
         if seen := workdir.trained_on(judged.names):
             where += f", {seen:,} of whose images bear names of those it was trained on"
     rules = workdir.read_summary()["rules"] if data is None else None
     page = _render(workdir, config, predictor, judged, where, images, rules)
     name = "report.html" if data is None else f"report-{split}.html"
     path = run / name if out is None else out
+    path.parent.mkdir(parents=True, exist_ok=True)
     with write_atomically(path) as file:
         file.write(page)
     return path
 
 
-def _held_out_images(workdir: Workdir, names: Sequence[str]) -> np.ndarray | None:
+def _held_out_images(workdir: Workdir, config: Config, names: Sequence[str]) -> np.ndarray | None:
     """Returns uint8 [n, size, size] of a run's held-out images; None where they are gone."""
     try:
-        config = workdir.read_config()
         decoded = training_data(config.data, config.seed, lambda _: None).decoded
         if decoded.fingerprint != read_json(workdir.data, "fingerprint"):
             return None
@@ -103,14 +115,16 @@ def _held_out_images(workdir: Workdir, names: Sequence[str]) -> np.ndarray | Non
         return None  # the page says so
 
 
-def _split(predictor: Predictor, config: DataConfig, split: str) -> tuple[Judged, np.ndarray]:
+def _split(predictor: Predictor, config: DataConfig, split: str) -> tuple[Judged, np.ndarray, int]:
+    """Returns a split of a data set, judged, its images, and how many cannot be decoded."""
     index = open_index(config, lambda _: None)
     predictor.expect_classes(index)
-    decoded = cache.load(index.split(split), index.source, config.size, folder=config.cache)
+    decoded = load(index.split(split), index.source, config.size, folder=config.cache)
     images = np.asarray(decoded.images)
     names = [example.name for example in decoded.examples]
     patients = [example.patient for example in decoded.examples]
-    return Judged(names, decoded.labels, patients, predictor.logits(images)), images
+    judged = Judged(names, decoded.labels, patients, predictor.logits(images))
+    return judged, images, len(decoded.quarantine)
 
 
 def _render(

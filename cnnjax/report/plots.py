@@ -182,7 +182,7 @@ def calibration(probabilities: np.ndarray, labels: np.ndarray) -> str:
             [b.observed for b in bins],
             s=[12 + 120 * b.images / most for b in bins],
             color=BLUE,
-            label="held-out images, in bins",
+            label="images, in bins",
         )
         axes.set(xlabel="mean probability given", ylabel="share of positives", aspect="equal")
 

@@ -95,8 +95,9 @@ class Job:
     """Seconds of each phase; they add up to all."""
     compiling: float
     """Seconds in which JAX traced and XLA compiled, within the phases."""
-    lines: list[float]
-    """For each epoch, the seconds from the start until its line stood in `metrics.jsonl`."""
+    lines: list[tuple[float, float]]
+    """For each epoch, the seconds from the start until its line stood in `metrics.jsonl`, and those
+    of compiling among them."""
 
 
 def ours(
@@ -115,7 +116,8 @@ def ours(
     told = json.loads(printed.splitlines()[-1])
     phases: dict[str, float] = told["phases"]
     phases["else"] = seconds - sum(phases.values())
-    return Job(seconds, phases, told["compiling"], [line - began for line in told["lines"]])
+    lines = [(at - began, compiling) for at, compiling in told["lines"]]
+    return Job(seconds, phases, told["compiling"], lines)
 
 
 def theirs(options: Options, folder: Path, epochs: int, on: str) -> float:
@@ -186,9 +188,9 @@ def to_quality(options: Options, scratch: Path) -> list[dict[str, Any]]:
         areas = [line["validation"]["auc"] for line in _lines(scratch / "run" / "metrics.jsonl")]
         for wanted in options.quality:
             passes = zip(done.lines, areas, strict=True)
-            passed = next((seconds for seconds, area in passes if area > wanted), None)
-            named = {"recipe": recipe, "auc": wanted, "seconds": passed}
-            found.append(named | {"compile_seconds": done.compiling})
+            at, compiling = next((line for line, area in passes if area > wanted), (None, None))
+            named = {"recipe": recipe, "auc": wanted, "seconds": at}
+            found.append(named | {"compile_seconds": compiling})
     return found
 
 

@@ -169,7 +169,7 @@ class Keras:
         self._model.make_train_function()
         self._function = self._model.train_function
         data = tf.data.Dataset.from_tensor_slices((self._images, self._labels)).repeat()
-        if problem.device == "gpu":  # as the others have their batches on it
+        if problem.device == "gpu":  # copied to it while the step before is computed
             ahead = tf.data.experimental.prefetch_to_device("/GPU:0", 2)
             self._iterator = iter(data.apply(ahead))
         else:

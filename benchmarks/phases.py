@@ -2,8 +2,8 @@
 
     python benchmarks/phases.py experiments/baseline.py --data.root DIR --workdir RUN
 
-The last line printed is JSON: seconds by phase, seconds of compiling within them, and when each
-epoch's line was written, in seconds since 1970.
+The last line printed is JSON: seconds by phase, seconds of compiling within them, and for each
+epoch's line when it was written, in seconds since 1970, and the seconds of compiling before it.
 """
 
 import time
@@ -31,7 +31,7 @@ class Phases:
     def __init__(self) -> None:
         self.seconds = {"import": time.perf_counter() - _START}
         self.compiling = 0.0
-        self.lines: list[float] = []
+        self.lines: list[tuple[float, float]] = []
         self._within: list[float] = []  # seconds of what each running function has called
 
     def watch(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,7 +84,7 @@ def main() -> None:
     def line(path: Any, values: Any) -> None:
         append_line(path, values)
         if path.name == "metrics.jsonl":
-            phases.lines.append(time.time())
+            phases.lines.append((time.time(), phases.compiling))
 
     vars(programs)["compile_steps"], vars(loop)["append_line"] = steps, line
     phases.watch_all("index and decode", loop, "training_data")

@@ -42,7 +42,8 @@ class Options:
     run: tuple[Section, ...] = ()
     """Benchmarks to run now."""
     flags: str = ""
-    """Flags for them, such as "--data DIR"; those that a benchmark does not have stop it."""
+    """Flags for them, such as --flags="--data DIR"; those that a benchmark does not have stop it.
+    """
     keep: tuple[str, ...] = ()
     """FILE=SECTION: results that a benchmark wrote with --json."""
 
@@ -127,7 +128,7 @@ def _step_time(document: dict[str, Any], plots: Path) -> str:
             *(row["precision"], row["devices"], row["compile_seconds"]),
             f"{row['median_ms']:.3g} ({row['quartile1_ms']:.3g} to {row['quartile3_ms']:.3g})",
             row["images_per_second"],
-            100 * row["mfu"],
+            None if row["mfu"] is None else 100 * row["mfu"],
             # Before bytes were counted with those of the convolutions, it was no bound.
             100 * row["of_bound"] if row.get("bytes") is not None else None,
             row["memory_mib"],
@@ -219,8 +220,8 @@ def _peers(document: dict[str, Any], plots: Path) -> str:
         f"### {_NAMES['peers']}\n\n{'; '.join(document['versions'])}. {proven}. The networks are"
         " those of the recipes as the commit below has them, without augmentation. The baseline's"
         " three channels are one gray image: the peers convolve all three, ours the sum of their"
-        " filters with one. The ratio is the median of the rounds' ratios, so it need not be that"
-        " of the two medians.\n\n"
+        " filters with one. Keras's batches come by `tf.data`, from the host's memory. The ratio is"
+        " the median of the rounds' ratios, so it need not be that of the two medians.\n\n"
         f"{_table(columns, rows)}\n{_left_out(document)}"
         + _plot(plots, "peers", "Our throughput over the peers'", draw, 1 + 0.2 * len(rows))
     )
@@ -275,6 +276,10 @@ def _phases(phases: dict[str, float] | None) -> str:
 
 def _scaling(document: dict[str, Any], plots: Path) -> str:
     text = f"### {_NAMES['scaling']}\n\n"
+    text += (
+        "Each point is a process of its own, one after another: where the machine is shared, so are"
+        " its moods.\n\n"
+    )
     if document["circumstances"]["platform"] == "cpu":
         text += (
             "A CPU's devices are virtual: they share the cores, and from two on they have XLA's"
@@ -380,12 +385,12 @@ _HEAD = """\
 
 # Benchmarks
 
-What the scripts here measured. Every comparison is made in turn within one run, A B C A B C, since
-the machines are shared: trust the ratios, and their spread, before the milliseconds. Each script's
-first lines say how to run it and what it counts; `python benchmarks/report.py --run NAME` runs one
-(with `--flags "--data DIR"` those that train on the real images) and makes this page anew. PyTorch
-and Keras need `python benchmarks/peers.py --setup` first. A plus behind a commit says that files
-differed from it.
+What the scripts here measured. Every comparison with others is made in turn within one run, A B C
+A B C, since the machines are shared: trust the ratios, and their spread, before the milliseconds.
+Each script's first lines say how to run it and what it counts; `python benchmarks/report.py --run
+NAME` runs one (with `--flags="--data DIR"` those that train on the real images) and makes this page
+anew. PyTorch and Keras need `python benchmarks/peers.py --setup` first. A plus behind a commit says
+that files differed from it.
 """
 
 

@@ -3,9 +3,10 @@
     python benchmarks/scaling.py --json scaling.json
 
 Each point is a process of its own that runs `step_time.py`. Weak scaling gives each device the same
-batch, strong scaling divides one batch among them. On a CPU the devices are virtual: they share the
-cores, and from two on they compute with XLA's own convolutions, since one alone has oneDNN on all
-cores. Such a curve shows what dividing costs, not what more hardware brings.
+batch, strong scaling divides one batch among them; sizes of images are measured on one device. On a
+CPU the devices are virtual: they share the cores, and from two on they compute with XLA's own
+convolutions, since one alone has oneDNN on all cores. Such a curve shows what dividing costs, not
+what more hardware brings.
 """
 
 from __future__ import annotations
@@ -66,8 +67,10 @@ class Options:
             raise InputError("--images must be numbers of at least twice --batch")
 
 
-def epoch(network: Any, platform: Any, images: int, size: int, batch: int) -> dict[str, float]:
-    """Takes a few steps on so many images; returns times, and the peak of memory."""
+def epoch(
+    network: Any, platform: Any, images: int, size: int, batch: int, rounds: int
+) -> dict[str, float]:
+    """Takes rounds of steps on so many images; returns times, and the peak of memory."""
     mesh = devices.make_mesh(DeviceConfig(platform))
     model = make_model(ModelConfig(network, width=16))
     optimizer, _ = steps.make_optimizer(TrainConfig(), 1)
@@ -91,10 +94,12 @@ def epoch(network: Any, platform: Any, images: int, size: int, batch: int) -> di
     shuffle = time.perf_counter() - start
     some = np.resize(order, (16, batch))
     bar: Any = tqdm(disable=True)
-    for _ in range(2):  # the first time, they compile
-        began = time.perf_counter()
+    took = []
+    for _ in range(rounds + 1):  # the first time, they compile
+        start = time.perf_counter()
         state, _ = programs.take_epoch(state, step, feeder, some, key, bar)
-    seconds = (time.perf_counter() - began) / len(some)
+        took.append(time.perf_counter() - start)
+    seconds = float(np.median(took[1:])) / len(some)
     return {
         "place_s": place,
         "shuffle_s": shuffle,
@@ -129,10 +134,12 @@ def measure(options: Options, found: dict[str, Any]) -> dict[str, list[dict[str,
             (row,) = step_rows(options, "--counts", str(n), "--batches", str(batch))
             curves[curve].append({"devices": n, "batch": batch} | _of(row))
     for size in options.sizes:
-        (row,) = step_rows(options, "--sizes", str(size), "--batches", str(options.batch))
+        sized = ("--sizes", str(size), "--batches", str(options.batch))
+        (row,) = step_rows(options, "--counts", "1", *sized)
         curves["size"].append({"size": size, "batch": options.batch} | _of(row))
     for images in options.images:
-        point = json.dumps([options.network, options.device, images, 64, options.batch])
+        asked = [options.network, options.device, images, 64, options.batch, options.rounds]
+        point = json.dumps(asked)
         command = [sys.executable, __file__, _EPOCH, point]
         found = json.loads(call("an epoch", command).splitlines()[-1])
         curves["images"].append({"images": images} | found)

@@ -13,11 +13,13 @@ as many that are not counted. The images are random bytes.
 FLOP are counted by hand (products and convolutions) and by XLA; MFU is the former over the device's
 peak, the bound is the larger of operations over the peak and bytes over the bandwidth of memory:
 bytes as XLA counts them, and the arrays of its calls into libraries, of which it counts none. What
-a cache serves counts as well, so a CPU can do better than this bound.
+a cache serves counts as well, so a CPU can do better than this bound. An eval step multiplies
+float32 in full, as validation and prediction do, for which the makers of accelerators name no peak.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable
@@ -106,7 +108,7 @@ class Row:
     p95_ms: float = 0.0
     images_per_second: float = 0.0
     images_per_second_per_device: float = 0.0
-    mfu: float = 0.0
+    mfu: float | None = None
     bound_ms: float | None = None
     of_bound: float | None = None
 
@@ -118,7 +120,7 @@ class Timed:
     row: Row
     run: Callable[[], None]
     steps: int
-    peak: Peak
+    peak: Peak | None
 
 
 def compiled(
@@ -152,11 +154,16 @@ def compiled(
     )
     alone = next(iter(feeder.feed(rows[:1])))
     peak = peak_of(mesh.devices.flat[0], precision)
+    on_cpu = devices.platform(mesh) == "cpu"
+    if on_cpu:
+        peak = peak.shared(mesh.size)
     forward, train = count_flops(model, batch, size)
 
     def prepare(name: str, jitted: Any, arguments: tuple[Any, ...], flops: int) -> Timed:
         seconds = [time.perf_counter()]
-        traced = jitted.trace(*arguments)
+        judging = devices.full_float32(mesh) if name == "eval" else contextlib.nullcontext()
+        with judging:
+            traced = jitted.trace(*arguments)
         seconds.append(time.perf_counter())
         lowered = traced.lower()
         seconds.append(time.perf_counter())
@@ -204,7 +211,8 @@ def compiled(
                     out = program(state, feeder.data, alone)
             jax.block_until_ready((state, out))
 
-        return Timed(row, run, options.steps * together, peak)
+        known = on_cpu or name == "train" or precision == "bfloat16"
+        return Timed(row, run, options.steps * together, peak if known else None)
 
     step = taken.many if fused else taken.one
     return [
@@ -239,6 +247,8 @@ def finish(one: Timed, seconds: list[float]) -> None:
     median = row.median_ms / 1e3
     row.images_per_second = row.batch / median
     row.images_per_second_per_device = row.images_per_second / row.devices
+    if one.peak is None:
+        return
     row.mfu = row.flops / row.devices / median / one.peak.flops
     if row.bytes is not None:
         bound = one.peak.bound(row.flops / row.devices, row.bytes)
@@ -290,7 +300,7 @@ def main() -> int:
                 *(row.trace_seconds, row.lower_seconds, row.compile_seconds),
                 *(row.median_ms, row.quartile1_ms, row.quartile3_ms, row.p95_ms),
                 row.images_per_second,
-                100 * row.mfu,
+                None if row.mfu is None else 100 * row.mfu,
                 None if row.of_bound is None else 100 * row.of_bound,
                 row.memory_mib,
             ]

@@ -190,7 +190,7 @@ def to_quality(options: Options, scratch: Path) -> list[dict[str, Any]]:
             passes = zip(done.lines, areas, strict=True)
             at, compiling = next((line for line, area in passes if area > wanted), (None, None))
             named = {"recipe": recipe, "auc": wanted, "seconds": at}
-            found.append(named | {"compile_seconds": compiling})
+            found.append(named | {"compiling_seconds": compiling})
     return found
 
 
@@ -227,7 +227,7 @@ def main() -> int:
             print(f"{row['job']}, {row['start']}: {spent}")
     for name, ratio in measured["ratio"].items():
         print(f"{name}: {ratio:.2f} times as fast as Keras")
-    keys = ["recipe", "auc", "seconds", "compile_seconds"]
+    keys = ["recipe", "auc", "seconds", "compiling_seconds"]
     print_table(keys, [[row[key] for key in keys] for row in measured["time_to_quality"]])
     if options.json is not None:
         write_json(options.json, {"circumstances": found} | measured)

@@ -157,6 +157,9 @@ def describe(predictor: Predictor) -> dict[str, Any]:
             "preprocessing": (
                 f"gray by ITU-R 601 luma, the whole image stretched to {predictor.size} x"
                 f" {predictor.size} pixels (an area filter: Pillow's HAMMING), 0 black to 255 white"
+                "; before that upright by EXIF, transparency over black, 16 bits divided by 257,"
+                " and a JPEG reduced by 2, 4 or 8 in decoding as far as that leaves so many pixels"
+                " (Pillow's draft)"
             ),
         },
         "output": {

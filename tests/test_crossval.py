@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -149,9 +150,11 @@ def test_members_share_the_views_and_each_draws_its_own(
     assert np.abs(found[0] - found[1]).max() > 1e-3
     model = make_model(released.model)
     variables = jax.tree.map(lambda x: x.astype(np.float32), released.members[0])
+    draw_views = jax.jit(make_views(released.augment, 2))
+    apply = jax.jit(functools.partial(model.apply, train=False))
     for draw in range(2):
-        seen = make_views(released.augment, 2)(jax.random.key(draw), to_float(jnp.array(images)))
-        each = [model.apply(variables, seen[:, i], train=False) for i in range(2)]
+        seen = draw_views(jax.random.key(draw), to_float(jnp.array(images)))
+        each = [apply(variables, seen[:, i]) for i in range(2)]
         np.testing.assert_allclose(found[draw], np.mean(each, axis=0), atol=2e-3)
 
 

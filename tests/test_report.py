@@ -67,8 +67,14 @@ def written(run: Path, **asked: object) -> tuple[str, Page]:
     return text, Page(text)
 
 
-def test_the_page_is_whole_and_readable(run: Path) -> None:
-    text, page = written(run)
+@pytest.fixture(scope="module")
+def text(run: Path) -> str:
+    """The run's page as it is."""
+    return written(run)[0]
+
+
+def test_the_page_is_whole_and_readable(text: str) -> None:
+    page = Page(text)
     assert len(text) < 5 * 2**20
     assert not re.search(r"""(?:src|href)=["'](?!data:|#)""", text)
     assert "<script" not in text
@@ -122,10 +128,10 @@ def trained(workdir: Workdir) -> list[str]:
     return [line.partition(",")[0] for line in lines if line.endswith("train")]
 
 
-def test_patients_on_both_sides_are_told(run: Path, tmp_path: Path) -> None:
+def test_patients_on_both_sides_are_told(run: Path, text: str, tmp_path: Path) -> None:
     """As the folders of --data.validation official may have them."""
     sides = "Images; as far as names tell, {} on both sides"
-    assert sides.format("no patient is") in written(run)[1].text
+    assert sides.format("no patient is") in Page(text).text
     shutil.copytree(run, tmp_path / "run")
     split = Workdir(tmp_path / "run").split
     held_out = next(s for s in split.read_text().splitlines() if s.endswith("validation"))
@@ -134,8 +140,8 @@ def test_patients_on_both_sides_are_told(run: Path, tmp_path: Path) -> None:
     assert sides.format("1 patient is") in written(tmp_path / "run")[1].text
 
 
-def test_the_page_says_what_the_run_found(run: Path) -> None:
-    _, page = written(run)
+def test_the_page_says_what_the_run_found(run: Path, text: str) -> None:
+    page = Page(text)
     summary = json.loads((run / "summary.json").read_text())
     assert f"AUC {summary['best']['auc']['value']:.3f}" in re.sub(r"\s+", " ", page.text)
     assert "films <b>&" in page.text  # escaped, or it would be a tag
@@ -164,13 +170,15 @@ def test_another_split_is_judged(run: Path, tree: Path, tmp_path: Path) -> None:
     assert ((run / "report.html").exists() and (run / "report.html").read_bytes()) == before
 
 
-def test_files_that_cannot_be_judged_are_counted(run: Path, tree: Path, tmp_path: Path) -> None:
+def test_files_that_cannot_be_judged_are_counted(
+    run: Path, text: str, tree: Path, tmp_path: Path
+) -> None:
     shutil.copytree(tree / "test", tmp_path / "films" / "test")
     (tmp_path / "films" / "test" / "NORMAL" / "bad.jpeg").write_bytes(b"nothing")
-    text, page = written(run, data=str(tmp_path / "films"), out=tmp_path / "page.html")
+    judged, page = written(run, data=str(tmp_path / "films"), out=tmp_path / "page.html")
     assert "1 of whose files cannot be decoded and are left out" in page.text
-    assert "on other images" not in text
-    assert "and this run on other images" in written(run)[0]
+    assert "on other images" not in judged
+    assert "and this run on other images" in text
 
 
 def test_a_split_of_nothing_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -328,10 +336,9 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
 @pytest.mark.parametrize("width", [500, 800, 1400])
-def test_a_browser_shows_the_page(run: Path, tmp_path: Path, width: int) -> None:
+def test_a_browser_shows_the_page(text: str, tmp_path: Path, width: int) -> None:
     """Every picture, without a request, a console message, or a page wider than its window."""
     assert BROWSER is not None
-    text, _ = written(run, out=tmp_path / "page.html")
     asking = tmp_path / "asking.html"
     asking.write_text(text.replace("</body>", _ASK), "utf-8")
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]

@@ -103,9 +103,13 @@ def test_state_is_donated_and_the_outcome_a_function_of_the_arguments() -> None:
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize(
-    "model", [BaselineCNN(), ResNet(width=4, stages=2)], ids=["baseline", "resnet"]
-)
+BOTH = [
+    pytest.param(BaselineCNN(), id="baseline", marks=pytest.mark.slow),
+    pytest.param(ResNet(width=4, stages=2), id="resnet"),
+]
+
+
+@pytest.mark.parametrize("model", BOTH)
 def test_rows_that_fill_up_change_nothing(model: nn.Module) -> None:
     augment = make_augment(AugmentConfig())
     step, state = started(model, augment=augment)
@@ -118,9 +122,7 @@ def test_rows_that_fill_up_change_nothing(model: nn.Module) -> None:
     close(sums, sums_black)
 
 
-@pytest.mark.parametrize(
-    "model", [BaselineCNN(), ResNet(width=4, stages=2)], ids=["baseline", "resnet"]
-)
+@pytest.mark.parametrize("model", BOTH)
 def test_the_number_of_devices_changes_nothing(model: nn.Module) -> None:
     outcomes: list[TrainState] = []
     for count in (1, 4):

@@ -97,6 +97,7 @@ def test_processors_of_one_name_are_told_apart(
     assert processor(tmp_path / "none")
 
 
+@pytest.mark.slow
 def test_step_time_writes_its_rows(tmp_path: Path) -> None:
     flags = ["--networks", "baseline", "--batches", "2", "4", "--sizes", "16", "--rounds", "1"]
     flags += ["--steps", "1", "--device", "cpu"]

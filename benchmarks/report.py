@@ -128,9 +128,9 @@ def _step_time(document: dict[str, Any], plots: Path) -> str:
             *(row["precision"], row["devices"], row["compile_seconds"]),
             f"{row['median_ms']:.3g} ({row['quartile1_ms']:.3g} to {row['quartile3_ms']:.3g})",
             row["images_per_second"],
-            None if row["mfu"] is None else 100 * row["mfu"],
+            _percent(row["mfu"]),
             # Before bytes were counted with those of the convolutions, it was no bound.
-            100 * row["of_bound"] if row.get("bytes") is not None else None,
+            None if row.get("bytes") is None else _percent(row["of_bound"]),
             row["memory_mib"],
         ]
         for row in document["rows"]
@@ -141,12 +141,17 @@ def _step_time(document: dict[str, Any], plots: Path) -> str:
     note = (
         "MFU (model FLOPs utilization) is of the device's peak. The roofline's bytes are those that"
         " XLA counts and those of the calls into libraries, over the bandwidth of memory; what a"
-        " cache serves beats it. It is empty where it was measured before the calls were counted."
+        " cache serves beats it. It is empty where it was measured before the calls were counted,"
+        " as both are where no peak is known: of float32 in full, on an accelerator."
         " Augmentation is part of the train step."
         " Both networks see one channel, and `resnet` has 16 at first (the library's default is"
         " 32); the recipes' networks are in `peers.py`.\n"
     )
     return f"### {_NAMES['step_time']}\n\n{_table(columns, rows)}\n{note}\n{plot}"
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
 
 
 def _throughput(rows: list[dict[str, Any]], plots: Path) -> str:

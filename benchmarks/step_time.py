@@ -14,7 +14,7 @@ FLOP are counted by hand (products and convolutions) and by XLA; MFU is the form
 peak, the bound is the larger of operations over the peak and bytes over the bandwidth of memory:
 bytes as XLA counts them, and the arrays of its calls into libraries, of which it counts none. What
 a cache serves counts as well, so a CPU can do better than this bound. An eval step multiplies
-float32 in full, as validation and prediction do, for which the makers of accelerators name no peak.
+float32 in full, as validation and prediction do; for that `peaks.py` has no peak of accelerators.
 """
 
 from __future__ import annotations

@@ -259,6 +259,8 @@ class Report:
             raise InputError("report needs the workdir of a run; give it with --run")
         if self.data is not None and len(runs) > 1:
             raise InputError("--data goes with one run; several are compared on what they held out")
+        if self.cache is not None and len(runs) > 1:
+            raise InputError("--cache goes with one run; a comparison shows no images")
         if self.split is not None and self.data is None:
             raise InputError(
                 f"--split {self.split} needs --data; without, held-out images are judged"
@@ -433,7 +435,8 @@ def guarded(command: Callable[[], int]) -> int:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             print("error: the disk is full; make room and give the command again", file=sys.stderr)
             try:
-                sys.stdout.flush()
+                if sys.stdout is not None:
+                    sys.stdout.flush()
             except OSError:
                 sys.stdout = None  # else Python tries once more at its end
             return 2
@@ -586,6 +589,14 @@ def _write_heatmaps(folder: Path, films: Sequence[_Film], heat: np.ndarray) -> N
         Image.fromarray(shown).save(folder / f"{name}.png")
 
 
+def _reader(path: Path) -> Callable[[], bytes]:
+    """Returns what reads a file; a pipe only once: it is empty then, and heat maps read again."""
+    with contextlib.suppress(OSError):  # what reads it will tell
+        if path.is_file():
+            return path.read_bytes
+    return functools.cache(path.read_bytes)
+
+
 def _films(paths: Sequence[Path]) -> list[_Film]:
     """Returns the files named, and those in the folders named, sorted within each."""
     from cnnjax.data.index import IMAGE_SUFFIXES, walk
@@ -609,13 +620,7 @@ def _films(paths: Sequence[Path]) -> list[_Film]:
                 print(
                     f"{path}: {others:,} other files passed over, not {suffixes}", file=sys.stderr
                 )
-        # A pipe is empty once it is read, and heat maps read again.
-        films += [
-            _Film(
-                str(file), file.read_bytes if file.is_file() else functools.cache(file.read_bytes)
-            )
-            for file in inside
-        ]
+        films += [_Film(str(file), _reader(file)) for file in inside]
     if not films:
         raise InputError("predict needs image files or folders")
     return films

@@ -70,7 +70,8 @@ def fit_all(configs: Sequence[Config], *, together: bool | None = None) -> list[
         configs: one for each, with a workdir of its own.
         together: all in one compiled step, by `vmap`; one after another if false. By default as is
             faster: together on an accelerator, one after another on a CPU. Data that is streamed,
-            and members with another number of steps, are never trained together.
+            and members with another number of steps, precision or set of readable images, are never
+            trained together.
 
     Returns:
         What each comes to; the same either way, up to rounding.

@@ -83,7 +83,7 @@ class Evaluation:
     def elsewhere(self, prevalence: float) -> str:
         """Returns in words what sensitivity and specificity come to at another share of positives.
 
-        It is the images' own that accuracy, precision, F1 and the probabilities' errors are of.
+        It is the images' own that accuracy, precision and F1 are of.
         """
         here = (self.confusion.tp + self.confusion.fn) / self.n
         said = f"the figures above are of a share of positives of {here:.3g}"

@@ -167,6 +167,24 @@ def test_the_page_is_made_of_the_results(tmp_path: Path, monkeypatch: pytest.Mon
     }
 
 
+def test_what_is_unknown_is_left_empty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As the peak of an accelerator for float32 in full, and the bound that follows of it."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import report
+
+    kept = json.loads((BENCHMARKS / "results" / "amd-epyc-avx2.json").read_text("utf-8"))
+    section = kept["step_time"]
+    row = section["rows"][0] | {"network": "unknown", "mfu": None, "of_bound": None}
+    section["rows"].append(row)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "gpu.json").write_text(json.dumps({"step_time": section}))
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    (line,) = (one for one in report.page(tmp_path).splitlines() if "| unknown |" in one)
+    *_, mfu, of_the_roofline, mib, _ = line.split("|")
+    assert mfu.strip() == of_the_roofline.strip() == ""
+    assert mib.strip()
+
+
 HLO = """\
 %fused_one (a: f32[4]) -> f32[4] {
   %a = f32[4]{0} parameter(0)

@@ -207,8 +207,14 @@ def test_a_pipe_by_name_is_read_once(run: Path, tree: Path, tmp_path: Path) -> N
     one, *_ = sorted((tree / "test" / "PNEUMONIA").iterdir())
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    with subprocess.Popen(["cp", one, pipe]):
-        assert cnnjax("predict", "--run", run, pipe, "--heatmap", tmp_path / "heat") == 0
+    code = "import sys; from cnnjax import cli; cli.main(sys.argv[1:])"
+    command = [sys.executable, "-c", code, "predict", "--run", run, pipe, "--heatmap"]
+    writer = subprocess.Popen(["cp", one, pipe])
+    try:
+        subprocess.run([*command, tmp_path / "heat"], check=True, timeout=120)
+    finally:
+        writer.kill()
+        writer.wait()
     assert (tmp_path / "heat" / "pipe.png").exists()
 
 
@@ -220,6 +226,7 @@ def test_an_output_without_room_is_one_sentence() -> None:
             [sys.executable, "-c", code, "devices"],
             stdout=full,
             stderr=subprocess.PIPE,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
             text=True,
             check=False,
         )
@@ -455,7 +462,7 @@ def test_a_platform_that_is_not_there_is_told() -> None:
     command = [sys.executable, "-c", "from cnnjax import cli; cli.main(['devices'])"]
     done = subprocess.run(
         command,
-        env=os.environ | {"JAX_PLATFORMS": "tpu"},
+        env=os.environ | {"JAX_PLATFORMS": "nowhere"},
         capture_output=True,
         text=True,
         check=False,

@@ -177,8 +177,8 @@ def test_files_that_cannot_be_judged_are_counted(
     (tmp_path / "films" / "test" / "NORMAL" / "bad.jpeg").write_bytes(b"nothing")
     judged, page = written(run, data=str(tmp_path / "films"), out=tmp_path / "page.html")
     assert "1 of whose files cannot be decoded and are left out" in page.text
-    assert "on other images" not in judged
-    assert "and this run on other images" in text
+    assert "for orientation; this run, on the test split of" in judged
+    assert "for orientation; this run, on the held-out images" in text
 
 
 def test_a_split_of_nothing_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -84,7 +84,7 @@ def write(
     if data is None:
         judged = workdir.read_validation()
         where = "the held-out images, which also chose the best epoch and the operating point"
-        images = _held_out_images(workdir, config, judged.names)
+        images = _held_out_images(workdir, config, judged.names, strict=cache is not None)
     else:
         asked = DataConfig(data, config.data.size, config.data.positive, cache=config.data.cache)
         judged, images, broken = _split(predictor, asked, split)
@@ -103,15 +103,22 @@ def write(
     return path
 
 
-def _held_out_images(workdir: Workdir, config: Config, names: Sequence[str]) -> np.ndarray | None:
-    """Returns uint8 [n, size, size] of a run's held-out images; None where they are gone."""
+def _held_out_images(
+    workdir: Workdir, config: Config, names: Sequence[str], *, strict: bool
+) -> np.ndarray | None:
+    """Returns uint8 [n, size, size] of a run's held-out images.
+
+    None where they are gone, but for an error that `strict` lets through.
+    """
     try:
         decoded = training_data(config.data, config.seed, lambda _: None).decoded
         if decoded.fingerprint != read_json(workdir.data, "fingerprint"):
             return None
         place = {example.name: i for i, example in enumerate(decoded.examples)}
         return np.asarray(decoded.images[[place[name] for name in names]])
-    except (InputError, KeyError):
+    except (InputError, KeyError) as error:
+        if strict and isinstance(error, InputError):
+            raise
         return None  # the page says so
 
 
@@ -162,7 +169,7 @@ def _render(
         figures,
         title=str(workdir.root),
         config=config,
-        settings=flags(config),
+        settings=flags(workdir.read_config()),
         sessions=read_lines(workdir.sessions),
         split=_counts(rows, predictor.classes),
         shared=_shared(rows),

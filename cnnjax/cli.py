@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
-import functools
 import io
 import json
 import sys
@@ -14,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 import numpy as np
 import tyro
@@ -164,7 +163,7 @@ class Predict:
 
     def __call__(self) -> int:
         """Prints the predictions; returns the exit status."""
-        from cnnjax import devices
+        from cnnjax import devices, films
         from cnnjax.data import dicom
         from cnnjax.data.decode import DecodeError, decode
         from cnnjax.data.files import write_atomically
@@ -173,9 +172,9 @@ class Predict:
         _check_probabilities(self.threshold, self.prevalence)
         _expect_place(self.json, "--json")
         _expect_place(self.csv, "--csv")
-        films = _films(self.paths)
+        given = films.find(self.paths)
         if self.heatmap is not None:
-            _expect_apart(self.heatmap, films, self.paths)
+            films.expect_apart(self.heatmap, given, self.paths)
         mesh = devices.make_mesh(self.device)
         predictor = Predictor.open(self.run, mesh, self.checkpoint, self.views)
         _tell_uncalibrated(predictor)
@@ -183,7 +182,7 @@ class Predict:
         if threshold is None:
             threshold = point.probability_threshold(self.prevalence)
 
-        def read(film: _Film) -> tuple[np.ndarray | None, dict[str, Any]]:
+        def read(film: films.Film) -> tuple[np.ndarray | None, dict[str, Any]]:
             row: dict[str, Any] = {"path": film.name}
             try:
                 encoded = film.read()
@@ -196,7 +195,7 @@ class Predict:
             return image, row
 
         with ThreadPoolExecutor(cpu_cores()) as pool:
-            bar = tqdm(pool.map(read, films), "decoding", len(films), unit="image", disable=None)
+            bar = tqdm(pool.map(read, given), "decoding", len(given), unit="image", disable=None)
             decoded = list(bar)
         rows = [row for _, row in decoded]
         good = [i for i, (image, _) in enumerate(decoded) if image is not None]
@@ -229,8 +228,8 @@ class Predict:
                 _write_csv(file, rows)
         if self.heatmap is not None and images is not None:
             with _writing(self.heatmap, "--heatmap"):
-                _write_heatmaps(self.heatmap, [films[i] for i in good], predictor.heat(images))
-        return 2 if len(good) < len(films) else 0
+                films.write_heat(self.heatmap, [given[i] for i in good], predictor.heat(images))
+        return 2 if len(good) < len(given) else 0
 
 
 @dataclass(frozen=True)
@@ -542,85 +541,3 @@ def _table(rows: Sequence[dict[str, Any]], positive: str, threshold: float) -> s
         " against the likelier class."
     )
     return "\n".join(shown)
-
-
-class _Film(NamedTuple):
-    """An image to be judged."""
-
-    name: str
-    read: Callable[[], bytes]
-
-
-_SHOWN = 512  # pixels: side of the pictures of heat
-
-
-def _expect_apart(folder: Path, films: Sequence[_Film], given: Sequence[Path]) -> None:
-    """Raises if pictures of heat would lie among the films: over one, or to be judged next time."""
-    from cnnjax.data.index import walk
-
-    files = [Path(film.name) for film in films if film.name != "-"]
-    homes = {file.resolve().parent for file in files} | {file.parent.resolve() for file in files}
-    if folder.resolve() in homes:
-        raise InputError(f"--heatmap {folder} is the images' own folder; name another one")
-    for path in filter(Path.is_dir, given):
-        judged = {path.resolve(), *((path / inner).resolve() for inner in walk(path)[1])}
-        if not judged.isdisjoint((folder.resolve(), *folder.resolve().parents)):
-            raise InputError(
-                f"--heatmap {folder} lies in {path}, whose images are judged; name one elsewhere"
-            )
-
-
-def _write_heatmaps(folder: Path, films: Sequence[_Film], heat: np.ndarray) -> None:
-    """Writes a PNG for each image, brightest where it has most evidence."""
-    from PIL import Image
-
-    from cnnjax.data.decode import decode
-    from cnnjax.explain import normalized, overlay
-
-    folder.mkdir(parents=True, exist_ok=True)
-    names = [Path(film.name).stem for film in films]
-    names = ["stdin" if name == "-" else name for name in names]
-    if len(set(names)) < len(names):  # numbered, so that none is written over another
-        names = [f"{name}-{i}" for i, name in enumerate(names)]
-    pairs = zip(names, films, normalized(heat), strict=True)
-    for name, film, one in tqdm(pairs, "heat maps", len(films), disable=None):
-        large = Image.fromarray(one).resize((_SHOWN, _SHOWN), Image.Resampling.BICUBIC)
-        shown = overlay(decode(film.read(), _SHOWN), np.clip(np.asarray(large), 0, 1))
-        Image.fromarray(shown).save(folder / f"{name}.png")
-
-
-def _reader(path: Path) -> Callable[[], bytes]:
-    """Returns what reads a file; a pipe only once: it is empty then, and heat maps read again."""
-    with contextlib.suppress(OSError):  # what reads it will tell
-        if path.is_file():
-            return path.read_bytes
-    return functools.cache(path.read_bytes)
-
-
-def _films(paths: Sequence[Path]) -> list[_Film]:
-    """Returns the files named, and those in the folders named, sorted within each."""
-    from cnnjax.data.index import IMAGE_SUFFIXES, walk
-
-    films: list[_Film] = []
-    for path in paths:
-        if str(path) == "-":
-            if sys.stdin.isatty():
-                raise InputError("predict - reads an image from a pipe; give it one: predict - < F")
-            piped = sys.stdin.buffer.read()
-            films.append(_Film("-", functools.partial(bytes, piped)))
-            continue
-        inside = [path]
-        if path.is_dir():
-            names = walk(path)[0]
-            inside = sorted(path / name for name in names if name.lower().endswith(IMAGE_SUFFIXES))
-            suffixes = ", ".join(IMAGE_SUFFIXES)
-            if not inside:
-                raise InputError(f"{path} holds no {suffixes}")
-            if others := len(names) - len(inside):
-                print(
-                    f"{path}: {others:,} other files passed over, not {suffixes}", file=sys.stderr
-                )
-        films += [_Film(str(file), _reader(file)) for file in inside]
-    if not films:
-        raise InputError("predict needs image files or folders")
-    return films

@@ -1,0 +1,117 @@
+"""The images that `cnnjax predict` is given, and the pictures of heat that it makes of them."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from cnnjax.data.decode import decode
+from cnnjax.data.index import IMAGE_SUFFIXES, walk
+from cnnjax.errors import InputError
+from cnnjax.explain import normalized, overlay
+
+_SHOWN = 512  # pixels: side of the pictures of heat
+
+
+class Film(NamedTuple):
+    """An image to be judged."""
+
+    name: str
+    """Its path; `-` for that of standard input."""
+    read: Callable[[], bytes]
+    """Returns the encoded image, as often as it is asked; raises OSError."""
+
+
+def expect_apart(folder: Path, films: Sequence[Film], given: Sequence[Path]) -> None:
+    """Checks that pictures of heat would not lie among the films, over one or to be judged as one.
+
+    Args:
+        folder: of the pictures.
+        films: what is judged now.
+        given: the files and folders that it was found in.
+
+    Raises:
+        InputError: they would.
+    """
+    files = [Path(film.name) for film in films if film.name != "-"]
+    homes = {file.resolve().parent for file in files} | {file.parent.resolve() for file in files}
+    if folder.resolve() in homes:
+        raise InputError(f"--heatmap {folder} is the images' own folder; name another one")
+    for path in filter(Path.is_dir, given):
+        judged = {path.resolve(), *((path / inner).resolve() for inner in walk(path)[1])}
+        if not judged.isdisjoint((folder.resolve(), *folder.resolve().parents)):
+            raise InputError(
+                f"--heatmap {folder} lies in {path}, whose images are judged; name one elsewhere"
+            )
+
+
+def write_heat(folder: Path, films: Sequence[Film], heat: np.ndarray) -> None:
+    """Writes a PNG for each image, brightest where it has most evidence.
+
+    Args:
+        folder: where to; made where it is not there.
+        films: n images that can be decoded.
+        heat: float [n, size, size], evidence for the positive class.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [Path(film.name).stem for film in films]
+    names = ["stdin" if name == "-" else name for name in names]
+    if len(set(names)) < len(names):  # numbered, so that none is written over another
+        names = [f"{name}-{i}" for i, name in enumerate(names)]
+    pairs = zip(names, films, normalized(heat), strict=True)
+    for name, film, one in tqdm(pairs, "heat maps", len(films), disable=None):
+        large = Image.fromarray(one).resize((_SHOWN, _SHOWN), Image.Resampling.BICUBIC)
+        shown = overlay(decode(film.read(), _SHOWN), np.clip(np.asarray(large), 0, 1))
+        Image.fromarray(shown).save(folder / f"{name}.png")
+
+
+def _reader(path: Path) -> Callable[[], bytes]:
+    """Returns what reads a file; a pipe only once: it is empty then, and heat maps read again."""
+    with contextlib.suppress(OSError):  # what reads it will tell
+        if path.is_file():
+            return path.read_bytes
+    return functools.cache(path.read_bytes)
+
+
+def find(paths: Sequence[Path]) -> list[Film]:
+    """Returns the files named, and those in the folders named, sorted within each.
+
+    What else lies in a folder is told on standard error.
+
+    Raises:
+        InputError: there is none in a folder, or at all, or a folder cannot be read.
+    """
+    films: list[Film] = []
+    for path in paths:
+        if str(path) == "-":
+            if sys.stdin.isatty():
+                raise InputError("predict - reads an image from a pipe; give it one: predict - < F")
+            piped = sys.stdin.buffer.read()
+            films.append(Film("-", functools.partial(bytes, piped)))
+            continue
+        inside = [path]
+        if path.is_dir():
+            names = walk(path)[0]
+            inside = sorted(path / name for name in names if name.lower().endswith(IMAGE_SUFFIXES))
+            suffixes = ", ".join(IMAGE_SUFFIXES)
+            if not inside:
+                raise InputError(f"{path} holds no {suffixes}")
+            if others := len(names) - len(inside):
+                print(
+                    f"{path}: {others:,} other files passed over, not {suffixes}", file=sys.stderr
+                )
+        films += [Film(str(file), _reader(file)) for file in inside]
+    if not films:
+        raise InputError("predict needs image files or folders")
+    return films

@@ -257,7 +257,7 @@ def test_rows_that_fill_up_change_no_mixture() -> None:
     labels = rng.integers(0, 2, 8).astype(np.int32)
     model = ResNet(width=2, stages=1)
     losses = []
-    for rows in (8, 12):
+    for rows in (8, 9, 12):
         fill = rows - 8
         batch = Batch(
             jnp.asarray(np.pad(pixels, ((0, fill), (0, 0), (0, 0)))),

@@ -41,6 +41,7 @@ from cnnjax.config import DeviceConfig
 from cnnjax.data.batches import Resident
 from cnnjax.errors import InputError, first_line
 from cnnjax.models import make_model
+from cnnjax.objectives import Binary
 
 Target = Literal["tpu-v5e", "h100"]
 Forms = Literal["chosen", "default"]
@@ -148,9 +149,8 @@ def compiled(target: Target, recipe: str, batch: int, count: int, forms: Forms) 
         model,
         optimizer,
         make_augment(config.augment),
-        label_smoothing=config.train.label_smoothing,
+        Binary(label_smoothing=config.train.label_smoothing, auxiliary=auxiliary),
         ema_decay=config.train.ema,
-        auxiliary=auxiliary,
     )
 
     def shaped(tree: Any, sharding: NamedSharding) -> Any:

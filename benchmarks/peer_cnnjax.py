@@ -14,6 +14,7 @@ from cnnjax import devices, programs, steps
 from cnnjax.config import DeviceConfig, ModelConfig
 from cnnjax.data.batches import Feeder
 from cnnjax.models import make_model
+from cnnjax.objectives import Batch
 
 
 class Ours:
@@ -62,7 +63,7 @@ class Ours:
             problem.images.reshape(-1, size, size), problem.labels.reshape(-1), self._mesh, 2**14
         )
         self._rows = np.arange(batches * batch, dtype=np.int32).reshape(batches, batch)
-        self._first = steps.Batch(
+        self._first = Batch(
             jnp.asarray(problem.images[0]), jnp.asarray(problem.labels[0]), jnp.ones(batch, bool)
         )
         self._state = self._start()

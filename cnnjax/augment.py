@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from cnnjax.config import AugmentConfig
 
-Augment = Callable[[jax.Array, jax.Array], jax.Array]
+Augment = Callable[..., Any]
+"""(key, images) -> images, or (key, images, maps) -> (images, maps)."""
 Views = Callable[[jax.Array, jax.Array], jax.Array]
 
 
@@ -54,11 +55,15 @@ def make_augment(config: AugmentConfig) -> Augment:
     """Returns the pure function (key, images) -> images that the config describes.
 
     Images are float32 [batch, height, width, 1] in [0, 1], before and after. What the config has at
-    zero is left out of the compiled program.
+    zero is left out of the compiled program. Given maps of that shape as a third argument, the
+    function returns (images, maps): maps are moved as the images are, are zero beyond the edge, and
+    are not changed otherwise.
     """
     moves = (config.shear, config.zoom, config.rotate, config.shift, config.flip, config.crop < 1)
 
-    def augment_one(key: jax.Array, image: jax.Array) -> jax.Array:
+    def augment_one(
+        key: jax.Array, image: jax.Array, maps: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
         count = len(_Draws._fields)
         draws = _Draws(*jax.random.uniform(key, (count,)))
         if any(moves):
@@ -68,6 +73,9 @@ def make_augment(config: AugmentConfig) -> Augment:
                 fill = (draws.black < config.black) & _outside(matrix, moved.shape)
                 moved = jnp.where(fill, 0, moved)
             image = moved[..., None]
+            if maps is not None:
+                outside = _outside(matrix, moved.shape)
+                maps = jnp.where(outside, 0, affine(maps[..., 0], matrix))[..., None]
         if config.sharpness:
             image = _sharpened(image, _within(draws.sharpness, config.sharpness))
         if config.gamma:
@@ -83,11 +91,12 @@ def make_augment(config: AugmentConfig) -> Augment:
             image = jnp.clip(image + draws.noise * config.noise * grain, 0, 1)
         if config.erase:
             image = _randomly_erased(image, draws, config.erase)
-        return image
+        return image, maps
 
-    def augment(key: jax.Array, images: jax.Array) -> jax.Array:
+    def augment(key: jax.Array, images: jax.Array, maps: jax.Array | None = None) -> Any:
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(images.shape[0]))
-        return jax.vmap(augment_one)(keys, images)
+        images, moved = jax.vmap(augment_one)(keys, images, maps)
+        return images if maps is None else (images, moved)
 
     return augment
 

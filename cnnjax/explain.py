@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from cnnjax.models import FINAL, FINE
-from cnnjax.steps import PyTree, to_float
+from cnnjax.objectives import to_float
+from cnnjax.steps import PyTree
 
 Explain = Callable[[PyTree, jax.Array], jax.Array]
 

@@ -26,9 +26,9 @@ from cnnjax.config import Config
 from cnnjax.data.batches import Feeder, Resident, epoch_rows, in_batches, load
 from cnnjax.data.prepare import TrainingData
 from cnnjax.models import model_of
+from cnnjax.objectives import Batch, Binary
 from cnnjax.predict import at_once, make_logits
 from cnnjax.steps import (
-    Batch,
     Metrics,
     TrainState,
     TrainStep,
@@ -89,15 +89,13 @@ class Task:
     def make_step(self, class_weights: Any) -> TrainStep:
         """Returns the train step, with these weights of the classes."""
         train = self.config.train
+        objective = Binary(class_weights, train.label_smoothing, train.mixup, train.auxiliary)
         return make_train_step(
             self.model,
             self.optimizer,
             make_augment(self.config.augment),
-            class_weights=class_weights,
-            label_smoothing=train.label_smoothing,
-            mixup=train.mixup,
+            objective,
             ema_decay=train.ema,
-            auxiliary=train.auxiliary,
         )
 
     def order(self, epoch: int) -> np.ndarray:

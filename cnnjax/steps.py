@@ -13,22 +13,11 @@ from flax import struct
 from cnnjax.augment import Augment, Views, unchanged
 from cnnjax.config import TrainConfig
 from cnnjax.models import AUXILIARY
+from cnnjax.objectives import Batch, Binary, Losses, Objective, to_float
 
 PyTree = Any
 
-
-class Batch(NamedTuple):
-    """The images of one step, filled up to a fixed size."""
-
-    images: jax.Array
-    """uint8 [batch, height, width]."""
-    labels: jax.Array
-    """int32 [batch], 1 for the positive class."""
-    mask: jax.Array
-    """bool [batch], false on rows that only fill up the batch."""
-    viral: jax.Array | None = None
-    """int32 [batch], 1 for a viral pneumonia, 0 for a bacterial one, -1 where that is not known;
-    None where nothing learns it."""
+_BINARY = Binary()
 
 
 class TrainState(struct.PyTreeNode):
@@ -53,8 +42,6 @@ class Metrics(NamedTuple):
     images: jax.Array
     """int32, images."""
 
-
-_MIXUP = 2**31  # folded into a step's key; images fold in their rows, which are fewer
 
 TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]
 
@@ -120,67 +107,46 @@ def make_train_step(
     model: Any,
     optimizer: optax.GradientTransformation,
     augment: Augment,
+    objective: Objective = _BINARY,
     *,
-    class_weights: tuple[float, float] = (1.0, 1.0),
-    label_smoothing: float = 0.0,
-    mixup: float = 0.0,
     ema_decay: float = 0.0,
-    auxiliary: float = 0.0,
 ) -> TrainStep:
     """Returns the jitted pure step (state, batch, key) -> (state, metrics); `state` is donated.
 
-    One step augments the batch, takes the gradient of the mean over its rows of the class-weighted
-    binary cross-entropy, and updates weights, batch statistics and moving average. `key` is that of
-    the run: the step folds its own number into it.
+    One step augments the batch, takes the gradient of the mean over its rows of the objective's
+    loss, and updates weights, batch statistics and moving average. `key` is that of the run: the
+    step folds its own number into it.
 
     Args:
         model: a network of `cnnjax.models`.
         optimizer: any optax transformation.
-        augment: (key, images) -> images.
-        class_weights: of labels 0 and 1.
-        label_smoothing: s turns labels into s / 2 and 1 - s / 2.
-        mixup: shares of an image and the next are drawn from Beta(mixup, mixup); 0 mixes nothing.
+        augment: as `cnnjax.augment.make_augment` returns it.
+        objective: the task; see `cnnjax.objectives`.
         ema_decay: of the moving average of the weights; 0 for none. It warms up as
             min(decay, (1 + step) / (10 + step)), so that it is unbiased from early on.
-        auxiliary: weight of the same loss of the network's second head, by `Batch.viral`; 0 where
-            it has none. (An image that is mixed counts as what its larger share is.)
     """
 
     def train_step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
-        images = augment(key, to_float(batch.images))
+        images, targets = objective.prepare(key, augment, batch)
         images_seen = batch.mask.sum(dtype=jnp.int32)
-        targets = batch.labels.astype(jnp.float32)
-        weights = weights_of(batch.labels, class_weights)
-        if mixup:
-            mix_key = jax.random.fold_in(key, _MIXUP)
-            partner, share = _mixing(mix_key, mixup, images_seen, len(targets))
-            images = _mix(images, images[partner], share[:, None, None, None])
-            targets = _mix(targets, targets[partner], share)
-            weights = _mix(weights, weights[partner], share)
 
         def mean(losses: jax.Array) -> jax.Array:
             total = jnp.where(batch.mask, losses, 0).sum()
             return total / jnp.maximum(images_seen, 1).astype(total.dtype)
 
-        def loss_of(params: PyTree) -> tuple[jax.Array, tuple[jax.Array, jax.Array, PyTree]]:
-            logits, changed = model.apply(
+        def loss_of(params: PyTree) -> tuple[jax.Array, tuple[Losses, PyTree]]:
+            outputs, changed = model.apply(
                 {"params": params, "batch_stats": state.batch_stats},
                 images,
                 train=True,
                 mask=batch.mask,
-                mutable=["batch_stats", AUXILIARY],
+                mutable=["batch_stats", *objective.collections],
             )
-            loss = whole = mean(cross_entropy(logits, targets, weights, label_smoothing))
-            if auxiliary:
-                assert batch.viral is not None, "a second head needs Batch.viral"
-                (second,) = changed[AUXILIARY]["logits"]
-                own = weights_of(batch.labels, class_weights)
-                more = cross_entropy(second, batch.viral, own, label_smoothing)
-                whole = loss + auxiliary * mean(jnp.where(batch.viral >= 0, more, 0))
-            return whole, (loss, logits, changed.get("batch_stats", {}))
+            losses = objective.losses(outputs, changed, targets)
+            return mean(losses.minimized), (losses, changed.get("batch_stats", {}))
 
-        gradient, (loss, logits, batch_stats) = jax.grad(loss_of, has_aux=True)(state.params)
+        gradient, (losses, batch_stats) = jax.grad(loss_of, has_aux=True)(state.params)
         # Optax mixes its integer counts with floats, which strict promotion would refuse.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
@@ -191,9 +157,9 @@ def make_train_step(
             decay = jnp.minimum(ema_decay, (1 + step) / (10 + step))
             ema = jax.tree.map(lambda mean, new: mean + (new - mean) * (1 - decay), ema, params)
         state = TrainState(state.step + 1, params, batch_stats, opt_state, ema)
-        correct = ((logits >= 0) == (batch.labels == 1)) & batch.mask
-        loss = loss * images_seen.astype(loss.dtype)
-        return state, Metrics(loss, correct.sum(dtype=jnp.int32), images_seen)
+        correct = (losses.correct & batch.mask).sum(dtype=jnp.int32)
+        loss = jnp.where(batch.mask, losses.reported, 0).sum()
+        return state, Metrics(loss, correct, images_seen)
 
     return jax.jit(train_step, donate_argnames="state")
 
@@ -224,55 +190,6 @@ def variables_of(state: TrainState) -> PyTree:
     params = state.params if state.ema is None else state.ema
     needed = {name: value for name, value in params.items() if name != AUXILIARY}
     return {"params": needed, "batch_stats": state.batch_stats}
-
-
-def to_float(images: jax.Array) -> jax.Array:
-    """Maps uint8 [batch, height, width] to float32 [batch, height, width, 1] in [0, 1]."""
-    return images[..., None].astype(jnp.float32) / 255
-
-
-def weights_of(labels: jax.Array, class_weights: tuple[float, float]) -> jax.Array:
-    """Returns float32 [batch], the weight of the class of each of int labels [batch]."""
-    return jnp.where(labels == 1, class_weights[1], class_weights[0])
-
-
-def cross_entropy(
-    logits: jax.Array,
-    labels: jax.Array,
-    weights: jax.Array | float = 1.0,
-    label_smoothing: float = 0.0,
-) -> jax.Array:
-    """Returns each image's weighted binary cross-entropy, in nats; stable for large logits.
-
-    Args:
-        logits: float [batch].
-        labels: [batch], in [0, 1].
-        weights: [batch], or one for all.
-        label_smoothing: s turns labels into s / 2 and 1 - s / 2.
-
-    Returns:
-        float [batch].
-    """
-    target = labels.astype(logits.dtype) * (1 - label_smoothing) + label_smoothing / 2
-    return weights * optax.sigmoid_binary_cross_entropy(logits, target)
-
-
-def _mixing(
-    key: jax.Array, alpha: float, images: jax.Array, rows: int
-) -> tuple[jax.Array, jax.Array]:
-    """Returns each row's partner, the next that counts, and the partner's share, at most half."""
-    row = jnp.arange(rows)
-    partner = jnp.where(row + 1 < images, row + 1, 0)
-
-    def draw(i: jax.Array) -> jax.Array:
-        return jax.random.beta(jax.random.fold_in(key, i), alpha, alpha, dtype=jnp.float32)
-
-    share = jax.vmap(draw)(row)
-    return partner, jnp.minimum(share, 1 - share)
-
-
-def _mix(a: jax.Array, b: jax.Array, share: jax.Array) -> jax.Array:
-    return a + (b - a) * share
 
 
 def _is_kernel(params: PyTree) -> PyTree:

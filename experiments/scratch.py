@@ -26,6 +26,7 @@ from cnnjax.data.prepare import training_data
 from cnnjax.devices import keep_compiled_programs
 from cnnjax.errors import InputError
 from cnnjax.models import BaselineCNN
+from cnnjax.objectives import Batch, Binary
 from cnnjax.programs import class_weights_of
 from cnnjax.scratch import models as scratch_models
 from cnnjax.scratch import steps as scratch_steps
@@ -69,7 +70,7 @@ def main(options: Options) -> metrics.Evaluation:
     variables = jax.jit(model.init)(init_key, jnp.zeros((1, size, size, 1)))
     optimizer, _ = steps.make_optimizer(TrainConfig(learning_rate=options.learning_rate), 1)
     compiled = steps.make_train_step(
-        model, optimizer, lambda key, images: images, class_weights=weights
+        model, optimizer, lambda key, images: images, Binary(class_weights=weights)
     )
     state = steps.state_of(variables, optimizer)
 
@@ -89,7 +90,7 @@ def main(options: Options) -> metrics.Evaluation:
             middle = time.perf_counter()
             sums[0, i] = found.loss / found.images
             if not options.alone:
-                state, theirs = compiled(state, steps.Batch(*map(jnp.asarray, batch)), key)
+                state, theirs = compiled(state, Batch(*map(jnp.asarray, batch)), key)
                 sums[1, i] = float(theirs.loss) / int(theirs.images)
             seconds += middle - start, time.perf_counter() - middle
         numpy_loss, jax_loss = sums.mean(1)
@@ -115,7 +116,7 @@ def main(options: Options) -> metrics.Evaluation:
     print(judged.report(data.classes))
     if not options.alone:
         eval_compiled = steps.make_eval_step(model)
-        logits = [np.asarray(eval_compiled(state, steps.Batch(*map(jnp.asarray, b)))) for b in cut]
+        logits = [np.asarray(eval_compiled(state, Batch(*map(jnp.asarray, b)))) for b in cut]
         print(f"\nJAX, on the same: AUC {judge(logits).auc}")
     return judged
 

@@ -9,7 +9,7 @@ import pytest
 from cnnjax.config import DeviceConfig
 from cnnjax.data.batches import Feeder, epoch_rows, in_batches, load
 from cnnjax.devices import make_mesh
-from cnnjax.steps import Batch
+from cnnjax.objectives import Batch
 
 KEY = jax.random.key(3)
 

@@ -16,8 +16,8 @@ from cnnjax import devices, explain
 from cnnjax.config import DeviceConfig
 from cnnjax.loop import fit
 from cnnjax.models import FINE, BaselineCNN, ResNet
+from cnnjax.objectives import to_float
 from cnnjax.predict import Predictor
-from cnnjax.steps import to_float
 
 NETWORKS = {"baseline": BaselineCNN(), "resnet": ResNet(width=4, stages=2)}
 

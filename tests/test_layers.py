@@ -288,6 +288,7 @@ import numpy as np
 from cnnjax import devices, ffi, layers, steps
 from cnnjax.config import DeviceConfig, ModelConfig, TrainConfig
 from cnnjax.models import make_model
+from cnnjax.objectives import Batch
 
 devices.make_mesh(DeviceConfig("cpu"))
 if sys.argv[1] == "plain":
@@ -303,7 +304,7 @@ new = jax.jit(
 )
 state = new(jax.random.key(0))
 rng = np.random.default_rng(0)
-batch = steps.Batch(
+batch = Batch(
     jnp.asarray(rng.integers(0, 256, (6, 32, 32)), jnp.uint8),
     jnp.asarray(rng.integers(0, 2, 6), jnp.int32),
     jnp.ones(6, bool),

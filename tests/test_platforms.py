@@ -16,6 +16,7 @@ from cnnjax.augment import make_augment
 from cnnjax.config import AugmentConfig, ModelConfig, TrainConfig
 from cnnjax.data.batches import Feeder, Resident
 from cnnjax.models import make_model
+from cnnjax.objectives import Binary
 
 ALL = AugmentConfig(10, 0.1, True, 5, 0.1, 0.5, 0.5, 0.2, 0.1, 0.2, 0.5, 0.1, 0.2)
 SIZE, MANY, BATCH = 16, 2, 4
@@ -29,7 +30,7 @@ def lowered(network: str, platform: str) -> str:
     model = make_model(config, jnp.dtype("bfloat16"), auxiliary=True)
     optimizer, _ = steps.make_optimizer(TrainConfig(optimizer="adamw", schedule="cosine"), 4)
     step = steps.make_train_step(
-        model, optimizer, make_augment(ALL), mixup=0.2, ema_decay=0.9, auxiliary=0.3
+        model, optimizer, make_augment(ALL), Binary(mixup=0.2, auxiliary=0.3), ema_decay=0.9
     )
     key = jax.random.key(0)
     state = jax.eval_shape(lambda k: steps.init_state(model, optimizer, k, SIZE, ema=True), key)

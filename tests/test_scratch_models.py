@@ -18,6 +18,7 @@ import pytest
 
 import cnnjax.models
 import cnnjax.steps
+from cnnjax import objectives
 from cnnjax.config import TrainConfig
 from cnnjax.scratch import convert, layers, models, optimizers, steps
 from cnnjax.scratch.initializers import glorot_uniform, he_normal, lecun_normal
@@ -118,12 +119,12 @@ def jax_gradients(network: str) -> Any:
 
     def loss(params: Any, batch_stats: Any, batch: steps.Batch) -> Any:
         variables = {"params": params, "batch_stats": batch_stats}
-        images = cnnjax.steps.to_float(batch.images)
+        images = objectives.to_float(batch.images)
         logits, changed = model.apply(
             variables, images, train=True, mask=batch.mask, mutable=["batch_stats"]
         )
-        weights = cnnjax.steps.weights_of(batch.labels, WEIGHTS)
-        losses = cnnjax.steps.cross_entropy(logits, batch.labels, weights, SMOOTHING)
+        weights = objectives.weights_of(batch.labels, WEIGHTS)
+        losses = objectives.cross_entropy(logits, batch.labels, weights, SMOOTHING)
         return losses.mean(where=batch.mask), (logits, changed.get("batch_stats", {}))
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
@@ -165,7 +166,7 @@ def test_evaluation_is_that_of_jax(network: str) -> None:
     state = steps.TrainState(0, params, batch_stats, None)
     batch = batch_of(size, 0)
     found = steps.make_eval_step(ours)(state, batch)
-    images = cnnjax.steps.to_float(jnp.asarray(batch.images))
+    images = objectives.to_float(jnp.asarray(batch.images))
     variables = convert.to_flax(params, batch_stats)
     expected = jax.jit(model.apply)(variables, images)
     assert_close({"logits": found}, {"logits": expected}, 1e-5)
@@ -274,7 +275,8 @@ def test_steps_are_those_of_jax(network: str, optimizer: str, count: int) -> Non
     transformation, _ = cnnjax.steps.make_optimizer(config, 10)
     options: Any = {"class_weights": WEIGHTS, "label_smoothing": SMOOTHING}
     step = steps.make_train_step(ours, rule, **options)
-    jax_step = cnnjax.steps.make_train_step(model, transformation, lambda _, x: x, **options)
+    binary = objectives.Binary(**options)
+    jax_step = cnnjax.steps.make_train_step(model, transformation, lambda _, x: x, binary)
 
     params, batch_stats = started(network)
     mine = steps.TrainState(0, params, batch_stats, rule.init(params))
@@ -290,7 +292,7 @@ def test_steps_are_those_of_jax(network: str, optimizer: str, count: int) -> Non
     for i in range(count):
         batch = batch_of(size, 100 + i, filled=2 if i % 4 == 3 else 0)
         mine, sums = step(mine, batch)
-        jax_batch = cnnjax.steps.Batch(*map(jnp.asarray, batch))
+        jax_batch = objectives.Batch(*map(jnp.asarray, batch))
         theirs, jax_sums = jax_step(theirs, jax_batch, jax.random.key(0))
         assert sums[1:] == (int(jax_sums.correct), int(jax_sums.images))
         assert sums.loss == pytest.approx(float(jax_sums.loss), rel=1e-4)

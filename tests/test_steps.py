@@ -17,15 +17,13 @@ from cnnjax import devices
 from cnnjax.augment import make_augment, make_views
 from cnnjax.config import AugmentConfig, DeviceConfig, TrainConfig
 from cnnjax.models import AUXILIARY, BaselineCNN, ResNet
+from cnnjax.objectives import Batch, Binary, cross_entropy, to_float
 from cnnjax.steps import (
-    Batch,
     TrainState,
-    cross_entropy,
     make_eval_step,
     make_optimizer,
     make_train_step,
     state_of,
-    to_float,
 )
 
 SIZE = 16
@@ -58,9 +56,10 @@ def variables_of(model: nn.Module) -> Any:
 def started(model: nn.Module, config: TrainConfig | None = None, **options: Any) -> Any:
     config = config or TrainConfig()
     optimizer, _ = make_optimizer(config, 10)
-    step = make_train_step(model, optimizer, options.pop("augment", still), **options)
+    augment, ema_decay = options.pop("augment", still), options.pop("ema_decay", 0.0)
+    step = make_train_step(model, optimizer, augment, Binary(**options), ema_decay=ema_decay)
     variables = jax.tree.map(jnp.array, variables_of(model))
-    return step, state_of(variables, optimizer, ema="ema_decay" in options)
+    return step, state_of(variables, optimizer, ema=bool(ema_decay))
 
 
 def close(a: Any, b: Any, rtol: float = 1e-4) -> None:
@@ -291,7 +290,8 @@ def test_mixup_is_a_mix_of_images_labels_and_weights() -> None:
     )
     seen.clear()
     before = jax.tree.map(np.asarray, state.params)
-    step = make_train_step(Linear(), optimizer, lambda _, x: x, class_weights=(3.0, 0.5), mixup=0.4)
+    objective = Binary(class_weights=(3.0, 0.5), mixup=0.4)
+    step = make_train_step(Linear(), optimizer, lambda _, x: x, objective)
     after, sums = step(state, batch, jax.random.key(7))
     jax.effects_barrier()
     flat = pixels.reshape(6, -1) / 255

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cnnjax.devices import AXIS, divided, replicated
-from cnnjax.steps import Batch
+from cnnjax.objectives import Batch
 
 _AHEAD = 2  # batches prepared while one is computed
 
@@ -31,7 +31,7 @@ class Resident(NamedTuple):
     labels: jax.Array
     """int32 [n]."""
     viral: jax.Array | None = None
-    """int32 [n], see `cnnjax.steps.Batch`."""
+    """int32 [n], see `cnnjax.objectives.Batch`."""
 
 
 def epoch_rows(key: jax.Array, epoch: int, rows: np.ndarray, batch: int) -> np.ndarray:
@@ -80,7 +80,7 @@ class Feeder:
         mesh: the devices.
         resident_mib: up to this size, in MiB, the data set is put on each device whole; below 0
             never.
-        viral: int32 [n], see `cnnjax.steps.Batch`; None to leave it out.
+        viral: int32 [n], see `cnnjax.objectives.Batch`; None to leave it out.
 
     Attributes:
         mesh: the devices.

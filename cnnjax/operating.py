@@ -99,7 +99,10 @@ def points_from_json(values: dict[str, Any]) -> Points:
 
 
 def fit_operating_point(
-    logits: np.ndarray, labels: np.ndarray, config: OperatingConfig
+    logits: np.ndarray,
+    labels: np.ndarray,
+    config: OperatingConfig,
+    weights: np.ndarray | None = None,
 ) -> OperatingPoint:
     """Chooses calibration and threshold on images that trained nothing.
 
@@ -107,21 +110,24 @@ def fit_operating_point(
         logits: float [n].
         labels: int [n], 0 or 1, both of them there.
         config: by what to choose the threshold.
+        weights: float [n], of the images in the choice of the threshold; equal when None.
     """
     labels = np.asarray(labels)
+    weights = np.ones(len(labels)) if weights is None else weights
     slope, bias = fit_calibration(logits, labels)
-    prevalence = float(labels.mean())
+    prevalence = float(np.average(labels, weights=weights))
     if config.criterion == "sensitivity":
-        threshold = sensitive_threshold(logits, labels, config.sensitivity)
+        threshold = sensitive_threshold(logits, labels, config.sensitivity, weights)
         criterion = f"sensitivity {config.sensitivity:g}"
     elif config.criterion == "cost":
         wanted = prevalence if config.prevalence is None else config.prevalence
         missed = config.cost * wanted / prevalence
         alarm = (1 - wanted) / (1 - prevalence)
-        threshold = least_cost_threshold(logits, labels, alarm, missed)
+        threshold = least_cost_threshold(logits, labels, alarm, missed, weights)
         criterion = f"least cost, a miss {config.cost:g} times a false alarm, of {wanted:.3g} ill"
     else:
-        threshold = least_cost_threshold(logits, labels, 1 / (1 - prevalence), 1 / prevalence)
+        alarm, missed = 1 / (1 - prevalence), 1 / prevalence
+        threshold = least_cost_threshold(logits, labels, alarm, missed, weights)
         criterion = "highest sensitivity + specificity (Youden)"
     return OperatingPoint(slope, bias, prevalence, threshold, criterion)
 
@@ -173,7 +179,11 @@ _FLAT = 1e-6  # a slope that leaves the order of the logits as it is, and little
 
 
 def least_cost_threshold(
-    logits: np.ndarray, labels: np.ndarray, alarm: float = 1.0, missed: float = 1.0
+    logits: np.ndarray,
+    labels: np.ndarray,
+    alarm: float = 1.0,
+    missed: float = 1.0,
+    weights: np.ndarray | None = None,
 ) -> float:
     """Returns the logit from which on to call images positive so that the errors cost least.
 
@@ -185,6 +195,7 @@ def least_cost_threshold(
         labels: int [n], 0 or 1.
         alarm: cost of a negative called positive.
         missed: cost of a positive called negative.
+        weights: float [n], of the images; equal when None.
 
     Returns:
         Midway between two neighbouring logits; of equally good places the middle one. One
@@ -192,9 +203,10 @@ def least_cost_threshold(
     """
     order = np.argsort(logits, kind="stable")
     ranked, positive = np.asarray(logits, np.float64)[order], np.asarray(labels)[order] == 1
+    counts = np.ones(len(ranked)) if weights is None else weights[order] / weights.mean()
     # cost[k]: what it costs if the k lowest count as negative
-    cost = np.append(0, np.cumsum(positive)) * missed
-    cost = cost + np.append(np.cumsum(~positive[::-1])[::-1], 0) * alarm
+    cost = np.append(0, np.cumsum(positive * counts)) * missed
+    cost = cost + np.append(np.cumsum((~positive * counts)[::-1])[::-1], 0) * alarm
     between = np.append(True, np.append(ranked[1:] > ranked[:-1], True))  # no cut between equals
     least = cost[between].min()
     best = np.flatnonzero(between & (cost <= least + 1e-9 * (alarm + missed)))
@@ -203,21 +215,28 @@ def least_cost_threshold(
     return float((edges[k] + edges[k + 1]) / 2)
 
 
-def sensitive_threshold(logits: np.ndarray, labels: np.ndarray, sensitivity: float) -> float:
+def sensitive_threshold(
+    logits: np.ndarray, labels: np.ndarray, sensitivity: float, weights: np.ndarray | None = None
+) -> float:
     """Returns the highest logit from which on at least so large a part of the positives lies.
 
     Args:
         logits: float [n].
         labels: int [n], 0 or 1, at least one 1.
         sensitivity: in (0, 1].
+        weights: float [n], of the images; equal when None.
 
     Returns:
         Midway between a positive's logit and the next lower one.
     """
     logits = np.asarray(logits, np.float64)
-    positives = np.sort(logits[np.asarray(labels) == 1])
-    allowed = math.floor((1 - sensitivity) * len(positives) + 1e-9)  # positives below it
-    lowest = positives[min(allowed, len(positives) - 1)]
+    positive = np.asarray(labels) == 1
+    order = np.argsort(logits[positive], kind="stable")
+    positives = logits[positive][order]
+    counts = np.ones(len(positives)) if weights is None else weights[positive][order]
+    below_each = np.cumsum(counts) - counts  # what lies below each positive
+    allowed = (1 - sensitivity) * counts.sum() * (1 + 1e-9)
+    lowest = positives[np.searchsorted(below_each, allowed, side="right") - 1]
     below = logits[logits < lowest]
     return float((lowest + below.max()) / 2 if len(below) else lowest)
 

@@ -1,26 +1,36 @@
-"""How a run does on its held-out images as they are, and on each re-rendering of them.
+"""How a run does on its held-out films as they are, and on each rendering of them.
 
-One operating point serves all of them, as it would at a bedside where nobody knows how an image
-was made. It is fitted on other images than it is judged on, re-rendered ones among them: on images
-as they are, nearly everything is right and many thresholds do equally well.
+One operating point serves all renderings, as it would at a bedside where nobody knows how an image
+was made. It is fitted on other patients than it is judged on. The score of a recipe is the mean
+over the groups of renderings (`cnnjax.data.rerender.GROUPS`) of the group's worst AUC, so that many
+mild changes cannot hide the one that matters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import csv
+import hashlib
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
+from tqdm import tqdm
 
-from cnnjax.config import OperatingConfig
+from cnnjax import lungs
+from cnnjax.config import Config, DataConfig, OperatingConfig
 from cnnjax.data import cache, rerender
+from cnnjax.data.decode import decode
+from cnnjax.data.files import no_cache
 from cnnjax.data.prepare import TrainingData, open_index, training_data
+from cnnjax.data.rerender import GROUPS, RENDERINGS, Facts
 from cnnjax.errors import InputError
-from cnnjax.metrics import AT_ZERO, at_zero, evaluate
-from cnnjax.operating import OperatingPoint, fit_operating_point
+from cnnjax.machine import cache_folder
+from cnnjax.metrics import AT_ZERO, at_zero, auc, evaluate, sigmoid
+from cnnjax.operating import OperatingPoint, fit_operating_point, reliability
 from cnnjax.predict import Predictor
 from cnnjax.workdir import Workdir
 
@@ -40,61 +50,161 @@ class HeldOut:
     """int [n]."""
     patients: tuple[str, ...]
     sets: dict[str, np.ndarray]
-    """float32 [n] by rendering; `PLAIN` is one of them."""
+    """float32 [n] by rendering; `PLAIN` is one of them. NaN where a rendering needs a fact that is
+    not known of the film."""
 
 
 def held_out_logits(
-    run: Path, mesh: Mesh, views: int | None = None, *, renderings: bool = True
-) -> HeldOut:
-    """Returns what a finished run's last state says of its held-out images, in every rendering.
+    run: Path,
+    mesh: Mesh,
+    looks: Sequence[int],
+    facts: Mapping[str, Facts] | None = None,
+    *,
+    renderings: bool = True,
+) -> dict[int, HeldOut]:
+    """Returns what a finished run's last state says of its held-out images, by number of views.
 
     It is written to the run's `shifted-VIEWS.npz`, and read from there the next time.
 
     Args:
         run: its workdir.
         mesh: the devices to use.
-        views: how many views of each image to judge; by default as the run's config says.
-        renderings: whether the changed ones are wanted too.
+        looks: the numbers of views to judge.
+        facts: of films, by file name (`cnnjax.data.rerender.read_facts`); a rendering that needs
+            facts is left out where none are known.
+        renderings: whether the changed films are wanted too.
 
     Raises:
         InputError: the run or its images are not there any more.
     """
-    workdir = Workdir(run)
-    config = workdir.read_config()
-    data = training_data(config.data, config.seed, lambda _: None)
+    config = Workdir(run).read_config()
+    data = training_data(config.data, config.seed, lambda _: None, mesh)
     rows = data.validation
-    names = np.array([data.decoded.examples[i].name for i in rows])
+    examples = [data.decoded.examples[i] for i in rows]
+    names = [example.name for example in examples]
+    facts = facts or {}
+    known = [repr(facts.get(PurePosixPath(name).name)) for name in names] if renderings else []
+    made_from = np.array([data.decoded.fingerprint, str(rerender.VERSION), *names, *known])
+    found = {views: _kept(run, views, made_from) for views in looks}
+    missing = [views for views, sets in found.items() if sets is None]
+    if missing:
+        predictors = {views: Predictor.of_run(run, mesh, "latest", views) for views in missing}
+        fresh: dict[int, dict[str, np.ndarray]] = {views: {} for views in missing}
+        plain = np.asarray(data.decoded.images[rows])
+
+        def judged(name: str, images: np.ndarray, at: np.ndarray) -> None:
+            for views, predictor in predictors.items():
+                logits = np.full(len(rows), np.nan, np.float32)
+                logits[at] = predictor.logits(lungs.as_framed(images))
+                fresh[views][name] = logits
+
+        judged(PLAIN, plain, np.arange(len(rows)))
+        if renderings:
+            key = hashlib.sha256("\0".join(made_from.tolist()).encode("utf-8", "surrogateescape"))
+            home = f"rendered-{config.data.size}-{key.hexdigest()[:32]}"
+            for name, images, at in _rendered(config, data, facts, mesh, home):
+                judged(name, images, at)
+        for views, sets in fresh.items():
+            partial = run / f"shifted-{views}.partial.npz"
+            np.savez(partial, **(sets | {_MADE_FROM: made_from}))  # type: ignore[arg-type]
+            partial.replace(run / f"shifted-{views}.npz")
+            found[views] = sets
     labels = data.decoded.labels[rows]
-    patients = tuple(data.decoded.examples[i].patient for i in rows)
-    views = config.augment.views if views is None else views
-    kept = run / f"shifted-{views}.npz"
-    made_from = np.array([data.decoded.fingerprint, str(rerender.VERSION), *names])
-    if kept.exists():
-        with np.load(kept) as file:
-            sets = {name: file[name] for name in file.files}
-        if np.array_equal(sets.pop(_MADE_FROM, ()), made_from):
-            if not renderings:
-                return HeldOut(labels, patients, {PLAIN: sets[PLAIN]})
-            if len(sets) > 1:
-                return HeldOut(labels, patients, sets)
-    predictor = Predictor.of_run(run, mesh, "latest", views)
-    sets = {PLAIN: predictor.logits(np.asarray(data.decoded.images[rows]))}
-    for name, images in (_renderings(run, data) if renderings else {}).items():
-        sets[name] = predictor.logits(np.asarray(images[rows]))
-    partial = kept.with_suffix(".partial.npz")
-    np.savez(partial, **(sets | {_MADE_FROM: made_from}))
-    partial.replace(kept)
-    return HeldOut(labels, patients, sets)
+    patients = tuple(example.patient for example in examples)
+    return {views: HeldOut(labels, patients, sets or {}) for views, sets in found.items()}
 
 
-def _renderings(run: Path, data: TrainingData) -> dict[str, np.ndarray]:
-    config = Workdir(run).read_config().data
-    index = open_index(replace(config, size=rerender.SIZE), lambda _: None)
+def _kept(run: Path, views: int, made_from: np.ndarray) -> dict[str, np.ndarray] | None:
+    """Returns the logits that an earlier call kept, if they are of the same images."""
+    path = run / f"shifted-{views}.npz"
+    if not path.exists():
+        return None
+    with np.load(path, allow_pickle=False) as file:
+        sets = {name: file[name] for name in file.files}
+    return sets if np.array_equal(sets.pop(_MADE_FROM, ()), made_from) else None
+
+
+def _rendered(
+    config: Config, data: TrainingData, facts: Mapping[str, Facts], mesh: Mesh, home: str
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Yields each rendering of a run's held-out images as the network sees them.
+
+    They are kept in the cache, as runs of a study hold out the same images.
+
+    Args:
+        config: of the run.
+        data: likewise.
+        facts: of films.
+        mesh: the devices that find the lungs.
+        home: name of the folder in the cache.
+
+    Yields:
+        The rendering's name, uint8 [k, size, size], and int64 [k], their places among the held-out
+        images.
+    """
+    rows, size = data.validation, config.data.size
+    names = [data.decoded.examples[i].name for i in rows]
+    folder = (config.data.cache or cache_folder()) / home
+    framer = lungs.Framer(size, mesh) if config.data.frame == "lungs" else None
+    films = None
+    for name in tqdm(RENDERINGS, "rendering", unit="set", disable=None):
+        path = folder / f"{name}.npz"
+        if not path.exists():
+            if films is None:
+                films = _films(config, data)[rows]
+            changed, at = rerender.render(films, names, name, facts)
+            if framer is not None:
+                images = framer(changed).images
+            else:
+                images = np.array([decode(film, size) for film in changed], np.uint8)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                partial = folder / f".{name}.{secrets.token_hex(4)}.npz"
+                np.savez(partial, images=images, at=at)
+                partial.replace(path)
+            except OSError as error:
+                raise no_cache(folder.parent, error) from None
+        with np.load(path, allow_pickle=False) as file:
+            images, at = file["images"], file["at"]
+        if len(at):
+            yield name, images, at
+
+
+def _films(config: Config, data: TrainingData) -> np.ndarray:
+    """Returns uint8 [n, SIZE, SIZE], the films that a run's images were made of."""
+    if data.decoded.films is not None:
+        return data.decoded.films
+    index = open_index(replace(config.data, size=rerender.SIZE), lambda _: None)
     examples = index.split("train", "val")
-    decoded = cache.load(examples, index.source, rerender.SIZE, folder=config.cache)
+    decoded = cache.load(examples, index.source, rerender.SIZE, folder=config.data.cache)
     if decoded.examples != data.decoded.examples:
-        raise InputError(f"{run}: other images can be decoded than it was trained on")
-    return rerender.load(decoded, config.size, config.cache)
+        raise InputError(f"{config.workdir}: other images can be decoded than it was trained on")
+    return decoded.images
+
+
+def external(predictor: Predictor, root: Path) -> dict[str, float]:
+    """Returns the AUC of a network on the test split of another place's films.
+
+    Args:
+        predictor: the network.
+        root: a data set; with a `metadata.csv` (columns file and view) beside the split, the films
+            of each view are judged by themselves too.
+
+    Raises:
+        InputError: the data set cannot be read.
+    """
+    index = open_index(DataConfig(str(root)), lambda _: None)
+    decoded = cache.load(index.split("test"), index.source, predictor.size)
+    logits = predictor.logits(np.asarray(decoded.images))
+    found = {"all": auc(logits, decoded.labels) or 0.0}
+    if (root / "metadata.csv").exists():
+        with (root / "metadata.csv").open(newline="", encoding="utf-8") as file:
+            views = {row["file"]: row["view"] for row in csv.DictReader(file)}
+        seen = np.array([views.get(PurePosixPath(e.name).name, "") for e in decoded.examples])
+        for view in sorted(set(seen.tolist()) - {""}):
+            area = auc(logits[seen == view], decoded.labels[seen == view])
+            found |= {view: area} if area is not None else {}
+    return found
 
 
 def fit_point(
@@ -102,23 +212,39 @@ def fit_point(
 ) -> OperatingPoint:
     """Returns the point whose threshold serves every rendering.
 
-    What a probability means in a place is for images of that place to say, so slope and bias are
-    fitted on the images as they are.
+    The films as they are and each group of renderings have the same weight in the choice of the
+    threshold, and so have the renderings of a group. What a probability means in a place is for
+    images of that place to say, so slope and bias are fitted on the films as they are.
 
     Args:
-        sets: logits [n] by rendering, `PLAIN` among them.
+        sets: logits [n] by rendering, `PLAIN` among them; NaN where there is none.
         labels: int [n].
         config: by what the threshold is chosen.
     """
     plain = fit_operating_point(sets[PLAIN], labels, config)
     if len(sets) == 1:
         return plain
+    logits, repeated, weights = [], [], []
+    for names in ((PLAIN,), *_by_group(sets).values()):
+        for name in names:
+            known = np.isfinite(sets[name])
+            logits.append(sets[name][known])
+            repeated.append(labels[known])
+            weights.append(np.full(known.sum(), 1 / (len(names) * known.sum())))
     every = fit_operating_point(
-        np.concatenate([*sets.values()]), np.tile(labels, len(sets)), config
+        np.concatenate(logits), np.concatenate(repeated), config, np.concatenate(weights)
     )
     return replace(
-        plain, threshold=every.threshold, criterion=f"{every.criterion}, re-rendered too"
+        plain, threshold=every.threshold, criterion=f"{every.criterion}, over all renderings"
     )
+
+
+def _by_group(sets: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Returns the names of the renderings that there are, by group."""
+    groups = {
+        group: [n for n in sets if n != PLAIN and RENDERINGS[n].group == group] for group in GROUPS
+    }
+    return {group: names for group, names in groups.items() if names}
 
 
 def judge(held_out: HeldOut, parts: np.ndarray, config: OperatingConfig) -> dict[str, Any]:
@@ -132,33 +258,64 @@ def judge(held_out: HeldOut, parts: np.ndarray, config: OperatingConfig) -> dict
 
     Returns:
         A document of plain JSON: `sets`, the AUC, accuracy, sensitivity and specificity on each
-        rendering; `mean` and `worst` of each over the changed ones; `plain`, the metrics on the
-        images as they are, with intervals.
+        rendering; `groups`, the least of each in each group, with the expected calibration error of
+        the group's images; `score`, the mean over groups of the least AUC; `mean`, that of all
+        groups' means; `plain`, the metrics on the images as they are, with intervals.
     """
     labels = held_out.labels
     moved = {name: np.empty(len(labels)) for name in held_out.sets}
-    calibrated = np.empty(len(labels))
+    calibrated = {name: np.empty(len(labels)) for name in held_out.sets}
     for part in np.unique(parts):
         inside = parts == part
         others = {name: logits[~inside] for name, logits in held_out.sets.items()}
         point = fit_point(others, labels[~inside], config)
-        calibrated[inside] = point.calibrated(held_out.sets[PLAIN][inside])
         for name, logits in held_out.sets.items():
             moved[name][inside] = point.margins(logits[inside])
-    sets = {name: at_zero(logits, labels) for name, logits in moved.items()}
+            calibrated[name][inside] = point.calibrated(logits[inside])
+    sets = {}
+    for name, logits in moved.items():
+        known = np.isfinite(logits)
+        sets[name] = at_zero(logits[known], labels[known])
     plain = evaluate(moved[PLAIN], labels, held_out.patients).to_json()
-    probabilities = evaluate(calibrated, labels, held_out.patients).to_json()
+    probabilities = evaluate(calibrated[PLAIN], labels, held_out.patients).to_json()
     document: dict[str, Any] = {
         "images": len(labels),
         "sets": sets,
         "plain": {name: plain[name] for name in METRICS}
         | {name: probabilities[name] for name in ("brier", "ece")},
     }
-    changed = [metrics for name, metrics in sets.items() if name != PLAIN]
-    if changed:
-        document["mean"] = {m: float(np.mean([each[m] for each in changed])) for m in METRICS}
-        document["worst"] = {m: float(np.min([each[m] for each in changed])) for m in METRICS}
+    groups = _by_group(sets)
+    if groups:
+        document["groups"] = {
+            group: {m: float(min(sets[name][m] for name in names)) for m in METRICS}
+            | {"ece": _calibration_error([calibrated[name] for name in names], labels)}
+            for group, names in groups.items()
+        }
+        document["score"] = float(np.mean([each["auc"] for each in document["groups"].values()]))
+        document["mean"] = {
+            m: float(np.mean([np.mean([sets[n][m] for n in names]) for names in groups.values()]))
+            for m in METRICS
+        }
     return document
+
+
+def score(held_out: HeldOut) -> float:
+    """Returns the mean over groups of renderings of the group's worst AUC."""
+    areas = {}
+    for name, logits in held_out.sets.items():
+        known = np.isfinite(logits)
+        areas[name] = auc(logits[known], held_out.labels[known]) or 0.0
+    groups = _by_group(areas).values()
+    return float(np.mean([min(areas[name] for name in names) for names in groups]))
+
+
+def _calibration_error(logits: Sequence[np.ndarray], labels: np.ndarray) -> float:
+    """Returns the expected calibration error of several renderings' log-odds, taken together."""
+    whole, repeated = np.concatenate(logits), np.tile(labels, len(logits))
+    known = np.isfinite(whole)
+    bins = reliability(sigmoid(whole[known]), repeated[known])
+    gaps = [each.images * abs(each.predicted - each.observed) for each in bins]
+    return float(sum(gaps) / known.sum())
 
 
 def together(held_out: Mapping[int, HeldOut]) -> tuple[HeldOut, np.ndarray]:

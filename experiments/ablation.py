@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,8 +27,10 @@ from crossval import expect_no_patience
 from cnnjax import devices, shifted
 from cnnjax.cli import guarded
 from cnnjax.config import Config, DataConfig
+from cnnjax.data.rerender import GROUPS, read_facts
 from cnnjax.errors import InputError
 from cnnjax.loop import fit
+from cnnjax.predict import Predictor
 from cnnjax.workdir import write_json
 
 Validation = Literal["patients", "blocks"]
@@ -50,30 +53,33 @@ def variants(recipe: Config) -> dict[str, Config]:
     def trained(**changes: Any) -> Config:
         return replace(recipe, train=replace(recipe.train, **changes))
 
+    def with_data(**changes: Any) -> Config:
+        return replace(recipe, data=replace(recipe.data, **changes))
+
     recipe, several = augmented(views=1), recipe
+    before = replace(recipe.augment, crop=1.0, rotate=5.0, gamma=0.25, contrast=0.2, brightness=0.1)
+    before = replace(before, sharpness=0.5)
     return {
         RECIPE: recipe,
+        "whole-films": with_data(frame="whole"),
+        "no-crops": augmented(crop=1.0),
         "no-tone": augmented(gamma=0.0, contrast=0.0, brightness=0.0),
         "no-sharpness": augmented(sharpness=0.0),
-        "no-moves": augmented(zoom=0.0, rotate=0.0, shift=0.0),
-        "no-black": augmented(black=0.0),
         "no-local-contrast": modelled(local_contrast=False),
-        # Local contrast is that of a standardized image, so both go.
-        "no-standardizing": modelled(standardize=False, local_contrast=False),
         "no-moving-average": trained(ema=0.0),
-        "no-class-weights": trained(class_weights=False),
-        "no-smoothing": trained(label_smoothing=0.0),
         "no-auxiliary": trained(auxiliary=0.0),
         "with-flips": augmented(flip=True),
-        "with-wide-moves": augmented(zoom=0.2, rotate=10.0, shift=0.05),
-        "with-crops": augmented(crop=0.5),
-        "with-wide-crops": augmented(crop=0.25),
         "with-erasing-and-noise": augmented(erase=0.2, noise=0.05),
-        "with-mixup": trained(mixup=0.2),
+        "128-pixels": with_data(size=128),
+        "48-channels": modelled(width=48),
         "with-views": several,
+        # The recipe of the first release.
+        "release-1": replace(
+            recipe, data=replace(recipe.data, frame="whole", size=96), augment=before
+        ),
         POST: replace(
             baseline.CONFIG,
-            data=replace(recipe.data, size=baseline.CONFIG.data.size),
+            data=replace(recipe.data, frame="whole", size=baseline.CONFIG.data.size),
             operating=recipe.operating,
             device=recipe.device,
         ),
@@ -93,6 +99,10 @@ class Options:
     """What is held out; of the blocks, the last for seed 0, the one before for seed 1."""
     only: tuple[str, ...] = ()
     """Names of variants; all by default."""
+    outlines: Path | None = None
+    """Folder of drawn lung outlines; see crossval.py."""
+    external: Path | None = None
+    """Data set of another place, judged beside; see crossval.py."""
     json: Path | None = None
     """Write the rows to this file."""
     plot: Path | None = None
@@ -132,15 +142,17 @@ def ablate(options: Options) -> list[dict[str, Any]]:
                     data=replace(variant.data, validation=validation, fold=fold),
                 )
                 fit(run)
-                found = judge(run)
+                found = judge(run, options)
                 rows.append({"variant": name, "validation": validation, "seed": seed} | found)
                 print(f"{name}, {validation}, seed {seed}: {shown(found)}")
     return rows
 
 
-def judge(run: Config) -> dict[str, Any]:
+def judge(run: Config, options: Options) -> dict[str, Any]:
     """Judges a finished run, each half of its held-out patients at the point of the other."""
-    held_out = shifted.held_out_logits(run.workdir, devices.make_mesh(run.device))
+    mesh, views = devices.make_mesh(run.device), run.augment.views
+    facts = None if options.outlines is None else read_facts(options.outlines)
+    held_out = shifted.held_out_logits(run.workdir, mesh, [views], facts)[views]
     names = (patient.encode("utf-8", "surrogateescape") for patient in held_out.patients)
     halves = np.array([zlib.crc32(name) % 2 for name in names])
     if any(len(set(held_out.labels[halves == half])) < 2 for half in (0, 1)):
@@ -149,47 +161,74 @@ def judge(run: Config) -> dict[str, Any]:
             " point of the others; hold out more with a smaller --data.folds"
         )
     found = shifted.judge(held_out, halves, run.operating)
-    return {
-        "epochs": run.train.epochs,
-        "plain": found["sets"][shifted.PLAIN],
-        "mean": found["mean"],
-        "worst": found["worst"],
-        "sets": found["sets"],
-    }
+    kept = {name: found[name] for name in ("score", "groups", "mean", "sets")}
+    row = {"epochs": run.train.epochs, "plain": found["sets"][shifted.PLAIN]} | kept
+    if options.external is not None:
+        predictor = Predictor.of_run(run.workdir, mesh, "latest", views)
+        row["external"] = shifted.external(predictor, options.external)
+    return row
 
 
 def shown(found: dict[str, Any]) -> str:
     """Returns the AUCs of a row as a phrase."""
-    plain, mean, worst = (found[kind]["auc"] for kind in ("plain", "mean", "worst"))
-    return f"AUC {plain:.4f} as they are, {mean:.4f} re-rendered, {worst:.4f} at worst"
+    worst = ", ".join(f"{group} {row['auc']:.4f}" for group, row in found["groups"].items())
+    return f"AUC {found['plain']['auc']:.4f} as they are, score {found['score']:.4f} ({worst})"
+
+
+def _worst(group: str, metric: str = "auc") -> Callable[[dict[str, Any]], float]:
+    return lambda row: row["groups"][group][metric]
+
+
+COLUMNS: dict[str, Callable[[dict[str, Any]], float]] = {
+    "score": lambda row: row["score"],
+    "AUC as they are": lambda row: row["plain"]["auc"],
+    "middle 0.7": lambda row: row["sets"]["middle 0.7"]["auc"],
+    **{f"{group}, worst": _worst(group) for group in GROUPS},
+    "specificity, framing": _worst("framing", "specificity"),
+    "sensitivity, framing": _worst("framing", "sensitivity"),
+}
+"""The columns of the table, each with what it takes of a row."""
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Returns the means over seeds as a Markdown table, with the range of the re-rendered AUC."""
+    """Returns the means over seeds as a Markdown table.
+
+    The last column is the paired difference of the score from the recipe's on the same held-out
+    images: its mean, and its standard error over seeds.
+    """
+    external = [f"external, {name}" for name in rows[0].get("external", ())]
+    names = [*COLUMNS, *external, "score less the recipe's"]
     lines = [
-        "| variant | held out | seeds | AUC as they are | AUC re-rendered | range | AUC at worst"
-        " | sensitivity | specificity |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| variant | held out | seeds | {' | '.join(names)} |",
+        f"| --- | --- | ---{' | ---' * len(names)} |",
     ]
     for name in dict.fromkeys(row["variant"] for row in rows):
         for validation in dict.fromkeys(row["validation"] for row in rows):
             mine = [r for r in rows if (r["variant"], r["validation"]) == (name, validation)]
             if not mine:
                 continue
-
-            def mean(kind: str, metric: str, mine: list[dict[str, Any]] = mine) -> str:
-                return f"{np.mean([row[kind][metric] for row in mine]):.4f}"
-
-            areas = [row["mean"]["auc"] for row in mine]
-            cells = [name, validation, str(len(mine)), mean("plain", "auc"), mean("mean", "auc")]
-            cells += [f"{min(areas):.4f} to {max(areas):.4f}", mean("worst", "auc")]
-            cells += [mean("mean", "sensitivity"), mean("mean", "specificity")]
+            cells = [name, validation, str(len(mine))]
+            cells += [f"{np.mean([value(row) for row in mine]):.4f}" for value in COLUMNS.values()]
+            for place in rows[0].get("external", ()):
+                cells.append(f"{np.mean([row['external'][place] for row in mine]):.3f}")
+            cells.append(difference(mine, rows))
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
+def difference(mine: list[dict[str, Any]], rows: list[dict[str, Any]]) -> str:
+    """Returns by how much a variant's scores differ from the recipe's, seed by seed."""
+    key = ("validation", "seed")
+    recipe = {tuple(r[k] for k in key): r["score"] for r in rows if r["variant"] == RECIPE}
+    paired = [r["score"] - recipe[at] for r in mine if (at := tuple(r[k] for k in key)) in recipe]
+    if mine[0]["variant"] == RECIPE or len(paired) < 2:
+        return ""
+    error = np.std(paired, ddof=1) / np.sqrt(len(paired))
+    return f"{np.mean(paired):+.4f} ± {error:.4f}"
+
+
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draws 1 - AUC on the re-renderings: a bar for the mean over seeds, a dot for each."""
+    """Draws 1 - score: a bar for the mean over seeds, a dot for each."""
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -203,7 +242,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     for k, (validation, color) in enumerate(zip(validations, ("#0072b2", "#e69f00"), strict=False)):
         for i, name in enumerate(names):
             errors = [
-                1 - row["mean"]["auc"]
+                1 - row["score"]
                 for row in rows
                 if (row["variant"], row["validation"]) == (name, validation)
             ]
@@ -214,7 +253,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
                 axes.plot(errors, [at] * len(errors), "o", color="black", ms=3)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.set_xlabel("1 - AUC, mean over re-renderings (smaller is better; dots are seeds)")
+    axes.set_xlabel("1 - score (smaller is better; dots are seeds)")
     figure.legend(loc="outside upper center", ncols=len(validations))
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)

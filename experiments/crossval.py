@@ -1,7 +1,8 @@
 """A recipe on every fold; each image is judged by the network that never saw it.
 
     python experiments/crossval.py baseline --data.root DIR --workdir RUN
-    python experiments/crossval.py pneumonia --data.root DIR --workdir RUN --shifted --release OUT
+    python experiments/crossval.py pneumonia --data.root DIR --workdir RUN --shifted \
+        --outlines LUNG_MASKS --external OTHER --release OUT
 
 Any flag of the recipe goes here too, except --data.fold; `--data.validation blocks` holds out
 blocks of the file numbering. Each fold is a run of its own in RUN/fold0, RUN/fold1, ...; the same
@@ -26,6 +27,7 @@ import tyro
 from cnnjax import devices, release, shifted
 from cnnjax.cli import guarded
 from cnnjax.config import Config, OperatingConfig
+from cnnjax.data.rerender import read_facts
 from cnnjax.errors import InputError
 from cnnjax.loop import fit_all
 from cnnjax.metrics import Estimate, auc
@@ -47,7 +49,13 @@ class Options:
 
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
     shifted: bool = False
-    """Judge the held-out images in every re-rendering too (docs/shifted-validation.md)."""
+    """Judge the held-out images in every rendering too (docs/shifted-validation.md)."""
+    outlines: Path | None = None
+    """Folder of drawn lung outlines (`masks_128.npz`, `masks.csv`) for the renderings that cut to
+    the lungs or restore the published aspect ratio; without it they are left out."""
+    external: Path | None = None
+    """Data set of another place; the networks are judged on its test split too, and nothing is
+    chosen by it."""
     release: Path | None = None
     """Write the networks of all folds to this folder as one ensemble, for evaluate and predict."""
 
@@ -77,9 +85,21 @@ def crossvalidate(options: Options) -> None:
     ]
     fit_all(folds)
     runs = [fold.workdir for fold in folds]
+    mesh = devices.make_mesh(config.device)
+    facts = None if options.outlines is None else read_facts(options.outlines)
+    looks = config.augment.looks
+    held_out = [
+        shifted.held_out_logits(run, mesh, looks, facts, renderings=options.shifted) for run in runs
+    ]
     pooled, documents = {}, {}
-    for views in config.augment.looks:
-        pooled[views], documents[views] = judge(options, runs, views)
+    for views in looks:
+        by_fold = {fold: each[views] for fold, each in enumerate(held_out)}
+        pooled[views], documents[views] = judge(options, by_fold, views)
+        if options.external is not None:
+            documents[views]["external"] = [
+                shifted.external(Predictor.of_run(run, mesh, "latest", views), options.external)
+                for run in runs
+            ]
         show(documents[views])
     document = documents[config.augment.views]
     if config.augment.views > 1:
@@ -89,13 +109,11 @@ def crossvalidate(options: Options) -> None:
         write_release(options, runs, pooled, document)
 
 
-def judge(options: Options, runs: list[Path], views: int) -> tuple[shifted.HeldOut, dict[str, Any]]:
+def judge(
+    options: Options, each: dict[int, shifted.HeldOut], views: int
+) -> tuple[shifted.HeldOut, dict[str, Any]]:
     """Returns the pooled out-of-fold logits for so many views of an image, and their figures."""
-    config, mesh = options.config, devices.make_mesh(options.config.device)
-    each = {
-        fold: shifted.held_out_logits(run, mesh, views, renderings=options.shifted)
-        for fold, run in enumerate(runs)
-    }
+    config = options.config
     pooled, fold_of = shifted.together(each)
     found = shifted.judge(pooled, fold_of, config.operating)
     points = [
@@ -107,6 +125,7 @@ def judge(options: Options, runs: list[Path], views: int) -> tuple[shifted.HeldO
         for criterion in OTHERS
     ]
     areas = [auc(fold.sets[shifted.PLAIN], fold.labels) or 0.0 for fold in each.values()]
+    scores = [shifted.score(fold) for fold in each.values()] if options.shifted else []
     kind = (
         "blocks of the file numbering" if config.data.validation == "blocks" else "patient-grouped"
     )
@@ -116,6 +135,7 @@ def judge(options: Options, runs: list[Path], views: int) -> tuple[shifted.HeldO
         f" seed {config.seed}; images judged {looks};"
         " operating point fitted on the other folds",
         "auc_by_fold": areas,
+        "score_by_fold": scores,
         "auc_mean": float(np.mean(areas)),
         "auc_sd": float(np.std(areas, ddof=1)),
         "points": points,
@@ -128,20 +148,35 @@ def operate(
     """Returns what an operating point came to, and where it lies if fitted on all folds."""
     point = shifted.fit_point(pooled.sets, pooled.labels, criterion)
     shares = shifted.METRICS[1:]
-    kinds = [kind for kind in ("plain", "mean", "worst") if kind in found]
+    kinds = {"plain": found["plain"]}
+    if "groups" in found:
+        kinds |= {"mean": found["mean"], "framing at worst": found["groups"]["framing"]}
     return {
         "criterion": point.criterion,
         "threshold": point.probability_threshold(),
-    } | {kind: {share: found[kind][share] for share in shares} for kind in kinds}
+    } | {kind: {share: row[share] for share in shares} for kind, row in kinds.items()}
 
 
 def show(document: dict[str, Any]) -> None:
     """Prints the table of renderings, and the figures on the images as they are."""
     print(f"\n{document['protocol']}")
     print(f"{'rendering':<18}" + "".join(f"{name:>13}" for name in shifted.METRICS))
-    rows = document["sets"] | {k: document[k] for k in ("mean", "worst") if k in document}
+    rows = dict(document["sets"])
+    for group, row in document.get("groups", {}).items():
+        rows[f"{group}, worst"] = row
+    if "mean" in document:
+        rows["mean of groups"] = document["mean"]
     for name, row in rows.items():
         print(f"{name:<18}" + "".join(f"{row[metric]:>13.4f}" for metric in shifted.METRICS))
+    if "score" in document:
+        by_fold = ", ".join(f"{score:.4f}" for score in document["score_by_fold"])
+        print(f"\nscore {document['score']:.4f}, the mean of the groups' worst AUC ({by_fold})")
+        errors = ", ".join(f"{g} {row['ece']:.3f}" for g, row in document["groups"].items())
+        print(f"expected calibration error by group: {errors}")
+    for name in document.get("external", [{}])[0]:
+        areas = [run[name] for run in document["external"]]
+        shown = ", ".join(f"{area:.3f}" for area in areas)
+        print(f"external, {name}: AUC {np.mean(areas):.3f} ({shown})")
     print(f"\nAUC by fold: {document['auc_mean']:.4f} +- {document['auc_sd']:.4f}")
     print(f"as they are, pooled over {document['images']:,} images, with 95 % intervals")
     for name, value in document["plain"].items():
@@ -170,6 +205,7 @@ def write_release(
         release.Release(
             config.model,
             config.data.size,
+            config.data.frame,
             Workdir(runs[0]).read_classes(),
             config.augment,
             {

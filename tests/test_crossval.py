@@ -25,12 +25,13 @@ from cnnjax.config import (
 )
 from cnnjax.data import cache
 from cnnjax.data.index import read_index
-from cnnjax.data.rerender import CHANGES
+from cnnjax.data.rerender import GROUPS, RENDERINGS
 from cnnjax.errors import InputError
 from cnnjax.metrics import auc
 from cnnjax.models import AUXILIARY, make_model
+from cnnjax.objectives import to_float
+from cnnjax.operating import fit_operating_point
 from cnnjax.predict import Predictor
-from cnnjax.steps import to_float
 from cnnjax.workdir import Workdir, read_table
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
@@ -62,12 +63,22 @@ def read(path: Path) -> Any:
 
 def test_every_rendering_is_judged(made: tuple[Path, Path]) -> None:
     found = read(made[0] / "crossval.json")
-    assert len(found["sets"]) == 1 + 2 * len(CHANGES)
-    changed = {name: row for name, row in found["sets"].items() if name != shifted.PLAIN}
-    for metric in shifted.METRICS:
-        values = [row[metric] for row in changed.values()]
-        assert found["mean"][metric] == pytest.approx(np.mean(values))
-        assert found["worst"][metric] == min(values)
+    unknown = {name for name in RENDERINGS if name.startswith(("lungs", "aspect"))}
+    assert found["sets"].keys() == {shifted.PLAIN, *RENDERINGS} - unknown
+    means = []
+    for group in GROUPS:
+        rows = [
+            row
+            for name, row in found["sets"].items()
+            if name != shifted.PLAIN and RENDERINGS[name].group == group
+        ]
+        for metric in shifted.METRICS:
+            assert found["groups"][group][metric] == min(row[metric] for row in rows)
+        assert 0 <= found["groups"][group]["ece"] < 0.5
+        means.append(np.mean([row["auc"] for row in rows]))
+    assert found["mean"]["auc"] == pytest.approx(np.mean(means))
+    worst = [found["groups"][group]["auc"] for group in GROUPS]
+    assert found["score"] == pytest.approx(np.mean(worst))
     assert found["plain"]["auc"]["value"] == found["sets"][shifted.PLAIN]["auc"]
     assert found["mean"]["auc"] > 0.7
     assert "in 3 views" in found["protocol"]
@@ -84,10 +95,15 @@ def test_without_renderings_none_is_looked_at(made: tuple[Path, Path]) -> None:
 
         runs = [made[0] / f"fold{fold}" for fold in range(FOLDS)]
         options = crossval.Options(Workdir(runs[0]).read_config())
-        pooled, document = crossval.judge(options, runs, 3)
+        mesh = devices.make_mesh(DeviceConfig())
+        each = {
+            fold: shifted.held_out_logits(run, mesh, [3], renderings=False)[3]
+            for fold, run in enumerate(runs)
+        }
+        pooled, document = crossval.judge(options, each, 3)
     assert [*pooled.sets] == [*document["sets"]] == [shifted.PLAIN]
     assert "mean" not in document
-    assert "re-rendered" not in document["points"][0]["criterion"]
+    assert "renderings" not in document["points"][0]["criterion"]
 
 
 def test_other_operating_points_are_told(made: tuple[Path, Path]) -> None:
@@ -95,8 +111,10 @@ def test_other_operating_points_are_told(made: tuple[Path, Path]) -> None:
     youden, fewest, most, nearly_all = found["points"]
     assert "Youden" in youden["criterion"]
     assert youden["threshold"] == release.read(made[1]).operating[3].probability_threshold()
-    for kind in ("plain", "mean", "worst"):
-        assert youden[kind] == {name: found[kind][name] for name in shifted.METRICS[1:]}
+    rows = {"plain": found["plain"], "mean": found["mean"]}
+    rows["framing at worst"] = found["groups"]["framing"]
+    for kind, row in rows.items():
+        assert youden[kind] == {name: row[name] for name in shifted.METRICS[1:]}
     assert "least cost" in fewest["criterion"]
     assert fewest["mean"]["accuracy"] >= youden["mean"]["accuracy"] - 0.02
     assert nearly_all["threshold"] <= most["threshold"]
@@ -198,7 +216,7 @@ def test_evaluate_takes_a_release(
     points = release.read(made[1]).operating
     assert points.keys() == {1, 3}
     assert read(out)["threshold"] == points[3].probability_threshold()
-    assert "re-rendered too" in points[3].criterion
+    assert "over all renderings" in points[3].criterion
     command = ["evaluate", "--run", str(made[1]), "--data", str(tree), "--json", str(out)]
     with pytest.raises(SystemExit):
         cli.main([*command, "--views", "1"])
@@ -238,14 +256,48 @@ def test_the_operating_point_is_fitted_on_other_parts() -> None:
     held_out = shifted.HeldOut(
         labels,
         tuple(map(str, range(200))),
-        {shifted.PLAIN: logits + offset, "worse": rng.normal(1.0 * labels, 1.0) + offset},
+        {shifted.PLAIN: logits + offset, "blur, mild": rng.normal(1.0 * labels, 1.0) + offset},
     )
     found = shifted.judge(held_out, np.repeat([0, 1], 100), Config().operating)
     assert found["plain"]["accuracy"]["value"] == pytest.approx(0.5, abs=0.05)
     again = shifted.judge(held_out, np.tile([0, 0, 1, 1], 50), Config().operating)
-    assert again["sets"]["worse"]["auc"] < again["plain"]["auc"]["value"]
+    assert again["sets"]["blur, mild"]["auc"] < again["plain"]["auc"]["value"]
     logits_alone = replace(held_out, sets={shifted.PLAIN: logits})
     alone = shifted.judge(logits_alone, np.tile([0, 0, 1, 1], 50), Config().operating)
     assert alone["plain"]["auc"]["value"] == pytest.approx(auc(logits, labels), abs=0.005)
     assert alone["plain"]["accuracy"]["value"] > 0.95
     assert "mean" not in alone
+
+
+def test_groups_weigh_the_same_in_the_operating_point() -> None:
+    """Many mild renderings of one kind do not outvote the one that another kind has."""
+    rng = np.random.default_rng(0)
+    labels = np.tile([0, 1], 500)
+    logits = rng.normal(4.0 * labels, 1.0)
+    tone = {name: logits for name in RENDERINGS if RENDERINGS[name].group == "tone"}
+    sets = {shifted.PLAIN: logits, **tone, "middle 0.7": logits + 3}
+    point = shifted.fit_point(sets, labels, Config().operating)
+    # Two thirds of the weight are at 2, one third is at 5: the least cost lies between.
+    equal = np.concatenate([logits, logits, logits + 3])
+    weights = fit_operating_point(equal, np.tile(labels, 3), Config().operating)
+    assert point.threshold == pytest.approx(weights.threshold, abs=1e-6)
+    alone = shifted.fit_point({shifted.PLAIN: logits}, labels, Config().operating)
+    assert point.threshold > alone.threshold + 0.2
+    assert (point.slope, point.bias) == (alone.slope, alone.bias)
+
+
+def test_films_without_a_rendering_count_in_the_others() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.tile([0, 1], 100)
+    logits = rng.normal(2.0 * labels, 1.0).astype(np.float32)
+    some = np.where(np.arange(200) < 120, logits, np.nan)
+    held_out = shifted.HeldOut(
+        labels,
+        tuple(map(str, range(200))),
+        {shifted.PLAIN: logits, "lungs, margin 0": some, "blur, mild": logits},
+    )
+    found = shifted.judge(held_out, np.tile([0, 0, 1, 1], 50), Config().operating)
+    expected = auc(logits[:120], labels[:120])
+    # Margins of two halves of the patients are not quite comparable.
+    assert found["groups"]["framing"]["auc"] == pytest.approx(expected, abs=0.02)
+    assert shifted.score(held_out) == pytest.approx((expected + auc(logits, labels)) / 2)

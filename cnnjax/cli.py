@@ -63,8 +63,8 @@ class Evaluate:
 
     def __call__(self) -> int:
         """Prints the metrics with their intervals; returns the exit status."""
-        from cnnjax import devices, metrics, release
-        from cnnjax.data import cache
+        from cnnjax import devices, lungs, metrics, release
+        from cnnjax.data import framing
         from cnnjax.data.files import write_atomically
         from cnnjax.data.prepare import open_index
         from cnnjax.predict import Predictor
@@ -77,11 +77,13 @@ class Evaluate:
         predictor = Predictor.open(self.run, mesh, self.checkpoint, self.views)
         _tell_uncalibrated(predictor)
         positive = predictor.classes[1]
-        config = DataConfig(self.data, predictor.size, positive, cache=self.cache)
+        config = DataConfig(
+            self.data, predictor.side, predictor.framing, positive, cache=self.cache
+        )
         index = open_index(config, print)
         predictor.expect_classes(index)
         print(index.describe())
-        decoded = cache.load(index.split(self.split), index.source, config.size, folder=self.cache)
+        decoded = framing.load(index.split(self.split), index.source, config, mesh)
         for name, reason in decoded.quarantine:
             print(f"  left out: {name}: {reason}")
         if self.run is None or release.is_release(self.run):
@@ -99,7 +101,8 @@ class Evaluate:
         point, threshold = predictor.operating, self.threshold
         if threshold is None:
             threshold = point.probability_threshold(self.prevalence)
-        logits = point.calibrated(predictor.logits(decoded.images), self.prevalence)
+        framed = lungs.as_framed(decoded.images)
+        logits = point.calibrated(predictor.logits(framed), self.prevalence)
         patients = [e.patient for e in decoded.examples]
         judged = metrics.evaluate(logits, decoded.labels, patients, threshold=threshold)
         if self.prevalence is not None:
@@ -108,9 +111,16 @@ class Evaluate:
         print(judged.report(predictor.classes))
         if self.prevalence is not None:
             print(judged.elsewhere(self.prevalence))
+        without = 0 if decoded.found is None else int((~decoded.found).sum())
+        if without:
+            print(
+                f"warning: no lungs found in {without:,} of {judged.n:,} images, which were judged"
+                " whole; are these frontal chest radiographs?"
+            )
         if self.json is not None:
+            more = {"prevalence": self.prevalence, "no_lungs_found": without}
             with _writing(self.json, "--json"):
-                write_json(self.json, judged.to_json() | {"prevalence": self.prevalence})
+                write_json(self.json, judged.to_json() | more)
         if self.csv is not None:
             rows = [
                 {
@@ -119,12 +129,15 @@ class Evaluate:
                     "truth": predictor.classes[label],
                     "probability": probability,
                     "class": predictor.classes[int(probability >= threshold)],
+                    "lungs": "" if decoded.found is None else str(bool(decoded.found[i])).lower(),
                 }
-                for example, label, probability in zip(
-                    decoded.examples,
-                    decoded.labels.tolist(),
-                    metrics.sigmoid(logits).tolist(),
-                    strict=True,
+                for i, (example, label, probability) in enumerate(
+                    zip(
+                        decoded.examples,
+                        decoded.labels.tolist(),
+                        metrics.sigmoid(logits).tolist(),
+                        strict=True,
+                    )
                 )
             ]
             with _writing(self.csv, "--csv"), write_atomically(self.csv) as file:
@@ -134,7 +147,10 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Predict:
-    """Give each image's probability and class; exit status 2 if one could not be read."""
+    """Give each image's probability and class, or neither where it shows no lungs.
+
+    The exit status is 2 if an image could not be read.
+    """
 
     paths: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Image files, or folders of them; `-` reads one image from standard input."""
@@ -201,8 +217,17 @@ class Predict:
         good = [i for i, (image, _) in enumerate(decoded) if image is not None]
         images = np.stack([decoded[i][0] for i in good]) if good else None
         if images is not None:
-            found = point.probabilities(predictor.logits(images), self.prevalence)
-            for i, probability in zip(good, found.tolist(), strict=True):
+            framed = predictor.frame(images)
+            probabilities = point.probabilities(predictor.logits(framed), self.prevalence)
+            for i, probability, lungs in zip(
+                good, probabilities.tolist(), framed.found.tolist(), strict=True
+            ):
+                if predictor.framed:
+                    rows[i]["lungs"] = lungs
+                if not lungs:
+                    doubt = "no lungs found: is this a frontal chest radiograph?"
+                    rows[i]["warning"] = "; ".join(filter(None, (rows[i].get("warning"), doubt)))
+                    continue
                 positive = probability >= threshold
                 rows[i] |= {
                     "probability": probability,
@@ -228,7 +253,8 @@ class Predict:
                 _write_csv(file, rows)
         if self.heatmap is not None and images is not None:
             with _writing(self.heatmap, "--heatmap"):
-                films.write_heat(self.heatmap, [given[i] for i in good], predictor.heat(images))
+                heat = predictor.heat(framed)
+                films.write_heat(self.heatmap, [given[i] for i in good], heat, framed.boxes)
         return 2 if len(good) < len(given) else 0
 
 
@@ -505,8 +531,8 @@ def _check_probabilities(threshold: float | None, prevalence: float | None) -> N
         raise InputError(f"--prevalence must be between 0 and 1, got {prevalence}")
 
 
-_PREDICTED = ("path", "probability", "class", "confidence", "warning", "error")
-_JUDGED = ("image", "patient", "truth", "probability", "class")
+_PREDICTED = ("path", "probability", "class", "confidence", "lungs", "warning", "error")
+_JUDGED = ("image", "patient", "truth", "probability", "class", "lungs")
 
 
 def _write_lines(file: TextIO, rows: Sequence[dict[str, Any]]) -> None:
@@ -527,6 +553,8 @@ def _table(rows: Sequence[dict[str, Any]], positive: str, threshold: float) -> s
     for row in rows:
         if "error" in row:
             lines.append((row["path"], "", "not read", ""))
+        elif "class" not in row:
+            lines.append((row["path"], "", "no lungs found", ""))
         else:
             sure = f"{100 * row['confidence']:.1f} %"
             lines.append((row["path"], f"{row['probability']:.4f}", row["class"], sure))

@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from cnnjax.errors import InputError
 
 Precision = Literal["auto", "float32", "bfloat16"]
+Frame = Literal["whole", "lungs"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,9 @@ class DataConfig:
     """A Kaggle or Mendeley tree, a zip of one, a MedMNIST .npz, or the word `phantom`."""
     size: int = 64
     """Side of the square that every image is reduced to, in pixels."""
+    frame: Frame = "whole"
+    """What the network sees of an image: `whole`, all of it, stretched to the square; `lungs`, the
+    part around the lungs, as a small network finds them (`cnnjax.lungs`)."""
     positive: str = "PNEUMONIA"
     """Name of the class folder that counts as positive (label 1)."""
     validation: Literal["patients", "blocks", "official"] = "patients"

@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cnnjax import layers
+from cnnjax import layers, lungs
 from cnnjax.errors import InputError
+from cnnjax.objectives import to_float
 from cnnjax.predict import Predictor
 from cnnjax.release import flatten
-from cnnjax.steps import to_float, variables_of
+from cnnjax.steps import variables_of
 
 Format = Literal["stablehlo", "onnx", "safetensors"]
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -34,7 +35,9 @@ def export(predictor: Predictor, form: Format, path: Path) -> list[Path]:
     `stablehlo` is a program: `jax.export.deserialize(path.read_bytes()).call(images)` takes uint8
     [n, size, size], for any n, and gives float32 [n], logits, on CPU, CUDA or TPU. `onnx` is the
     same program for ONNX Runtime and its like, from `images` to `logits`. `safetensors` are the
-    weights alone, named `MEMBER/COLLECTION/LAYER/ARRAY`, in float32.
+    weights alone, named `MEMBER/COLLECTION/LAYER/ARRAY`, in float32; those of the lung finder are
+    the member `lungs`. Where the networks see images cut to the lungs, the programs find and cut
+    them.
 
     Args:
         predictor: what to export, of one view of an image (`Predictor.open(..., views=1)`), so that
@@ -123,8 +126,11 @@ def _program(predictor: Predictor, dtype: Any = None) -> Callable[[jax.Array], j
     """
     model = predictor.model if dtype is None else predictor.model.clone(dtype=dtype)
     members = [variables_of(member) for member in predictor.members]
+    finder = lungs.read() if predictor.framed else None
 
     def logits(images: jax.Array) -> jax.Array:
+        if finder is not None:
+            images = lungs.frame(finder, images, predictor.side).images
         pixels = to_float(images)
         each = [model.apply(m, pixels, train=False) for m in members]
         return jnp.stack(each).mean(0)
@@ -137,13 +143,22 @@ def safetensors(predictor: Predictor) -> bytes:
     _require("safetensors", "export")
     from safetensors.numpy import save
 
-    return save(
-        {
-            f"{i}/{name}": np.ascontiguousarray(value, np.float32)
-            for i, member in enumerate(predictor.members)
-            for name, value in flatten(jax.device_get(variables_of(member))).items()
-        }
-    )
+    networks = {
+        str(i): jax.device_get(variables_of(member)) for i, member in enumerate(predictor.members)
+    }
+    if predictor.framed:
+        networks["lungs"] = lungs.read()
+    arrays = flatten(networks)
+    return save({name: np.ascontiguousarray(x, np.float32) for name, x in arrays.items()})
+
+
+_FRAMED = (
+    "cut to the lungs: the lung finder sees the image reduced to"
+    f" {lungs.SIDE} x {lungs.SIDE} pixels; the box around the lungs, wider by"
+    f" {lungs.MARGIN:.0%} of its side in each direction within the image, is resized to the"
+    " networks' square (Pillow's HAMMING); the whole image where no lungs are found. The StableHLO"
+    " and ONNX programs do this themselves; for the weights alone see cnnjax/lungs.py"
+)
 
 
 def describe(predictor: Predictor) -> dict[str, Any]:
@@ -161,6 +176,7 @@ def describe(predictor: Predictor) -> dict[str, Any]:
                 " and a JPEG reduced by 2, 4 or 8 in decoding as far as that leaves so many pixels"
                 " (Pillow's draft)"
             ),
+            "frame": _FRAMED if predictor.framed else "the whole image",
         },
         "output": {
             "dtype": "float32",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from cnnjax.data.decode import decode
@@ -53,13 +53,15 @@ def expect_apart(folder: Path, films: Sequence[Film], given: Sequence[Path]) -> 
             )
 
 
-def write_heat(folder: Path, films: Sequence[Film], heat: np.ndarray) -> None:
+def write_heat(folder: Path, films: Sequence[Film], heat: np.ndarray, boxes: np.ndarray) -> None:
     """Writes a PNG for each image, brightest where it has most evidence.
 
     Args:
         folder: where to; made where it is not there.
         films: n images that can be decoded.
         heat: float [n, size, size], evidence for the positive class.
+        boxes: float [n, 4], what the network saw of each image: left, top, right and bottom, as
+            parts of the side; the edge of a part is drawn.
 
     Raises:
         OSError: the folder cannot be written.
@@ -69,11 +71,28 @@ def write_heat(folder: Path, films: Sequence[Film], heat: np.ndarray) -> None:
     names = ["stdin" if name == "-" else name for name in names]
     if len(set(names)) < len(names):  # numbered, so that none is written over another
         names = [f"{name}-{i}" for i, name in enumerate(names)]
-    pairs = zip(names, films, normalized(heat), strict=True)
-    for name, film, one in tqdm(pairs, "heat maps", len(films), disable=None):
+    pairs = zip(names, films, normalized(heat), boxes, strict=True)
+    for name, film, one, box in tqdm(pairs, "heat maps", len(films), disable=None):
         large = Image.fromarray(one).resize((_SHOWN, _SHOWN), Image.Resampling.BICUBIC)
         shown = overlay(decode(film.read(), _SHOWN), np.clip(np.asarray(large), 0, 1))
-        Image.fromarray(shown).save(folder / f"{name}.png")
+        picture = Image.fromarray(shown)
+        draw_box(picture, box)
+        picture.save(folder / f"{name}.png")
+
+
+def draw_box(picture: Image.Image, box: np.ndarray) -> None:
+    """Draws the edge of a box into an RGB picture, unless it is the whole of it.
+
+    Args:
+        picture: is changed.
+        box: float [4], left, top, right and bottom, as parts of the sides.
+    """
+    if np.array_equal(box, (0, 0, 1, 1)):
+        return
+    corners = np.asarray(box).reshape(2, 2) * picture.size
+    left, top = np.floor(corners[0]).tolist()
+    right, bottom = (np.ceil(corners[1]) - 1).tolist()
+    ImageDraw.Draw(picture).rectangle((left, top, right, bottom), outline=(120, 200, 255))
 
 
 def _reader(path: Path) -> Callable[[], bytes]:

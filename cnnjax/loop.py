@@ -239,7 +239,7 @@ def _enter(
     say = print if first else lambda _: None
     say(f"cnnjax    {version('cnnjax')} on jax {jax.__version__}, flax {version('flax')}")
     say(f"devices   {devices.describe(mesh)}")
-    return config, training_data(config.data, config.seed, say), workdir
+    return config, training_data(config.data, config.seed, say, mesh), workdir
 
 
 def _begin(

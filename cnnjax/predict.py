@@ -11,18 +11,19 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cnnjax import release
+from cnnjax import lungs, release
 from cnnjax.augment import make_views
-from cnnjax.config import AugmentConfig, DeviceConfig
+from cnnjax.config import AugmentConfig, DeviceConfig, Frame
 from cnnjax.data.batches import Feeder, Resident, in_batches, load
 from cnnjax.data.index import Index
 from cnnjax.devices import divided, full_float32, make_mesh, platform, replicated
 from cnnjax.errors import InputError
 from cnnjax.explain import make_hires_cam
+from cnnjax.lungs import Framed, Framer
 from cnnjax.models import make_model, model_of
+from cnnjax.objectives import Batch
 from cnnjax.operating import OperatingPoint, at_views
 from cnnjax.steps import (
-    Batch,
     TrainState,
     init_state,
     make_eval_step,
@@ -98,7 +99,11 @@ class Predictor:
     Make one with `Predictor.of_run`, `Predictor.of_release` or `Predictor.open`.
 
     Attributes:
-        size: side of the images that it takes, in pixels.
+        size: side of the images that it takes, in pixels: `cnnjax.lungs.FILM` where it cuts them to
+            the lungs, and else that of the network's input.
+        side: side of the network's input, in pixels.
+        framing: what of an image the networks see, `whole` or `lungs`.
+        framed: whether that is the lungs.
         classes: names of labels 0 and 1.
         operating: what probability a logit means, and from which one on to call it positive.
         about: a phrase that names the weights.
@@ -114,14 +119,17 @@ class Predictor:
         members: Sequence[TrainState],
         mesh: Mesh,
         *,
-        size: int,
+        side: int,
+        frame: Frame,
         classes: tuple[str, str],
         operating: OperatingPoint,
         about: str,
         views: int,
         augment: AugmentConfig,
     ) -> None:
-        self.size, self.classes, self.operating, self.about = size, classes, operating, about
+        self.classes, self.operating, self.about = classes, operating, about
+        self.side, self.framing, self.framed = side, frame, frame == "lungs"
+        self.size = lungs.FILM if self.framed else side
         self.model, self.members, self.views = model, tuple(members), views
         self._mesh = mesh
         each = max(2, -(-views // len(self.members))) if views > 1 else 1
@@ -193,7 +201,8 @@ class Predictor:
             model,
             [state],
             mesh,
-            size=config.data.size,
+            side=config.data.size,
+            frame=config.data.frame,
             classes=workdir.read_classes(),
             operating=operating,
             about=f"{kind} checkpoint of {run}",
@@ -226,7 +235,8 @@ class Predictor:
             make_model(released.model),
             [jax.device_put(state(member), replicated(mesh)) for member in released.members],
             mesh,
-            size=released.size,
+            side=released.size,
+            frame=released.frame,
             classes=released.classes,
             operating=at_views(released.operating, views, about),
             about=about,
@@ -242,45 +252,68 @@ class Predictor:
                 f" but the network was trained on {' and '.join(self.classes)}"
             )
 
-    def logits(self, images: np.ndarray) -> np.ndarray:
-        """Returns float32 [n], the logits of uint8 images [n, size, size]."""
-        return self.member_logits(images).mean(0)
+    def frame(self, images: np.ndarray) -> Framed:
+        """Returns what the networks see of images, and where in them; all, if it is not `framed`.
 
-    def member_logits(self, images: np.ndarray) -> np.ndarray:
-        """Returns float32 [members, n], those of each network on its views.
+        Args:
+            images: uint8 [n, size, size].
 
         Raises:
-            ValueError: the images are not uint8 [n, size, size].
+            ValueError: they are of another shape or dtype.
         """
-        self._check(images)
-        rows = np.arange(len(images))
-        logits = self._few_logits if len(images) <= FEW else self._logits
-        # Streamed: the program is the same for any number of images.
-        feeder = Feeder(images, np.zeros(len(images), np.int32), self._mesh, resident_mib=-1)
-        return np.stack([logits(state, feeder, rows, i) for i, state in enumerate(self.members)])
-
-    def heat(self, images: np.ndarray) -> np.ndarray:
-        """Returns float32 [n, size, size]: HiResCAM of uint8 images of that shape.
-
-        It is evidence for the positive class, in logits, averaged over the networks; see
-        `cnnjax.explain`.
-        """
-        self._check(images)
-        most = at_once(platform(self._mesh), self.size)
-        batch = min(most, FEW if len(images) <= FEW else MANY)
-        batch = -(-batch // self._mesh.size) * self._mesh.size
-        chunks = [np.zeros((0, self.size, self.size), np.float32)]
-        for rows in in_batches(np.arange(len(images), dtype=np.int32), batch):
-            taken = jax.device_put(images[np.maximum(rows, 0)], divided(self._mesh))
-            with full_float32(self._mesh):
-                maps = [self._cam(variables_of(state), taken) for state in self.members]
-            chunks.append(np.mean(jax.device_get(maps), axis=0)[rows >= 0])
-        return np.concatenate(chunks)
-
-    def _check(self, images: np.ndarray) -> None:
         shape = (len(images), self.size, self.size)
         if images.dtype != np.uint8 or images.shape != shape:
             raise ValueError(
                 f"images must be uint8 [n, {self.size}, {self.size}],"
                 f" got {images.dtype} {list(images.shape)}"
             )
+        if self.framed:
+            return Framer(self.side, self._mesh)(images)
+        return lungs.as_framed(images)
+
+    def lungs(self, images: np.ndarray) -> np.ndarray:
+        """Returns bool [n, size, size], where the lungs are in uint8 images of that shape."""
+        return Framer(self.side, self._mesh).maps(images) > 0.5
+
+    def logits(self, images: np.ndarray | Framed) -> np.ndarray:
+        """Returns float32 [n], the logits of images.
+
+        Args:
+            images: uint8 [n, size, size], or what `frame` made of them.
+        """
+        return self.member_logits(images).mean(0)
+
+    def member_logits(self, images: np.ndarray | Framed) -> np.ndarray:
+        """Returns float32 [members, n], those of each network on its views; see `logits`."""
+        seen = self._seen(images).images
+        rows = np.arange(len(seen))
+        logits = self._few_logits if len(seen) <= FEW else self._logits
+        # Streamed: the program is the same for any number of images.
+        feeder = Feeder(seen, np.zeros(len(seen), np.int32), self._mesh, resident_mib=-1)
+        return np.stack([logits(state, feeder, rows, i) for i, state in enumerate(self.members)])
+
+    def heat(self, images: np.ndarray | Framed) -> np.ndarray:
+        """Returns float32 [n, size, size]: HiResCAM of images, zero outside what the networks see.
+
+        It is evidence for the positive class, in logits, averaged over the networks; see
+        `cnnjax.explain`.
+
+        Args:
+            images: uint8 [n, size, size], or what `frame` made of them.
+        """
+        seen = self._seen(images)
+        images = seen.images
+        most = at_once(platform(self._mesh), self.side)
+        batch = min(most, FEW if len(images) <= FEW else MANY)
+        batch = -(-batch // self._mesh.size) * self._mesh.size
+        chunks = [np.zeros((0, self.side, self.side), np.float32)]
+        for rows in in_batches(np.arange(len(images), dtype=np.int32), batch):
+            taken = jax.device_put(images[np.maximum(rows, 0)], divided(self._mesh))
+            with full_float32(self._mesh):
+                maps = [self._cam(variables_of(state), taken) for state in self.members]
+            chunks.append(np.mean(jax.device_get(maps), axis=0)[rows >= 0])
+        heat = np.concatenate(chunks)
+        return lungs.put_back(heat, seen.boxes, self.size) if self.framed else heat
+
+    def _seen(self, images: np.ndarray | Framed) -> Framed:
+        return images if isinstance(images, Framed) else self.frame(images)

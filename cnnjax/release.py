@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from cnnjax.config import AugmentConfig, ModelConfig, from_dict
+from cnnjax.config import AugmentConfig, Frame, ModelConfig, from_dict
 from cnnjax.errors import InputError
 from cnnjax.operating import Points, points_from_json, points_to_json
 
@@ -36,6 +36,8 @@ class Release:
     model: ModelConfig
     size: int
     """Side of the images that the networks take, in pixels."""
+    frame: Frame
+    """What of an image these show: `whole`, or the part around the `lungs`."""
     classes: tuple[str, str]
     """Names of labels 0 and 1."""
     augment: AugmentConfig
@@ -70,6 +72,7 @@ def write(release: Release, folder: Path) -> None:
     document = {
         "model": dataclasses.asdict(release.model),
         "size": release.size,
+        "frame": release.frame,
         "classes": list(release.classes),
         "members": len(release.members),
         "augment": dataclasses.asdict(release.augment),
@@ -106,6 +109,7 @@ def read(folder: Path = SHIPPED) -> Release:
         augment = from_dict(AugmentConfig, document["augment"], str(path), "augment.")
         operating = points_from_json(document["operating"])
         size, about = document["size"], document["about"]
+        frame = document.get("frame", "whole")  # that of the first release
         members: list[dict[str, Any]] = [{} for _ in range(document["members"])]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(
@@ -119,7 +123,7 @@ def read(folder: Path = SHIPPED) -> Release:
                 branch = branch.setdefault(part, {})
             branch[where[-1]] = file[name]
     classes = negative, positive
-    return Release(model, size, classes, augment, operating, tuple(members), about)
+    return Release(model, size, frame, classes, augment, operating, tuple(members), about)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -15,21 +15,22 @@ from cnnjax.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainC
 
 CONFIG = Config(
     workdir=Path("runs/pneumonia"),
-    data=DataConfig(size=96),
+    data=DataConfig(size=96, frame="lungs"),
     model=ModelConfig(
         "resnet", width=32, depth=1, stages=3, stem=4, standardize=True, local_contrast=True
     ),
     augment=AugmentConfig(
         shear=0,
         zoom=0.1,
-        rotate=5,
+        rotate=8,
         shift=0.04,
         flip=False,
         black=0.5,
-        contrast=0.2,
-        brightness=0.1,
-        gamma=0.25,
-        sharpness=0.5,
+        crop=0.4,
+        contrast=0.3,
+        brightness=0.15,
+        gamma=0.5,
+        sharpness=1.0,
         views=16,
     ),
     train=TrainConfig(

@@ -46,6 +46,13 @@ class Decoded:
     fingerprint: str
     """SHA-256 over names under the root, labels, patients and pixels; a copy has the same. Files
     that cannot be decoded count too, as folds are drawn over them."""
+    films: np.ndarray | None = None
+    """uint8 [n, film side, film side], memory-mapped: what `images` were cut from, if they were cut
+    to the lungs (`cnnjax.data.framing`)."""
+    boxes: np.ndarray | None = None
+    """float32 [n, 4], where in the films: left, top, right, bottom, as parts of the side."""
+    found: np.ndarray | None = None
+    """bool [n], whether lungs were found."""
 
     @property
     def labels(self) -> np.ndarray:

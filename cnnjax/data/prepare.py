@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from jax.sharding import Mesh
 
 from cnnjax.config import DataConfig
-from cnnjax.data import cache
+from cnnjax.data import cache, framing
 from cnnjax.data.files import no_cache, sweep
 from cnnjax.data.index import Index, read_index
 from cnnjax.data.patients import block_folds, grouped_folds, in_several_splits
@@ -68,7 +69,9 @@ def open_index(config: DataConfig, say: Say) -> Index:
     return read_index(root, config.positive)
 
 
-def training_data(config: DataConfig, seed: int, say: Say) -> TrainingData:
+def training_data(
+    config: DataConfig, seed: int, say: Say, mesh: Mesh | None = None
+) -> TrainingData:
     """Returns the decoded images of train and val, and which of them validate.
 
     The split is drawn over every image of the index, so that a file which cannot be decoded changes
@@ -78,6 +81,8 @@ def training_data(config: DataConfig, seed: int, say: Say) -> TrainingData:
         config: where from and how.
         seed: of the folds.
         say: told what was found, a few lines at a time.
+        mesh: the devices that find the lungs for `--data.frame lungs`; by default all of the
+            fastest kind.
 
     Raises:
         InputError: the data cannot serve; see `read_index`, `Index.split`, `cache.load`.
@@ -106,11 +111,11 @@ def training_data(config: DataConfig, seed: int, say: Say) -> TrainingData:
         f" --data.fold {config.fold},",
         "choose others",
     )
-    decoded = cache.load(
-        examples, index.source, config.size, folder=config.cache, strict=config.strict
-    )
+    decoded = framing.load(examples, index.source, config, mesh)
     if decoded.quarantine:
         say(f"  left out: {len(decoded.quarantine):,} that cannot be decoded, see quarantine.csv")
+    if decoded.found is not None and (missed := int((~decoded.found).sum())):
+        say(f"  no lungs found in {missed:,} images, which are taken whole")
     role = {e.name: v for e, v in zip(examples, validates, strict=True)}
     held_out = np.array([role[e.name] for e in decoded.examples])
     _expect_both_classes(

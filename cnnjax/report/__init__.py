@@ -29,17 +29,20 @@ from cnnjax.data.files import write_atomically
 from cnnjax.data.prepare import open_index, training_data
 from cnnjax.errors import InputError
 from cnnjax.explain import normalized, overlay
+from cnnjax.films import draw_box
+from cnnjax.lungs import Framed, put_back
 from cnnjax.metrics import Estimate, Evaluation
+from cnnjax.objectives import to_float
 from cnnjax.predict import Predictor
 from cnnjax.report import plots
 from cnnjax.report.comparison import compare
 from cnnjax.report.template import render
-from cnnjax.steps import to_float
 from cnnjax.workdir import Judged, Workdir, read_json, read_lines, read_table
 
 __all__ = ["compare", "write"]
 
 MISTAKES, SAMPLES, AUGMENTED = 10, 6, 12
+MEASURED = 100  # positive images whose heat is measured
 _SHOWN = 160  # pixels: side of the pictures
 
 # What others report on the official test split of these radiographs, which is not where a run is
@@ -86,7 +89,9 @@ def write(
         where = "the held-out images, which also chose the best epoch and the operating point"
         images = _held_out_images(workdir, config, judged.names, strict=cache is not None)
     else:
-        asked = DataConfig(data, config.data.size, config.data.positive, cache=config.data.cache)
+        asked = DataConfig(
+            data, predictor.size, positive=config.data.positive, cache=config.data.cache
+        )
         judged, images, broken = _split(predictor, asked, split)
         where = f"the {split} split of {data}"
         if broken:
@@ -106,7 +111,7 @@ def write(
 def _held_out_images(
     workdir: Workdir, config: Config, names: Sequence[str], *, strict: bool
 ) -> np.ndarray | None:
-    """Returns uint8 [n, size, size] of a run's held-out images.
+    """Returns uint8 [n, side, side] of a run's held-out images, as a `Predictor` takes them.
 
     None where they are gone, but for an error that `strict` lets through.
     """
@@ -115,7 +120,8 @@ def _held_out_images(
         if decoded.fingerprint != read_json(workdir.data, "fingerprint"):
             return None
         place = {example.name: i for i, example in enumerate(decoded.examples)}
-        return np.asarray(decoded.images[[place[name] for name in names]])
+        images = decoded.images if decoded.films is None else decoded.films
+        return np.asarray(images[[place[name] for name in names]])
     except (InputError, KeyError) as error:
         if strict and isinstance(error, InputError):
             raise
@@ -200,7 +206,7 @@ def _pictures(
 ) -> dict[str, Any]:
     """Returns the pictures of mistakes, samples and augmented images; None where there are none."""
     if images is None:
-        return {"mistakes": None, "samples": None, "augmented": None}
+        return {"mistakes": None, "samples": None, "augmented": None, "heat": None}
     decided = probabilities >= found.threshold
     wrong = np.flatnonzero(decided != (judged.labels == 1))
     sure = np.abs(predictor.operating.margins(judged.logits[wrong]))
@@ -209,7 +215,8 @@ def _pictures(
     of_class = [np.flatnonzero(judged.labels == label) for label in (0, 1)]
     sample = np.concatenate([rng.permutation(rows)[:SAMPLES] for rows in of_class])
     rows = np.concatenate([surest[:MISTAKES], sample])
-    heat = normalized(predictor.heat(images[rows])) if len(rows) else np.empty(0)
+    framed = predictor.frame(images[rows])
+    heat = normalized(predictor.heat(framed)) if len(rows) else np.empty(0)
 
     def picture(i: int) -> dict[str, Any]:
         row, image = rows[i], images[rows[i]]
@@ -218,12 +225,13 @@ def _pictures(
             "truth": predictor.classes[judged.labels[row]],
             "said": predictor.classes[int(decided[row])],
             "probability": float(probabilities[row]),
-            "image": _encoded(image),
-            "overlay": _encoded(overlay(image, heat[i])),
+            "lungs": bool(framed.found[i]),
+            "image": _encoded(image, framed.boxes[i]),
+            "overlay": _encoded(overlay(image, heat[i]), framed.boxes[i]),
         }
 
     shown = [picture(i) for i in range(len(rows))]
-    few = np.asarray(images[rng.permutation(len(images))[:AUGMENTED]])
+    few = predictor.frame(np.asarray(images[rng.permutation(len(images))[:AUGMENTED]])).images
     augmented = jax.jit(make_augment(config.augment))(
         jax.random.key(config.seed), to_float(jnp.asarray(few))
     )
@@ -232,15 +240,39 @@ def _pictures(
         "mistakes": shown[: len(surest[:MISTAKES])],
         "samples": shown[len(surest[:MISTAKES]) :],
         "augmented": [(_encoded(a), _encoded(b)) for a, b in zip(few, changed, strict=True)],
+        "heat": _heat_in_lungs(predictor, images[of_class[1][:MEASURED]]),
     }
 
 
-def _encoded(image: np.ndarray) -> str:
-    """Returns uint8 [height, width] or [height, width, 3] as the address of a picture."""
+def _heat_in_lungs(predictor: Predictor, images: np.ndarray) -> dict[str, Any] | None:
+    """Returns the mean share of the heat, and of the frame, that lies in the lungs.
+
+    None where no images are framed.
+    """
+    if not predictor.framed:
+        return None
+    framed = predictor.frame(images)
+    images, framed = images[framed.found], Framed(*(x[framed.found] for x in framed))
+    if not len(images):
+        return None
+    heat, inside = predictor.heat(framed), predictor.lungs(images)
+    seen = put_back(np.ones(framed.images.shape, np.float32), framed.boxes, predictor.size) > 0.5
+    share = (heat * inside).sum((1, 2)) / np.maximum(heat.sum((1, 2)), 1e-9)
+    area = (inside & seen).sum((1, 2)) / seen.sum((1, 2))
+    return {"images": len(images), "inside": float(share.mean()), "area": float(area.mean())}
+
+
+def _encoded(image: np.ndarray, box: np.ndarray | None = None) -> str:
+    """Returns uint8 [height, width] or [height, width, 3] as the address of a picture.
+
+    What the network saw of it, `box`, is outlined where that is a part.
+    """
+    picture = Image.fromarray(image).resize((_SHOWN, _SHOWN), Image.Resampling.BICUBIC)
+    if box is not None:
+        picture = picture.convert("RGB")
+        draw_box(picture, box)
     file = io.BytesIO()
-    Image.fromarray(image).resize((_SHOWN, _SHOWN), Image.Resampling.BICUBIC).save(
-        file, "JPEG", quality=85
-    )
+    picture.save(file, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 

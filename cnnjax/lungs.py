@@ -1,0 +1,307 @@
+"""The lung finder at work: where the lungs are in a film, and the film cut to them.
+
+A classifier that sees whole films learns how they are framed, and framing differs between
+collections more than anything else does. Cutting every film to its lungs takes the frame away for
+all of them at once. The finder is `cnnjax.models.LungFinder`; `experiments/lungs.py` trains it, and
+its weights come with the package.
+
+Everything up to `Framer` is a pure function, so that an exported program holds it too.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from PIL import Image
+
+from cnnjax import devices
+from cnnjax.errors import InputError
+from cnnjax.models import LungFinder
+
+PyTree = Any
+
+FILM = 224
+"""Side at which films are decoded to be framed, in pixels."""
+
+SIDE = 96
+"""Side at which the finder sees a film, in pixels."""
+
+MARGIN = 0.1
+"""Margin around the lungs on each side, as a part of the box's side; it ends at the film's edge."""
+
+SHIPPED = Path(__file__).parent / "released" / "lungs.npz"
+"""The finder's weights."""
+
+_EDGE = 0.02  # of a row or column: the part that is lung where the box begins and ends
+_SMALLEST, _SURE, _VAGUE = 0.06, 0.8, 0.5  # see `found`
+_LEAST_WIDTH, _LEAST_HEIGHT = 0.35, 0.25
+_FEW, _AT_ONCE = 8, {"cpu": 64, "gpu": 1024, "tpu": 1024}  # films
+
+
+class Framed(NamedTuple):
+    """Films cut to their lungs."""
+
+    images: Any
+    """uint8 [n, size, size]."""
+    boxes: Any
+    """float32 [n, 4]: left, top, right and bottom of what was cut out, as parts of the film's side;
+    the whole film where no lungs were found."""
+    found: Any
+    """bool [n], whether lungs were found."""
+
+
+def as_framed(images: np.ndarray) -> Framed:
+    """Returns squares uint8 [n, size, size] that are framed already, as a `Framed`."""
+    whole = np.tile(np.array([0, 0, 1, 1], np.float32), (len(images), 1))
+    return Framed(images, whole, np.ones(len(images), bool))
+
+
+def frame(variables: PyTree, films: jax.Array, size: int) -> Framed:
+    """Finds the lungs of films and cuts the films to them; pure, for jit.
+
+    Args:
+        variables: of `LungFinder`.
+        films: uint8 [n, height, width].
+        size: side of the squares wanted, in pixels.
+    """
+    probabilities = lung_maps(variables, films)
+    found = lungs_found(probabilities)
+    boxes = with_margin(lung_boxes(probabilities), MARGIN)
+    whole = jnp.array([0.0, 0.0, 1.0, 1.0], jnp.float32)
+    boxes = jnp.where(found[:, None], boxes, whole)
+    images = resample(films.astype(jnp.float32), boxes, size)
+    return Framed(jnp.clip(jnp.round(images), 0, 255).astype(jnp.uint8), boxes, found)
+
+
+def lung_maps(variables: PyTree, films: jax.Array) -> jax.Array:
+    """Returns the probability that each place is lung, float32 [n, SIDE / 2, SIDE / 2].
+
+    Args:
+        variables: of `LungFinder`.
+        films: uint8 [n, height, width].
+    """
+    whole = jnp.broadcast_to(jnp.array([0.0, 0.0, 1.0, 1.0], jnp.float32), (films.shape[0], 4))
+    small = jnp.round(resample(films.astype(jnp.float32), whole, SIDE)) / 255
+    logits = finder_of(variables).apply(variables, small[..., None], train=False)
+    return jax.nn.sigmoid(logits)
+
+
+def finder_of(variables: PyTree) -> LungFinder:
+    """Returns the network that variables are of."""
+    return LungFinder(width=variables["params"]["head"]["kernel"].shape[0])
+
+
+def lung_boxes(probabilities: jax.Array) -> jax.Array:
+    """Returns the box around the lungs, float32 [n, 4]: left, top, right, bottom in [0, 1].
+
+    A side of the box lies where the part of a row or column that is lung passes 2 %, interpolated
+    between the places of the map.
+
+    Args:
+        probabilities: [n, rows, columns].
+    """
+    lung = jax.nn.sigmoid(12 * (probabilities - 0.5))  # nearly 0 or 1, and smooth between
+    left, right = _ends(lung.mean(1))
+    top, bottom = _ends(lung.mean(2))
+    return jnp.stack([left, top, right, bottom], axis=1)
+
+
+def _ends(share: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns where each profile of [n, length] first and last passes `_EDGE`, in [0, 1]."""
+    length = share.shape[1]
+    # Beyond the film there is nothing: a lung that reaches the edge ends there.
+    padded = jnp.pad(share, ((0, 0), (1, 1)), mode="edge")
+    first = jnp.argmax(padded >= _EDGE, axis=1)
+    last = length + 1 - jnp.argmax(padded[:, ::-1] >= _EDGE, axis=1)
+
+    def at(i: jax.Array) -> jax.Array:
+        value: jax.Array = jnp.take_along_axis(padded, i[:, None], axis=1)[:, 0]
+        return value
+
+    def passed(inner: jax.Array, outer: jax.Array) -> jax.Array:
+        rise = jnp.maximum(at(inner) - at(outer), 1e-6)
+        return (at(inner) - _EDGE) / rise
+
+    outer = jnp.maximum(first - 1, 0)
+    low = first.astype(share.dtype) - 0.5 - passed(first, outer)
+    outer = jnp.minimum(last + 1, length + 1)
+    high = last.astype(share.dtype) - 0.5 + passed(last, outer)
+    low = jnp.where(first == 0, 0, low) / length
+    high = jnp.where(last == length + 1, length, high) / length
+    return jnp.clip(low, 0, 1), jnp.clip(high, 0, 1)
+
+
+def lungs_found(probabilities: jax.Array) -> jax.Array:
+    """Returns bool [n], whether maps show the lungs of a frontal chest radiograph.
+
+    They do where enough of the film is lung, the network is sure of these places and vague about
+    few others, and the box is as wide and high as lungs are.
+
+    Args:
+        probabilities: [n, rows, columns].
+    """
+    lung = probabilities > 0.5
+    area = lung.mean((1, 2))
+    sure = jnp.where(lung, probabilities, 0).mean((1, 2)) / jnp.maximum(area, 1e-6)
+    maybe = (probabilities > 0.15).mean((1, 2))
+    vague = ((probabilities > 0.15) & (probabilities < 0.85)).mean((1, 2))
+    left, top, right, bottom = lung_boxes(probabilities).T
+    return (
+        (area >= _SMALLEST)
+        & (sure >= _SURE)
+        & (vague <= _VAGUE * maybe)
+        & (right - left >= _LEAST_WIDTH)
+        & (bottom - top >= _LEAST_HEIGHT)
+    )
+
+
+def with_margin(boxes: jax.Array, margin: float) -> jax.Array:
+    """Widens boxes [n, 4] by a part of their sides in each direction, within [0, 1]."""
+    low, high = boxes[:, :2], boxes[:, 2:]
+    by = margin * (high - low)
+    return jnp.clip(jnp.concatenate([low - by, high + by], axis=1), 0, 1)
+
+
+def resample(films: jax.Array, boxes: jax.Array, size: int) -> jax.Array:
+    """Resizes a box of each film to a square, as Pillow does with `Resampling.HAMMING` and a box.
+
+    Args:
+        films: float32 [n, height, width].
+        boxes: float32 [n, 4], left, top, right and bottom, as parts of the film's sides.
+        size: side of the squares, in pixels.
+
+    Returns:
+        float32 [n, size, size].
+    """
+    height, width = films.shape[1:]
+    rows = _weights(boxes[:, 1] * height, boxes[:, 3] * height, height, size)
+    columns = _weights(boxes[:, 0] * width, boxes[:, 2] * width, width, size)
+    full = jax.lax.Precision.HIGHEST
+    squeezed = jnp.einsum("nrh,nhw->nrw", rows, films, precision=full)
+    return jnp.einsum("nrw,ncw->nrc", squeezed, columns, precision=full)
+
+
+def _weights(low: jax.Array, high: jax.Array, length: int, size: int) -> jax.Array:
+    """Returns float32 [n, size, length], the weight of each pixel in each resampled pixel."""
+    scale = (high - low) / size
+    support = jnp.maximum(scale, 1)[:, None, None]
+    centre = low[:, None] + (jnp.arange(size, dtype=low.dtype) + 0.5) * scale[:, None]
+    at = jnp.arange(length, dtype=low.dtype) + 0.5
+    x = (at - centre[..., None]) / support
+    weights = jnp.where(jnp.abs(x) < 1, jnp.sinc(x) * (0.54 + 0.46 * jnp.cos(jnp.pi * x)), 0)
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def put_back(maps: np.ndarray, boxes: np.ndarray, size: int) -> np.ndarray:
+    """Returns maps of framed images in their places in the films, zero elsewhere.
+
+    Args:
+        maps: float32 [n, height, width].
+        boxes: float32 [n, 4], where each was cut out; see `Framed`.
+        size: side of the films, in pixels.
+
+    Returns:
+        float32 [n, size, size].
+    """
+    whole = np.zeros((len(maps), size, size), np.float32)
+    for i, (values, box) in enumerate(zip(maps, boxes, strict=True)):
+        left, top, right, bottom = np.rint(np.asarray(box) * size).astype(int)
+        inner = Image.fromarray(values).resize((right - left, bottom - top))
+        whole[i, top:bottom, left:right] = np.asarray(inner)
+    return whole
+
+
+def read(path: Path = SHIPPED) -> PyTree:
+    """Returns the finder's Flax variables, float32, from a file that `write` wrote.
+
+    Raises:
+        InputError: it is missing or damaged.
+    """
+    return _read(path)[0]
+
+
+@functools.cache
+def _read(path: Path) -> tuple[PyTree, str]:
+    try:
+        data = path.read_bytes()
+        tree: dict[str, Any] = {}
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            for name in file.files:
+                *where, last = name.split("/")
+                branch = tree
+                for part in where:
+                    branch = branch.setdefault(part, {})
+                branch[last] = file[name].astype(np.float32)
+        finder_of(tree)
+    except (OSError, KeyError, ValueError) as error:
+        mend = "install cnnjax again" if path == SHIPPED else "train it with experiments/lungs.py"
+        raise InputError(f"{path} holds no lung finder ({error}); {mend}") from None
+    return tree, hashlib.sha256(data).hexdigest()
+
+
+def version() -> str:
+    """Returns a text that is another one when `frame` would give other pixels."""
+    return f"{_read(SHIPPED)[1][:16]} {FILM} {SIDE} {MARGIN} {_EDGE}"
+
+
+class Framer:
+    """Frames many films with the package's finder, a batch at a time on the devices of a mesh.
+
+    Args:
+        size: side of the squares, in pixels.
+        mesh: the devices; each batch is sharded over them.
+    """
+
+    def __init__(self, size: int, mesh: Mesh) -> None:
+        self.size, self._mesh = size, mesh
+        self._variables = jax.device_put(read(), devices.replicated(mesh))
+
+    def __call__(self, films: np.ndarray) -> Framed:
+        """Returns the framed films, as NumPy arrays.
+
+        Args:
+            films: uint8 [n, height, width]; may be memory-mapped.
+        """
+        return Framed(*self._by_batch(_framing(self.size, self._mesh), films))
+
+    def maps(self, films: np.ndarray) -> np.ndarray:
+        """Returns the probability that each pixel is lung, float32 [n, height, width]."""
+        (found,) = self._by_batch(_mapping(self._mesh), films)
+        side, smooth = films.shape[1:][::-1], Image.Resampling.BILINEAR
+        large = [np.asarray(Image.fromarray(x).resize(side, smooth)) for x in found]
+        return np.array(large, np.float32).reshape(films.shape)
+
+    def _by_batch(self, program: Any, films: np.ndarray) -> list[np.ndarray]:
+        # One film is answered sooner by a smaller program.
+        most = _FEW if len(films) <= _FEW else _AT_ONCE[devices.platform(self._mesh)]
+        most = -(-most // self._mesh.size) * self._mesh.size
+        parts = []
+        with devices.full_float32(self._mesh):
+            for start in range(0, max(1, len(films)), most):
+                some = np.asarray(films[start : start + most])
+                filled = np.pad(some, ((0, most - len(some)), (0, 0), (0, 0)))
+                batch = jax.device_put(filled, devices.divided(self._mesh))
+                outputs = jax.device_get(program(self._variables, batch))
+                parts.append([x[: len(some)] for x in outputs])
+        return [np.concatenate(x) for x in zip(*parts, strict=True)]
+
+
+@functools.lru_cache(maxsize=8)
+def _framing(size: int, mesh: Mesh) -> Any:
+    return jax.jit(functools.partial(frame, size=size), out_shardings=devices.divided(mesh))
+
+
+@functools.lru_cache(maxsize=8)
+def _mapping(mesh: Mesh) -> Any:
+    def maps(variables: PyTree, films: jax.Array) -> tuple[jax.Array]:
+        return (lung_maps(variables, films),)
+
+    return jax.jit(maps, out_shardings=devices.divided(mesh))

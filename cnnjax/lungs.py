@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -241,7 +242,7 @@ def _read(path: Path) -> tuple[PyTree, str]:
                     branch = branch.setdefault(part, {})
                 branch[last] = file[name].astype(np.float32)
         finder_of(tree)
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         mend = "install cnnjax again" if path == SHIPPED else "train it with experiments/lungs.py"
         raise InputError(f"{path} holds no lung finder ({error}); {mend}") from None
     return tree, hashlib.sha256(data).hexdigest()

@@ -55,7 +55,7 @@ from cnnjax.workdir import write_json
 
 AUGMENT = AugmentConfig(
     shear=4,
-    zoom=0.25,
+    zoom=0.4,
     rotate=10,
     shift=0.08,
     flip=True,

@@ -38,11 +38,7 @@ RECIPE, POST = "recipe", "post"
 
 
 def variants(recipe: Config) -> dict[str, Config]:
-    """Returns the recipe, the recipe without each ingredient or with one more, and the post's.
-
-    The images are judged as they are, but for one of the variants: all of them in several views
-    would take as long to judge as to train.
-    """
+    """Returns the recipe, the recipe without each ingredient or with one more, and the post's."""
 
     def modelled(**changes: Any) -> Config:
         return replace(recipe, model=replace(recipe.model, **changes))
@@ -56,26 +52,27 @@ def variants(recipe: Config) -> dict[str, Config]:
     def with_data(**changes: Any) -> Config:
         return replace(recipe, data=replace(recipe.data, **changes))
 
-    recipe, several = augmented(views=1), recipe
-    before = replace(recipe.augment, crop=1.0, rotate=5.0, gamma=0.25, contrast=0.2, brightness=0.1)
-    before = replace(before, sharpness=0.5)
     return {
         RECIPE: recipe,
         "whole-films": with_data(frame="whole"),
         "no-crops": augmented(crop=1.0),
+        "crops-of-0.25": augmented(crop=0.25),
         "no-tone": augmented(gamma=0.0, contrast=0.0, brightness=0.0),
         "no-sharpness": augmented(sharpness=0.0),
         "no-local-contrast": modelled(local_contrast=False),
+        "strong-tone": augmented(gamma=0.5, contrast=0.4, brightness=0.15, sharpness=1.0),
         "no-moving-average": trained(ema=0.0),
         "no-auxiliary": trained(auxiliary=0.0),
         "with-flips": augmented(flip=True),
         "with-erasing-and-noise": augmented(erase=0.2, noise=0.05),
         "128-pixels": with_data(size=128),
         "48-channels": modelled(width=48),
-        "with-views": several,
-        # The recipe of the first release.
+        "with-views": augmented(views=8),
+        # The recipe of the first release, in one view.
         "release-1": replace(
-            recipe, data=replace(recipe.data, frame="whole", size=96), augment=before
+            recipe,
+            data=replace(recipe.data, frame="whole"),
+            augment=replace(recipe.augment, crop=1.0),
         ),
         POST: replace(
             baseline.CONFIG,

@@ -33,7 +33,7 @@ CONFIG = Config(
         sharpness=0.5,
     ),
     train=TrainConfig(
-        epochs=30,
+        epochs=36,
         batch=32,
         optimizer="adamw",
         learning_rate=3e-3,

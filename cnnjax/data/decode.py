@@ -103,6 +103,7 @@ def _decode(encoded: bytes, size: int) -> np.ndarray:
                 raise DecodeError(fault)
             if image.format != "PNG":
                 return _jpeg(image, encoded, size)
+            png.expect_whole(encoded)
             ImageOps.exif_transpose(image, in_place=True)
             return _to_square(image, size, png.gray_key(encoded))
         except DecodeError:

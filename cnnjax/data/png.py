@@ -44,6 +44,19 @@ def _chunks(encoded: bytes) -> Iterator[tuple[bytes, bytes, bytes]]:
         at += len(whole)
 
 
+def expect_whole(encoded: bytes) -> None:
+    """Raises ValueError where a checksum of the pixels is wrong: Pillow does not look at these."""
+    view, at = memoryview(encoded), len(SIGNATURE)
+    while at + 8 <= len(encoded):
+        (length,) = struct.unpack(">I", view[at : at + 4])
+        kind, end = bytes(view[at + 4 : at + 8]), at + 8 + length
+        if kind == b"IDAT" and zlib.crc32(view[at + 4 : end]) != int.from_bytes(
+            view[end : end + 4], "big"
+        ):
+            raise ValueError("a wrong checksum of IDAT")
+        at = end + 4
+
+
 def _orientation_only(body: bytes) -> bytes:
     """Returns an iTXt chunk of the XMP orientation alone; empty where there is none."""
     compressed = body[len(_XMP) : len(_XMP) + 1] == b"\1"

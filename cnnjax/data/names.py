@@ -60,7 +60,7 @@ def same_name(part: str) -> str:
 
 def hidden(part: str) -> bool:
     """Tells whether a file or folder of this name is passed over."""
-    return part.startswith(".") or part == "__MACOSX"
+    return (part.startswith(".") and part not in (".", "..")) or part == "__MACOSX"
 
 
 def may_be_dicom(name: str) -> bool:

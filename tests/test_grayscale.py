@@ -411,6 +411,18 @@ def test_padding_is_black_and_no_part_of_the_range(
     np.testing.assert_allclose(shown[20:], 1 - expected if turned else expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("written", [63536, 2096])  # in 16 bits without a sign, or in 12
+def test_padding_of_signed_values_of_fewer_bits(written: int) -> None:
+    film = (DEEP // 2).astype(np.int16)
+    film[:20] = -2000
+    file = pydicom.dcmread(io.BytesIO(file_of(film, PixelRepresentation=1)))
+    file.add_new("PixelPaddingValue", "US", written)
+    shown = levels(bytes_of(file))
+    assert shown[:20].max() == 0
+    low = film[20:].min()
+    np.testing.assert_allclose(shown[20:], (film[20:] - low) / (2047 - low), atol=1e-6)
+
+
 def test_a_film_of_padding_alone_is_black() -> None:
     file = file_of(np.zeros((8, 8), np.uint16), PixelPaddingValue=0, WindowCenter=1, WindowWidth=9)
     assert levels(file).max() == 0

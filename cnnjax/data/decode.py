@@ -126,10 +126,8 @@ def _jpeg(image: Image.Image, encoded: bytes, size: int) -> np.ndarray:
         reduced = next(k for k in (8, 4, 2, 1) if k <= max(1, min(width // size, height // size)))
         try:
             pixels = jpeg.luma(encoded, width, height, reduced)
-        except jpeg.Damaged:
-            raise
         except ValueError:
-            pass  # a warning of no damage, which Pillow keeps to itself
+            pass  # damage is told below; of other warnings Pillow makes nothing
         else:
             turned = _TURNED.get(image.getexif().get(ExifTags.Base.Orientation, 1))
             gray = Image.fromarray(pixels)

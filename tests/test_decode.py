@@ -248,6 +248,17 @@ def test_alpha_is_laid_over_black_at_every_depth(depth: int, colour: int) -> Non
     np.testing.assert_allclose(shown, expected, atol=1)
 
 
+def test_a_transparent_colour_of_sixteen_bits_is_black() -> None:
+    pixels = np.stack([RAMP, RAMP, RAMP], -1).astype(">u2") * 257
+    pixels[10:20] = (51_200, 25_600, 12_800)
+    rows = [b"\0" + row.astype(">u2").tobytes() for row in pixels]
+    key = chunk(b"tRNS", struct.pack(">HHH", 51_200, 25_600, 12_800))
+    data = chunk(b"IDAT", zlib.compress(b"".join(rows)))
+    shown = decode(png_of(64, 64, 16, 2, key, data), 64)
+    assert shown[10:20].max() == 0
+    np.testing.assert_allclose(shown[30:].astype(int), RAMP[30:], atol=1)
+
+
 def test_a_transparent_colour_is_black() -> None:
     pixels = np.stack([RAMP, RAMP, RAMP], -1)
     pixels[10:20] = (200, 100, 50)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from PIL import Image
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.encaps import encapsulate
 from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage
 
@@ -106,7 +108,7 @@ def test_a_square_of_a_dicom_file_is_that_of_the_same_png() -> None:
     assert np.abs(ours.astype(int) - theirs).max() <= 1
 
 
-GDCM = importlib.util.find_spec("gdcm") is not None  # of python-gdcm
+CODECS = importlib.util.find_spec("imagecodecs") is not None
 
 SHIPPED = {
     "CT_small.dcm": None,
@@ -118,8 +120,8 @@ SHIPPED = {
     "image_dfl.dcm": None,
     "SC_rgb_rle_2frame.dcm": "2 frames; give the one to be judged by itself",
     "rtplan.dcm": "without an image",
-    "MR_small_jpeg_ls_lossless.dcm": None if GDCM else "cannot be decoded here (JPEG-LS Lossless",
-    "SC_rgb_jpeg_gdcm.dcm": None if GDCM else "JPEG Lossless); install what does: pip install p",
+    "MR_small_jpeg_ls_lossless.dcm": None if CODECS else "cannot be decoded here (JPEG-LS Lossless",
+    "SC_rgb_jpeg_gdcm.dcm": None if CODECS else "JPEG Lossless); install what does: pip install i",
     "MR_truncated.dcm": "cannot be decoded here",
 }
 
@@ -300,23 +302,44 @@ def test_what_begins_like_dicom_and_is_none(other: bytes) -> None:
         decode(other, 8)
 
 
-@pytest.mark.skipif(not GDCM, reason="python-gdcm, which decodes JPEG Lossless, is not installed")
-def test_jpeg_lossless_is_read_with_gdcm() -> None:
+@pytest.mark.skipif(not CODECS, reason="imagecodecs is not installed")
+def test_jpeg_lossless_is_read_with_imagecodecs() -> None:
     path = get_testdata_file("SC_rgb_jpeg_gdcm.dcm", download=False)
     assert isinstance(path, str)
     shown = 255 * levels(Path(path).read_bytes())[5::10, 50]
     np.testing.assert_allclose(shown, [76, 166, 150, 203, 29, 142, 0, 64, 192, 255], atol=1)
 
 
-def test_a_decoder_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pydicom.pixels.decoders import base
+@pytest.mark.skipif(not CODECS, reason="imagecodecs is not installed")
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("syntax", ["4.57", "4.70", "4.51", "4.80"])
+def test_twelve_bits_of_other_jpegs_are_read_with_imagecodecs(syntax: str, signed: bool) -> None:
+    import imagecodecs
 
-    monkeypatch.setattr(base.JPEGLosslessSV1Decoder, "_available", {})
+    values = np.linspace(0, 4095, 64 * 64).reshape(64, 64).astype(np.uint16)
+    if syntax == "4.80":
+        frame = imagecodecs.jpegls_encode(values)
+    else:
+        how = {"level": 100} if syntax == "4.51" else {"lossless": True}
+        frame = imagecodecs.jpeg8_encode(values, bitspersample=12, **how)
+    file = pydicom.dcmread(io.BytesIO(file_of(values, PixelRepresentation=int(signed))))
+    file.file_meta.TransferSyntaxUID = f"1.2.840.10008.1.2.{syntax}"
+    file.PixelData = encapsulate([frame])
+    out = io.BytesIO()
+    file.save_as(out, enforce_file_format=True)
+    expected = values.astype(np.int64)
+    if signed:  # its upper half are the numbers below 0
+        expected = np.where(expected > 2047, expected - 4096, expected) + 2048
+    atol = 1e-6 if syntax != "4.51" else 0.01
+    far = np.abs(levels(out.getvalue()) - expected / 4095) > atol
+    assert far.mean() < (0.01 if syntax == "4.51" else 1e-9)  # at the jump, lossy values wrap
+
+
+def test_a_decoder_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "imagecodecs", None)
     path = get_testdata_file("SC_rgb_jpeg_gdcm.dcm", download=False)
     assert isinstance(path, str)
-    with pytest.raises(
-        MissingDecoder, match=r"JPEG Lossless.*; install what does: pip install pyth"
-    ):
+    with pytest.raises(MissingDecoder, match=r"JPEG Lossless\); install what does: pip install im"):
         decode(Path(path).read_bytes(), 8)
 
 

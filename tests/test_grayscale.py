@@ -103,6 +103,9 @@ STATES = {
     "JPEG RGB, Adobe": lambda: colour_file(
         COLOURS, "RGB", JPEG, frame_of(COLOURS, "JPEG", quality=98, keep_rgb=True)
     ),
+    "JPEG RGB by tag, too short a marker of Adobe's": lambda: colour_file(
+        COLOURS, "RGB", JPEG, rgb_by_nothing()
+    ),
     "JPEG YBR_FULL by tag, RGB by its components": lambda: colour_file(
         COLOURS, "YBR_FULL", JPEG, rgb_by_components()
     ),
@@ -122,6 +125,15 @@ STATES = {
         COLOURS, "YBR_FULL", JPEG_2000, frame_of(ycbcr(COLOURS), "JPEG2000", no_jp2=True, mct=0)
     ),
 }
+
+
+def rgb_by_nothing() -> bytes:
+    """Returns a JPEG of RGB that libjpeg takes for YCbCr, as its components have other names."""
+    jpeg = rgb_by_components()
+    for name, number in zip(b"RGB", (1, 2, 3), strict=True):
+        for rest in (b"\x11", b"\0"):  # in the frame's header, and in the scan's
+            jpeg = jpeg.replace(bytes([name]) + rest, bytes([number]) + rest)
+    return jpeg[:2] + b"\xff\xee\0\x0cAdobe\0\0\0\0\0" + jpeg[2:]
 
 
 def rgb_by_components() -> bytes:
@@ -464,6 +476,12 @@ def test_bits_that_are_not_at_the_low_end_are_moved(
 def test_tags_that_contradict_each_other_are_named(tags: dict[str, Any], named: str) -> None:
     with pytest.raises(DecodeError, match=named):
         decode(file_of(DEEP, **tags), 8)
+
+
+def test_the_high_bit_of_a_jpeg_is_of_no_account() -> None:
+    file = pydicom.dcmread(io.BytesIO(colour_file(COLOURS, "RGB", JPEG, rgb_by_components())))
+    file.HighBit = 3
+    np.testing.assert_allclose(decode(bytes_of(file), SIDE), luma(COLOURS), atol=4)
 
 
 @pytest.mark.parametrize(("kind", "shape"), [("1", "INVERSE"), ("2", "IDENTITY"), ("2", "")])

@@ -104,6 +104,9 @@ def _decode(encoded: bytes, size: int) -> np.ndarray:
             if image.format != "PNG":
                 return _jpeg(image, encoded, size)
             png.expect_whole(encoded)
+            if encoded[24] == 16 and isinstance(key := image.info.get("transparency"), tuple):
+                # Pillow keeps of colours their upper 8 bits, and of this one all 16.
+                image.info["transparency"] = tuple(value >> 8 for value in key)
             ImageOps.exif_transpose(image, in_place=True)
             return _to_square(image, size, png.gray_key(encoded))
         except DecodeError:

@@ -62,7 +62,7 @@ def is_dicom(encoded: bytes) -> bool:
         group, element = (int.from_bytes(encoded[i : i + 2], order) for i in (0, 2))
         if len(encoded) >= HEAD and group in (2, 8) and element < 0x100:
             return encoded[4:6] in _LONG | _SHORT or (
-                order == "little" and int.from_bytes(encoded[4:8], order) <= 64
+                order == "little" and int.from_bytes(encoded[4:8], order) <= 256
             )
     return False
 

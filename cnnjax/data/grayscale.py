@@ -11,19 +11,18 @@ the next step is taken as if it were absent, and `notes` tells.
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from cnnjax.data import jpeg
 from cnnjax.data.bounds import pixel_fault, strips
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601
 
+_MONOCHROME = ["MONOCHROME1"], ["MONOCHROME2"]
 _FUNCTIONS = "LINEAR", "LINEAR_EXACT", "SIGMOID"
 _UNUSED = "; shown by the range of its values"
 
@@ -123,18 +122,20 @@ def _expect_consistent(file: Any, kind: str) -> None:
     if (kind, shape) in (("MONOCHROME1", "IDENTITY"), ("MONOCHROME2", "INVERSE")):
         raise PixelError(f"a DICOM file of {kind} with the Presentation LUT Shape {shape}")
     allocated, bits, high = int(file.BitsAllocated), int(file.BitsStored), file.get("HighBit")
-    if not 1 <= bits <= allocated or (high is not None and not bits <= int(high) + 1 <= allocated):
+    placed = high is None or not _bits_have_places(file) or bits <= int(high) + 1 <= allocated
+    if not 1 <= bits <= allocated or not placed:
         raise PixelError(
             f"a DICOM file of {bits} bits up to bit {high} in {allocated}; nothing can be so stored"
         )
 
 
 def _stored(file: Any, kind: str) -> tuple[np.ndarray, str]:
-    """Returns the pixels as pydicom hands them over, and the state of their colours.
+    """Returns the pixels as they are handed over, and the state of their colours.
 
     With `raw=True` pydicom converts no colours, only spreads the chroma of YBR_FULL_422 over both
     pixels and undoes JPEG 2000's own transforms (YBR_RCT and YBR_ICT are RGB then); it names the
-    state that this leaves. Where a JPEG has Adobe's marker, Pillow has made it RGB unasked.
+    state that this leaves. JPEGs that tell of their colours themselves become RGB here, as pydicom
+    goes by the tag. imagecodecs is told to convert nothing, so that the state is what the tag says.
 
     Returns:
         integers [height, width] or [height, width, 3], and a Photometric Interpretation.
@@ -142,82 +143,138 @@ def _stored(file: Any, kind: str) -> tuple[np.ndarray, str]:
     Raises:
         PixelError, NoPixelDecoder: they cannot be decoded.
     """
+    syntax = file.file_meta.TransferSyntaxUID
+    if syntax.is_encapsulated:
+        frame = _frame(file)
+        header = _checked(frame, file, syntax)
+        if str(syntax) in _JPEG_LS + _JPEG_LOSSLESS or (
+            str(syntax) == _JPEG_EXTENDED and int(file.BitsStored) > 8
+        ):
+            return _by_imagecodecs(frame, file, syntax), kind
+        if header is not None and header.components == 3 and header.tells_colours:
+            return jpeg.rgb(frame), "RGB"
+    return _by_pydicom(file, syntax)
+
+
+# Transfer syntaxes that Pillow does not decode. (What else pydicom may use for them, GDCM, ends the
+# process at damaged ones.)
+_JPEG_EXTENDED = "1.2.840.10008.1.2.4.51"
+_JPEG_LOSSLESS = "1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.70"
+_JPEG_LS = "1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.4.81"
+
+
+def _by_imagecodecs(frame: bytes, file: Any, syntax: Any) -> np.ndarray:
+    """Returns the pixels of a JPEG Lossless, JPEG Extended or JPEG-LS frame, as they are coded."""
+    try:
+        import imagecodecs
+    except ImportError:
+        raise NoPixelDecoder(
+            f"DICOM pixels that cannot be decoded here ({syntax.name.partition(',')[0]});"
+            " install what does: pip install imagecodecs"
+        ) from None
+    try:
+        if str(syntax) in _JPEG_LS:
+            coded = imagecodecs.jpegls_decode(frame)
+        else:
+            same = "RGB" if file.SamplesPerPixel > 1 else None  # no conversion
+            coded = imagecodecs.jpeg8_decode(frame, colorspace=same, outcolorspace=same)
+    except Exception as error:  # each codec has its own
+        raise _undecodable(syntax, error) from None
+    expected = (int(file.Rows), int(file.Columns), int(file.SamplesPerPixel))
+    if (*coded.shape, 1)[:3] != expected:
+        raise PixelError(f"DICOM pixels of another shape than the tags': {list(coded.shape)}")
+    if file.PixelRepresentation == 0 or coded.ndim == 3:
+        return coded
+    signed = coded.view(f"i{coded.dtype.itemsize}")
+    above = 8 * coded.dtype.itemsize - int(file.BitsStored)
+    return (signed << above) >> above
+
+
+def _by_pydicom(file: Any, syntax: Any) -> tuple[np.ndarray, str]:
+    """Returns the pixels of any other file, and the state of their colours."""
     from pydicom.pixels import get_decoder
 
-    syntax = file.file_meta.TransferSyntaxUID
-    adobe = _checked_frame(file, syntax) if syntax.is_encapsulated else False
     try:
         decoder = get_decoder(syntax)
     except NotImplementedError:
         raise NoPixelDecoder(f"DICOM pixels that pydicom cannot decode ({syntax.name})") from None
-    options: dict[str, Any] = {"raw": True, "index": 0}
-    spare = _spare_bits(file, syntax)
+    # These, even where more is installed: then the pixels are the same everywhere.
+    plugin = next((p for p in ("pillow", "pydicom") if p in decoder.available_plugins), "")
+    spare = _spare_bits(file)
+    options = {"correct_unused_bits": False} if spare else {}
+    try:
+        stored, properties = decoder.as_array(
+            file, raw=True, index=0, decoding_plugin=plugin, **options
+        )
+    except Exception as error:  # each decoder has its own
+        if not decoder.is_available:
+            raise NoPixelDecoder(str(_undecodable(syntax, error))) from None
+        raise _undecodable(syntax, error) from None
     if spare:
-        options["correct_unused_bits"] = False
-    # Pillow first: what else is installed must not change the pixels.
-    plugins = ["pillow", ""] if "pillow" in decoder.available_plugins else [""]
-    for plugin in plugins:
-        try:
-            stored, properties = decoder.as_array(file, decoding_plugin=plugin, **options)
-            break
-        except Exception as error:  # each decoder has its own
-            if plugin == plugins[-1]:
-                raise _undecoded(decoder, syntax, error) from None
-    if spare:
-        bits = int(file.BitsStored)
-        above = 8 * stored.dtype.itemsize - bits - spare
+        above = 8 * stored.dtype.itemsize - int(file.BitsStored) - spare
         stored = (stored << above) >> (above + spare)  # of signed values, the sign moves along
-    return stored, "RGB" if adobe else str(properties["photometric_interpretation"])
+    return stored, str(properties["photometric_interpretation"])
 
 
-def _spare_bits(file: Any, syntax: Any) -> int:
-    """Returns how many bits lie unused below the stored ones, as HighBit tells.
+def _undecodable(syntax: Any, error: Exception) -> PixelError:
+    return PixelError(f"DICOM pixels that cannot be decoded here ({syntax.name}): {reason(error)}")
 
-    Decoders of the JPEG family give values at the low end, wherever they were.
-    """
-    if file.get("HighBit") is None or (syntax.is_encapsulated and "RLE" not in syntax.name):
+
+def _spare_bits(file: Any) -> int:
+    """Returns how many bits lie unused below the stored ones, as HighBit tells."""
+    if file.get("HighBit") is None or not _bits_have_places(file):
         return 0
     return int(file.HighBit) + 1 - int(file.BitsStored)
 
 
-def _checked_frame(file: Any, syntax: Any) -> bool:
-    """Checks the compressed frame's size and, of JPEG, its wholeness; tells of Adobe's marker.
+def _bits_have_places(file: Any) -> bool:
+    """Tells whether HighBit counts: decoders of the JPEG family give values at the low end."""
+    syntax = file.file_meta.TransferSyntaxUID
+    return not syntax.is_encapsulated or "RLE" in syntax.name
 
-    Raises:
-        PixelError: the frame is larger than its tags say, or damaged.
-    """
+
+def _frame(file: Any) -> bytes:
+    """Returns the first compressed frame; raises PixelError where there is none."""
     from pydicom.encaps import get_frame
 
     try:
-        frame = get_frame(file.PixelData, 0, number_of_frames=1)
-    except Exception as error:
-        raise PixelError(f"DICOM pixels that cannot be decoded here: {reason(error)}") from None
+        return bytes(get_frame(file.PixelData, 0, number_of_frames=1))
+    except Exception as error:  # fragments can be broken in any way
+        raise _undecodable(file.file_meta.TransferSyntaxUID, error) from None
+
+
+def _checked(frame: bytes, file: Any, syntax: Any) -> jpeg.Header | None:
+    """Checks the size of a compressed frame and, of JPEG, its cost and wholeness.
+
+    Returns:
+        Its header, if it is JPEG or JPEG-LS.
+
+    Raises:
+        PixelError: the frame is larger than its tags say, costs too much, or is damaged.
+    """
     width, height = int(file.Columns), int(file.Rows)
     if "RLE" in syntax.name:
         # A literal run costs one byte in 128; more is no image, and may inflate without end.
         plain = width * height * int(file.SamplesPerPixel) * -(-int(file.BitsAllocated) // 8)
         if len(frame) > 1.1 * plain + 1024:
             raise PixelError("DICOM pixels that cannot be decoded here: RLE of too many bytes")
-        return False
-    found = jpeg.side_of(frame) if frame[:2] == b"\xff\xd8" else _side_of_jpeg2000(frame)
+        return None
+    header = jpeg.header_of(frame) if frame.startswith(b"\xff\xd8") else None
+    found = header[:2] if header is not None else _side_of_jpeg2000(frame)
     if found is not None and found != (width, height):
         raise PixelError(
             f"a DICOM file whose pixels are {found[0]} x {found[1]}, not {width} x {height}"
         )
-    if syntax.name.startswith(("JPEG Baseline", "JPEG Extended")):
-        try:
-            with Image.open(io.BytesIO(frame), formats=("JPEG",)) as image:
-                bands, info = len(image.getbands()), image.info
-        except Exception:  # of more than 8 bits, or none: the decoder will say so
-            return False
-        if fault := jpeg.cost_fault(frame, width, height, bands, "progressive" in info):
-            raise PixelError(fault)
-        try:
-            jpeg.expect_whole(frame, width, height)
-        except jpeg.Damaged as error:
-            raise PixelError(f"damaged pixels in a DICOM file: {error}") from None
-        return bands == 3 and "adobe_transform" in info
-    return False
+    if header is None:
+        return None
+    fault = jpeg.cost_fault(frame, width, height, header.components, header.progressive)
+    if fault:
+        raise PixelError(fault)
+    try:
+        jpeg.expect_whole(frame, width, height)
+    except jpeg.Damaged as error:
+        raise PixelError(f"damaged pixels in a DICOM file: {error}") from None
+    return header
 
 
 def _side_of_jpeg2000(frame: bytes) -> tuple[int, int] | None:
@@ -227,16 +284,6 @@ def _side_of_jpeg2000(frame: bytes) -> tuple[int, int] | None:
         return None
     x1, y1, x0, y0 = (int.from_bytes(frame[at + i : at + i + 4], "big") for i in (8, 12, 16, 20))
     return x1 - x0, y1 - y0
-
-
-def _undecoded(decoder: Any, syntax: Any, error: Exception) -> PixelError:
-    if not decoder.is_available and decoder.missing_dependencies:
-        return NoPixelDecoder(
-            f"DICOM pixels that cannot be decoded here ({syntax.name.partition(',')[0]});"
-            " install what does: pip install python-gdcm"
-        )
-    kind = NoPixelDecoder if decoder.missing_dependencies else PixelError
-    return kind(f"DICOM pixels that cannot be decoded here ({syntax.name}): {reason(error)}")
 
 
 def reason(error: Exception) -> str:
@@ -360,9 +407,8 @@ def _as_stored(file: Any, name: str) -> int | None:
 
 def notes(file: Any) -> list[str]:
     """Returns sentences about tags of display that are of no use, and what was done instead."""
-    if str(file.get("PhotometricInterpretation")) not in ("MONOCHROME1", "MONOCHROME2"):
-        return []
-    return list(display_of(file).notes)
+    kinds = _texts(file, "PhotometricInterpretation")
+    return list(display_of(file).notes) if kinds[:1] in _MONOCHROME else []
 
 
 def display_of(file: Any) -> Display:

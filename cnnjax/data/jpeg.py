@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -21,24 +22,46 @@ MOST_SCANNED = 400_000_000  # pixels times scans
 
 _DAMAGE = "Corrupt JPEG data", "Premature end of JPEG", "Inconsistent progression"
 _MARKER = re.compile(rb"\xff+([^\x00\xff])")
-_SCAN = 0xDA
+_SCAN, _ADOBE = 0xDA, 0xEE
 _WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD9)}
 _FRAMES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # SOF of JPEG and of JPEG-LS
+_PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
 
 
 class Damaged(ValueError):
     """The compressed data are damaged; the text is libjpeg's."""
 
 
-def side_of(encoded: bytes) -> tuple[int, int] | None:
-    """Returns (width, height) by the header of a JPEG or JPEG-LS file; None where it has none."""
+class Header(NamedTuple):
+    """What a JPEG or JPEG-LS file says of itself before its first scan."""
+
+    width: int
+    height: int
+    components: int
+    bits: int
+    progressive: bool
+    tells_colours: bool
+    """Whether Adobe's marker, or components named R, G and B, tell the state of its colours."""
+
+
+def header_of(encoded: bytes) -> Header | None:
+    """Returns the header of a JPEG or JPEG-LS file; None where it has none."""
+    adobe, frame = False, None
     for marker, start in _segments(encoded):
-        if marker in _FRAMES and len(encoded) >= start + 7:
-            height, width = (
-                int.from_bytes(encoded[start + i : start + i + 2], "big") for i in (3, 5)
-            )
-            return width, height
-    return None
+        body = encoded[start + 2 : start + 17]
+        if marker == _ADOBE and body.startswith(b"Adobe"):
+            # libjpeg passes over shorter ones.
+            adobe = int.from_bytes(encoded[start : start + 2], "big") >= 14
+        elif marker in _FRAMES and len(body) >= 6:
+            frame = marker, body
+        elif marker == _SCAN:
+            break
+    if frame is None:
+        return None
+    marker, body = frame
+    height, width = int.from_bytes(body[1:3], "big"), int.from_bytes(body[3:5], "big")
+    named = body[6:15:3] in (b"RGB", b"rgb")
+    return Header(width, height, body[5], body[0], marker in _PROGRESSIVE, adobe or named)
 
 
 def cost_fault(encoded: bytes, width: int, height: int, components: int, progressive: bool) -> str:
@@ -100,6 +123,12 @@ def luma(encoded: bytes, width: int, height: int, reduced: int = 1) -> np.ndarra
             raise Damaged(str(error)) from None
         raise
     return pixels[..., 0]
+
+
+def rgb(encoded: bytes) -> np.ndarray:
+    """Decodes a JPEG of which `Header.tells_colours` to uint8 [height, width, 3]; ValueError."""
+    pixels: np.ndarray = simplejpeg.decode_jpeg(encoded, "RGB", strict=False)
+    return pixels
 
 
 def expect_whole(encoded: bytes, width: int, height: int) -> None:

@@ -158,7 +158,8 @@ def _to_square(
     elif image.has_transparency_data:
         gray = Image.new("L", image.size)
         for rows in strips(height, width):
-            strip = image.crop((0, rows.start, width, rows.stop)).convert("RGBA")
+            box = (0, rows.start, width, rows.stop)
+            strip = (image if box == (0, 0, width, height) else image.crop(box)).convert("RGBA")
             black = Image.new("RGBA", strip.size, (0, 0, 0, 255))
             gray.paste(Image.alpha_composite(black, strip).convert("L"), (0, rows.start))
         image = gray

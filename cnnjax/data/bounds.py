@@ -25,7 +25,7 @@ LARGEST_ASPECT = 20
 """Ratio of the longer to the shorter side."""
 
 _CHUNK = 2**20
-_STRIP = 2**22
+_STRIP = 2**21
 _PATIENCE = 0.5  # seconds to wait for somebody to write into a pipe
 
 TOO_LARGE = f"larger than {LARGEST_FILE // 2**20} MiB"
@@ -43,7 +43,7 @@ def pixel_fault(width: int, height: int) -> str | None:
 
 
 def strips(height: int, width: int) -> Iterator[slice]:
-    """Returns slices of rows, each of some four million pixels, that together are the image."""
+    """Returns slices of rows, each of some two million pixels, that together are the image."""
     rows = max(1, _STRIP // max(width, 1))
     for top in range(0, height, rows):
         yield slice(top, min(top + rows, height))

@@ -148,11 +148,13 @@ def _to_square(
     height, width = image.height, image.width
     if image.mode.startswith("I"):
         # Pillow clips these when it converts to L. PNG has no deeper integers than 16 bits.
-        deep = np.asarray(image)
-        if transparent is not None:
-            deep = png.with_key_black(deep, transparent)
-        scale = png.scale_of(int(deep.max()))
-        return _shrunk((height, width), size, lambda rows: deep[rows].astype(np.float32) / scale)
+
+        def deep(rows: slice) -> np.ndarray:
+            strip = np.asarray(image.crop((0, rows.start, width, rows.stop)))
+            return strip if transparent is None else png.with_key_black(strip, transparent)
+
+        scale = png.scale_of(max(int(deep(rows).max()) for rows in strips(height, width)))
+        return _shrunk((height, width), size, lambda rows: deep(rows).astype(np.float32) / scale)
     if transparent is not None:
         image = Image.fromarray(png.with_key_black(np.asarray(image), transparent))
     elif image.has_transparency_data:

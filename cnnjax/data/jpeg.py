@@ -76,7 +76,7 @@ def cost_fault(encoded: bytes, width: int, height: int, components: int, progres
     """
     if not progressive and (components == 1 or _interleaved(encoded, components)):
         return ""  # libjpeg reads the first scan alone
-    if width * height * components * 2 > 2 * LARGEST_DECODED:
+    if width * height * components * 2 > LARGEST_DECODED * 3 // 2:
         return f"too many pixels for a JPEG of several scans: {width} x {height}"
     most = min(MOST_SCANS, MOST_SCANNED // (width * height))
     if encoded.count(bytes([0xFF, _SCAN])) <= most:  # with those of a thumbnail

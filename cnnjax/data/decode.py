@@ -15,6 +15,8 @@ from cnnjax.data.bounds import LARGEST_FILE, LARGEST_PIXELS, TOO_LARGE, pixel_fa
 FORMATS = ("JPEG", "PNG")
 _JPEG_SIGNATURE = b"\xff\xd8\xff"
 
+_HELD = 2**23  # pixels of 16 bits that are held twice, which is faster than strip by strip
+
 _TURNED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -149,8 +151,11 @@ def _to_square(
     if image.mode.startswith("I"):
         # Pillow clips these when it converts to L. PNG has no deeper integers than 16 bits.
 
+        held = np.asarray(image) if width * height <= _HELD else None
+
         def deep(rows: slice) -> np.ndarray:
-            strip = np.asarray(image.crop((0, rows.start, width, rows.stop)))
+            box = (0, rows.start, width, rows.stop)
+            strip = np.asarray(image.crop(box)) if held is None else held[rows]
             return strip if transparent is None else png.with_key_black(strip, transparent)
 
         scale = png.scale_of(max(int(deep(rows).max()) for rows in strips(height, width)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import errno
 import io
 import json
@@ -542,9 +541,9 @@ def _write_lines(file: TextIO, rows: Sequence[dict[str, Any]]) -> None:
 def _write_csv(
     file: TextIO, rows: Sequence[dict[str, Any]], columns: Sequence[str] = _PREDICTED
 ) -> None:
-    table = csv.DictWriter(file, columns, lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
+    from cnnjax.data.files import write_rows
+
+    write_rows(file, [columns, *([row.get(column, "") for column in columns] for row in rows)])
 
 
 def _table(rows: Sequence[dict[str, Any]], positive: str, threshold: float) -> str:

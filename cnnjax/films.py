@@ -13,8 +13,10 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from cnnjax.data import dicom
+from cnnjax.data.bounds import read_file, read_stream
 from cnnjax.data.decode import decode
-from cnnjax.data.index import IMAGE_SUFFIXES, walk
+from cnnjax.data.names import IMAGE_SUFFIXES, SUFFIXES, may_be_dicom, walk
 from cnnjax.errors import InputError
 from cnnjax.explain import normalized, overlay
 
@@ -46,7 +48,10 @@ def expect_apart(folder: Path, films: Sequence[Film], given: Sequence[Path]) -> 
     if folder.resolve() in homes:
         raise InputError(f"--heatmap {folder} is the images' own folder; name another one")
     for path in filter(Path.is_dir, given):
-        judged = {path.resolve(), *((path / inner).resolve() for inner in walk(path)[1])}
+        judged = {
+            path.resolve(),
+            *((path / inner).resolve() for inner in walk(path, confined=False).folders),
+        }
         if not judged.isdisjoint((folder.resolve(), *folder.resolve().parents)):
             raise InputError(
                 f"--heatmap {folder} lies in {path}, whose images are judged; name one elsewhere"
@@ -99,8 +104,64 @@ def _reader(path: Path) -> Callable[[], bytes]:
     """Returns what reads a file; a pipe only once: it is empty then, and heat maps read again."""
     with contextlib.suppress(OSError):  # what reads it will tell
         if path.is_file():
-            return path.read_bytes
-    return functools.cache(path.read_bytes)
+            return functools.partial(read_file, path)
+    return functools.cache(functools.partial(read_file, path, pipes=True))
+
+
+def _refusal(reason: str) -> Callable[[], bytes]:
+    """Returns what raises OSError wherever a film is read."""
+
+    def read() -> bytes:
+        raise OSError(reason)
+
+    return read
+
+
+def _piped() -> Film:
+    """Returns the film of standard input, read to its end."""
+    if sys.stdin.isatty():
+        raise InputError("predict - reads an image from a pipe; give it one: predict - < F")
+    try:
+        return Film("-", functools.partial(bytes, read_stream(sys.stdin.buffer)))
+    except OSError as error:
+        return Film("-", _refusal(error.strerror or str(error)))
+
+
+def _inside(folder: Path) -> list[Film]:
+    """Returns the films in a folder, sorted by name; tells on standard error what else is there.
+
+    What is no file, as a pipe, but named as an image is a film that cannot be read.
+
+    Raises:
+        InputError: there is none, or the folder cannot be read.
+    """
+    walked = walk(folder, confined=False)
+    images = [name for name in walked.files if _is_image(folder, name)]
+    once, again = walked.once(images)
+    films = {name: _reader(folder / name) for name in once}
+    for name, reason in walked.refused:
+        if name.lower().endswith(IMAGE_SUFFIXES):
+            films[name] = _refusal(reason)
+    if not films:
+        raise InputError(f"{folder} holds no {SUFFIXES}")
+    if others := len(walked.files) - len(images):
+        print(f"{folder}: {others:,} other files passed over, not {SUFFIXES}", file=sys.stderr)
+    if again:
+        print(f"{folder}: {len(again):,} links to listed films passed over", file=sys.stderr)
+    return [Film(str(folder / name), films[name]) for name in sorted(films)]
+
+
+def _is_image(folder: Path, name: str) -> bool:
+    """Tells whether a file is a film, by its suffix or as DICOM files of another suffix begin."""
+    if name.lower().endswith(IMAGE_SUFFIXES):
+        return True
+    if not may_be_dicom(name):
+        return False
+    try:
+        with (folder / name).open("rb") as file:
+            return dicom.is_dicom(file.read(dicom.HEAD))
+    except OSError:
+        return False
 
 
 def find(paths: Sequence[Path]) -> list[Film]:
@@ -114,23 +175,11 @@ def find(paths: Sequence[Path]) -> list[Film]:
     films: list[Film] = []
     for path in paths:
         if str(path) == "-":
-            if sys.stdin.isatty():
-                raise InputError("predict - reads an image from a pipe; give it one: predict - < F")
-            piped = sys.stdin.buffer.read()
-            films.append(Film("-", functools.partial(bytes, piped)))
-            continue
-        inside = [path]
-        if path.is_dir():
-            names = walk(path)[0]
-            inside = sorted(path / name for name in names if name.lower().endswith(IMAGE_SUFFIXES))
-            suffixes = ", ".join(IMAGE_SUFFIXES)
-            if not inside:
-                raise InputError(f"{path} holds no {suffixes}")
-            if others := len(names) - len(inside):
-                print(
-                    f"{path}: {others:,} other files passed over, not {suffixes}", file=sys.stderr
-                )
-        films += [Film(str(file), _reader(file)) for file in inside]
+            films.append(_piped())
+        elif path.is_dir():
+            films += _inside(path)
+        else:
+            films.append(Film(str(path), _reader(path)))
     if not films:
         raise InputError("predict needs image files or folders")
     return films

@@ -8,7 +8,6 @@ is stopped and started again goes on as if it had never stopped.
 from __future__ import annotations
 
 import contextlib
-import csv
 import math
 import tempfile
 import time
@@ -27,7 +26,7 @@ from cnnjax import devices, metrics
 from cnnjax.checkpoint import KINDS, Checkpoints
 from cnnjax.config import Config, Precision, TrainConfig
 from cnnjax.data.cache import write_quarantine
-from cnnjax.data.files import write_atomically
+from cnnjax.data.files import write_atomically, write_rows
 from cnnjax.data.patients import write_split
 from cnnjax.data.prepare import TrainingData, training_data
 from cnnjax.errors import InputError, first_line
@@ -382,10 +381,9 @@ def _conclude(member: Member, mesh: Mesh) -> Result:
     outputs = each[config.augment.views]
     judged = {kind: metrics.evaluate(out, labels, patients) for kind, out in outputs.items()}
     with write_atomically(workdir.validation) as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(["image", "patient", "label", "logit_best", "logit_last"])
-        for example, a, b in zip(held_out, outputs["best"], outputs["latest"], strict=True):
-            table.writerow([example.name, example.patient, example.label, float(a), float(b)])
+        write_rows(file, [["image", "patient", "label", "logit_best", "logit_last"]])
+        for e, a, b in zip(held_out, outputs["best"], outputs["latest"], strict=True):
+            write_rows(file, [[e.name, e.patient, e.label, float(a), float(b)]])
     summary = {
         "protocol": _protocol(config),
         "train_images": len(data.train),

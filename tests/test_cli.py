@@ -17,11 +17,15 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from test_dicom import file_of
 
 from cnnjax import cli
 from cnnjax.config import Config, DataConfig, DeviceConfig, TrainConfig
+from cnnjax.data.cache import write_quarantine
+from cnnjax.data.index import read_index
+from cnnjax.data.patients import write_split
 from cnnjax.loop import fit
-from cnnjax.workdir import write_json
+from cnnjax.workdir import read_table, write_json
 
 ROOT = Path(__file__).parent.parent
 
@@ -219,6 +223,66 @@ def test_a_pipe_by_name_is_read_once(run: Path, tree: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_predict_refuses_by_name_what_is_no_film_of_bearable_size(
+    run: Path, tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    films = tmp_path / "films"
+    films.mkdir()
+    shutil.copy(next((tree / "test/NORMAL").glob("*")), films / "good.jpeg")
+    os.mkfifo(films / "pipe.jpeg")
+    with (films / "sparse.png").open("wb") as file:
+        file.truncate(6 * 2**30)
+    (films / "again.jpeg").symlink_to(films / "good.jpeg")
+    (films / "loop").symlink_to(films)
+    assert cnnjax("predict", "--run", run, films, films / "pipe.jpeg") == 2
+    screen = capsys.readouterr()
+    rows = [json.loads(line) for line in screen.out.splitlines()]
+    assert [(Path(row["path"]).name, row.get("error")) for row in rows] == [
+        ("good.jpeg", None),
+        ("pipe.jpeg", "no regular file"),
+        ("sparse.png", "larger than 128 MiB"),
+        ("pipe.jpeg", "a pipe into which nothing is written"),
+    ]
+    assert f"{films}: 1 links to listed films passed over\n" in screen.err
+    assert "Traceback" not in screen.err
+
+
+def test_predict_finds_dicom_files_without_a_suffix(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    film = np.arange(1024, dtype=np.uint16).reshape(32, 32)
+    for name in ("IM0001", "1.2.840.3"):
+        (tmp_path / name).write_bytes(file_of(film, WindowCenter=1, WindowWidth=0))
+    (tmp_path / "notes").write_text("text")
+    assert cnnjax("predict", "--run", run, tmp_path) == 0
+    screen = capsys.readouterr()
+    rows = [json.loads(line) for line in screen.out.splitlines()]
+    assert [Path(row["path"]).name for row in rows] == ["1.2.840.3", "IM0001"]
+    assert all("shown by the range of its values" in row["warning"] for row in rows)
+    assert "1 other files passed over" in screen.err
+
+
+def test_tables_hold_names_with_carriage_returns(run: Path, tree: Path, tmp_path: Path) -> None:
+    name = "a\rb.jpeg"
+    copied = Path(shutil.copytree(tree / "test", tmp_path / "root" / "test"))
+    film = next((copied / "NORMAL").glob("*"))
+    film.rename(film.with_name(name))
+    judged, predicted = tmp_path / "judged.csv", tmp_path / "predicted.csv"
+    assert cnnjax("predict", "--run", run, film.with_name(name), "--csv", predicted) == 0
+    root = copied.parent
+    assert cnnjax("evaluate", "--run", run, "--data", root, "--csv", judged, "--cache", root) == 0
+    assert [row["path"] for row in read_table(predicted, ["path"])] == [str(film.with_name(name))]
+    assert f"test/NORMAL/{name}" in [row["image"] for row in read_table(judged, ["image"])]
+    examples = read_index(root).examples
+    write_split(tmp_path / "split.csv", examples, np.zeros(len(examples), bool))
+    write_quarantine(tmp_path / "quarantine.csv", [(name, "broken")])
+    rows = read_table(tmp_path / "split.csv", ["image"])
+    assert [row["image"] for row in rows] == [example.name for example in examples]
+    assert read_table(tmp_path / "quarantine.csv", ["reason"]) == [
+        {"image": name, "reason": "broken"}
+    ]
+
+
 def test_an_output_without_room_is_one_sentence() -> None:
     code = "import sys; from cnnjax import cli; cli.main(sys.argv[1:])"
     with Path("/dev/full").open("w") as full:

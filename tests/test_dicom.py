@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
+import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import pytest
 from PIL import Image
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
+from pydicom.encaps import encapsulate
 from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage
 
@@ -20,7 +24,7 @@ from cnnjax import cli
 from cnnjax.data import dicom
 from cnnjax.data.decode import DecodeError, MissingDecoder, decode
 from cnnjax.data.index import read_index
-from cnnjax.data.patients import block_folds
+from cnnjax.data.patients import block_folds, grouped_folds
 from cnnjax.errors import InputError
 
 RAMP = np.add.outer(np.arange(40), 10 * np.arange(30)).astype(np.uint16)  # 0 to 329
@@ -104,6 +108,8 @@ def test_a_square_of_a_dicom_file_is_that_of_the_same_png() -> None:
     assert np.abs(ours.astype(int) - theirs).max() <= 1
 
 
+CODECS = importlib.util.find_spec("imagecodecs") is not None
+
 SHIPPED = {
     "CT_small.dcm": None,
     "MR_small_RLE.dcm": None,
@@ -114,7 +120,8 @@ SHIPPED = {
     "image_dfl.dcm": None,
     "SC_rgb_rle_2frame.dcm": "2 frames; give the one to be judged by itself",
     "rtplan.dcm": "without an image",
-    "MR_small_jpeg_ls_lossless.dcm": "cannot be decoded here (JPEG-LS Lossless",
+    "MR_small_jpeg_ls_lossless.dcm": None if CODECS else "cannot be decoded here (JPEG-LS Lossless",
+    "SC_rgb_jpeg_gdcm.dcm": None if CODECS else "JPEG Lossless); install what does: pip install i",
     "MR_truncated.dcm": "cannot be decoded here",
 }
 
@@ -178,6 +185,174 @@ def test_doubts_are_told_by_tags() -> None:
     assert lateral.startswith("a lateral view (LL)")
     told = dicom.doubts(file_of(Modality="CT", BodyPartExamined="HAND"))
     assert told == ["no radiograph by its modality (CT)", "not of the chest (HAND)"]
+
+
+@pytest.mark.parametrize(
+    ("age", "known"),
+    [
+        ("51", False),
+        ("3", True),
+        ("51Y", False),
+        ("4Y", True),
+        ("051 Y", False),
+        ("30M", True),
+        ("3.5", True),
+        ("51 YEARS", False),
+        ("adult", True),
+    ],
+)
+def test_ages_may_be_written_freely(age: str, known: bool) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pydicom's, on how it is written
+        encoded = file_of(PatientAge=age)
+    assert (dicom.doubts(encoded) == []) is known
+
+
+@pytest.mark.parametrize(
+    ("view", "frontal"),
+    [
+        ("LAT", False),
+        ("XTABLE LATERAL", False),
+        ("X-TABLE", False),
+        ("CROSS TABLE LAT", False),
+        ("L LAT", False),
+        ("LLAT", False),
+        ("LEFT LATERAL", False),
+        ("lateral", False),
+        ("RLD", False),
+        ("PA", True),
+        ("AP", True),
+        ("AP SUPINE", True),
+        ("BILATERAL", True),
+    ],
+)
+def test_views_may_be_written_freely(view: str, frontal: bool) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        encoded = file_of(ViewPosition=view)
+    told = dicom.doubts(encoded)
+    assert (told == []) is frontal
+    assert frontal or told[0].startswith(f"a lateral view ({view.upper()})")
+
+
+@pytest.mark.parametrize(
+    ("part", "chest"),
+    [
+        ("CHEST PA", True),
+        ("TORAX", True),
+        ("T\u00d3RAX", True),
+        ("THORAX AP", True),
+        ("CHEST_2VIEW", True),
+        ("PORT CHEST", True),
+        ("LUNGS", True),
+        ("T SPINE", False),
+        ("THORACIC SPINE", False),
+        ("CHESTABDOMEN", False),
+        ("HAND", False),
+        ("-", True),
+    ],
+)
+def test_body_parts_may_be_written_freely(part: str, chest: bool) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        encoded = file_of(SpecificCharacterSet="ISO_IR 192", BodyPartExamined=part)
+    assert (dicom.doubts(encoded) == []) is chest
+
+
+def without(encoded: bytes, preamble: bool, header: bool) -> bytes:
+    """Returns a DICOM file without its preamble, or its header with the transfer syntax."""
+    start = 144 + int.from_bytes(encoded[140:144], "little")
+    kept = encoded[:132] if not preamble else b""
+    return kept + (encoded[start:] if header else encoded[132:])
+
+
+@pytest.mark.parametrize("syntax", ["1.2.840.10008.1.2", "1.2.840.10008.1.2.1"])
+@pytest.mark.parametrize(("preamble", "header"), [(True, False), (True, True), (False, True)])
+def test_files_without_preamble_or_header_are_read(
+    preamble: bool, header: bool, syntax: str, tmp_path: Path
+) -> None:
+    file = pydicom.dcmread(io.BytesIO(file_of(PatientID="7", ViewPosition="LL")))
+    fresh = Dataset()
+    fresh.update({element.tag: element for element in file})
+    fresh.file_meta = file.file_meta
+    fresh.file_meta.TransferSyntaxUID = syntax
+    out = io.BytesIO()
+    fresh.save_as(out, enforce_file_format=True)
+    encoded = without(out.getvalue(), preamble, header)
+    assert dicom.is_dicom(encoded)
+    np.testing.assert_array_equal(levels(encoded), levels(file_of()))
+    assert dicom.doubts(encoded)[0].startswith("a lateral view")
+    (tmp_path / "film").write_bytes(encoded)
+    assert dicom.patient_of(tmp_path / "film") == dicom.patient_of(encoded) is not None
+
+
+def test_compressed_pixels_without_a_transfer_syntax_are_refused_by_name() -> None:
+    path = get_testdata_file("SC_rgb_rle.dcm", download=False)
+    assert isinstance(path, str)
+    encoded = without(Path(path).read_bytes(), preamble=False, header=True)
+    with pytest.raises(DecodeError, match="compressed pixels without a Transfer Syntax UID"):
+        decode(encoded, 8)
+
+
+@pytest.mark.parametrize(
+    "other", [b"", b"\x08\0", b"\x08\0\5\0CS" + b"x" * 20, b"\x02\0 text " * 30]
+)
+def test_what_begins_like_dicom_and_is_none(other: bytes) -> None:
+    with pytest.raises(DecodeError):
+        decode(other, 8)
+
+
+@pytest.mark.skipif(not CODECS, reason="imagecodecs is not installed")
+def test_jpeg_lossless_is_read_with_imagecodecs() -> None:
+    path = get_testdata_file("SC_rgb_jpeg_gdcm.dcm", download=False)
+    assert isinstance(path, str)
+    shown = 255 * levels(Path(path).read_bytes())[5::10, 50]
+    np.testing.assert_allclose(shown, [76, 166, 150, 203, 29, 142, 0, 64, 192, 255], atol=1)
+
+
+@pytest.mark.skipif(not CODECS, reason="imagecodecs is not installed")
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("syntax", ["4.57", "4.70", "4.51", "4.80"])
+def test_twelve_bits_of_other_jpegs_are_read_with_imagecodecs(syntax: str, signed: bool) -> None:
+    import imagecodecs
+
+    values = np.linspace(0, 4095, 64 * 64).reshape(64, 64).astype(np.uint16)
+    if syntax == "4.80":
+        frame = imagecodecs.jpegls_encode(values)
+    else:
+        how = {"level": 100} if syntax == "4.51" else {"lossless": True}
+        frame = imagecodecs.jpeg8_encode(values, bitspersample=12, **how)
+    file = pydicom.dcmread(io.BytesIO(file_of(values, PixelRepresentation=int(signed))))
+    file.file_meta.TransferSyntaxUID = f"1.2.840.10008.1.2.{syntax}"
+    file.PixelData = encapsulate([frame])
+    out = io.BytesIO()
+    file.save_as(out, enforce_file_format=True)
+    expected = values.astype(np.int64)
+    if signed:  # its upper half are the numbers below 0
+        expected = np.where(expected > 2047, expected - 4096, expected) + 2048
+    atol = 1e-6 if syntax != "4.51" else 0.01
+    far = np.abs(levels(out.getvalue()) - expected / 4095) > atol
+    assert far.mean() < (0.01 if syntax == "4.51" else 1e-9)  # at the jump, lossy values wrap
+
+
+def test_a_decoder_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "imagecodecs", None)
+    path = get_testdata_file("SC_rgb_jpeg_gdcm.dcm", download=False)
+    assert isinstance(path, str)
+    with pytest.raises(MissingDecoder, match=r"JPEG Lossless\); install what does: pip install im"):
+        decode(Path(path).read_bytes(), 8)
+
+
+def test_patients_that_all_have_one_identifier_are_the_cause_of_no_folds(tmp_path: Path) -> None:
+    for name in ("NORMAL", "PNEUMONIA"):
+        for number in range(6):
+            path = tmp_path / "train" / name / f"{number}.dcm"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(file_of(PatientID="ANONYMOUS"))
+    examples = read_index(tmp_path).examples
+    cause = r"all 6 images of class 0 carry the same PatientID \(0010,0020\), as some programs"
+    with pytest.raises(InputError, match=cause):
+        grouped_folds(examples, 3, 0)
 
 
 def test_the_patient_is_a_hash_of_the_identifier(tmp_path: Path) -> None:

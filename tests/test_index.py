@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import unicodedata
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from test_dicom import file_of
 
 from cnnjax.data.index import Index, patient_of, read_index, viral_of
+from cnnjax.data.names import walk
 from cnnjax.errors import InputError
 
 KAGGLE = (
@@ -81,21 +84,144 @@ def test_equal_names_in_several_folders_are_several_patients(
     assert "4 file names tell no patient" in index.describe()
 
 
-def test_folders_may_be_links_even_in_a_circle(
-    make_tree: Callable[..., Path], tmp_path: Path
-) -> None:
-    whole = make_tree("train/NORMAL/a.jpeg", "train/PNEUMONIA/b.jpeg")
-    linked = tmp_path / "linked"
-    (linked / "train").mkdir(parents=True)
-    for name in ("NORMAL", "PNEUMONIA"):
-        (linked / "train" / name).symlink_to(whole / "train" / name)
-    (linked / "test").symlink_to(whole / "train")
+def test_folders_may_be_links_even_in_a_circle(make_tree: Callable[..., Path]) -> None:
+    linked = make_tree(
+        "store/1/NORMAL/a.jpeg", "store/1/PNEUMONIA/b.jpeg", "store/2/c.jpeg", "store/2/d.jpeg"
+    )
+    (linked / "train").symlink_to(linked / "store" / "1")
+    for name, file in (("NORMAL", "c.jpeg"), ("PNEUMONIA", "d.jpeg")):
+        (linked / "test" / name).mkdir(parents=True)
+        (linked / "test" / name / file).symlink_to(linked / "store" / "2" / file)
     (linked / "train" / "NORMAL" / "again").symlink_to(linked)
     assert [e.name for e in read_index(linked).examples] == [
         "train/NORMAL/a.jpeg",
         "train/PNEUMONIA/b.jpeg",
-        "test/NORMAL/a.jpeg",
-        "test/PNEUMONIA/b.jpeg",
+        "test/NORMAL/c.jpeg",
+        "test/PNEUMONIA/d.jpeg",
+    ]
+
+
+def test_links_out_of_the_root_are_left_out_by_name(
+    make_tree: Callable[..., Path], tmp_path: Path
+) -> None:
+    outside = make_tree("a.jpeg", "more/b.jpeg", root="outside")
+    root = make_tree("train/NORMAL/a.jpeg", "train/PNEUMONIA/b.jpeg")
+    (root / "train/NORMAL/film.jpeg").symlink_to(outside / "a.jpeg")
+    (root / "train/PNEUMONIA/more").symlink_to(outside / "more")
+    index = read_index(root)
+    assert len(index.examples) == 2
+    reason = "a link out of the root, copy what it leads to"
+    assert index.left_out == (
+        ("train/NORMAL/film.jpeg", reason),
+        ("train/PNEUMONIA/more", reason),
+    )
+    assert f"left out: 2 {reason}\n    train/NORMAL/film.jpeg" in index.describe()
+    linked = make_tree("readme.txt", root="linked")
+    (linked / "train").symlink_to(root / "train")
+    with pytest.raises(InputError, match="linked: train is a link out of the root, copy what it"):
+        read_index(linked)
+    assert len(read_index(_link(tmp_path / "root", root)).examples) == 2  # the root may be one
+
+
+def _link(path: Path, target: Path) -> Path:
+    path.symlink_to(target)
+    return path
+
+
+def test_a_film_that_several_links_lead_to_is_listed_once(make_tree: Callable[..., Path]) -> None:
+    root = make_tree("train/NORMAL/a.jpeg", "train/PNEUMONIA/b.jpeg", "test/NORMAL/c.jpeg")
+    (root / "train/NORMAL/again.jpeg").symlink_to(root / "train/NORMAL/a.jpeg")
+    (root / "test/PNEUMONIA").symlink_to(root / "train/PNEUMONIA")
+    (root / "val").symlink_to(root / "train")
+    index = read_index(root)
+    assert [e.name for e in index.examples] == [
+        "train/NORMAL/a.jpeg",
+        "train/PNEUMONIA/b.jpeg",
+        "test/NORMAL/c.jpeg",
+    ]
+    assert ("train/NORMAL/again.jpeg", "a link to a film that is listed") in index.left_out
+
+
+def test_links_from_folder_to_folder_end(make_tree: Callable[..., Path]) -> None:
+    names = [f"{i}/a.jpeg" for i in range(7)]
+    root = make_tree(*names)
+    for i in range(7):
+        for j in range(7):
+            (root / f"{i}" / f"{j}").symlink_to(root / f"{j}")
+    walked = walk(root, confined=True)
+    assert walked.once(walked.files)[0] == names
+    assert len(walked.folders) <= 2 * 7  # not one for each way through them
+
+
+COMPOSED, DECOMPOSED = (unicodedata.normalize(form, "Neumon\u00eda") for form in ("NFC", "NFD"))
+
+
+@pytest.mark.parametrize("form", ["tree", "zip"])
+@pytest.mark.parametrize("positive", [COMPOSED, DECOMPOSED, COMPOSED.upper()])
+def test_classes_are_the_same_however_an_accent_is_spelled(
+    make_tree: Callable[..., Path], tmp_path: Path, positive: str, form: str
+) -> None:
+    names = (
+        "train/NORMAL/a.png",
+        f"train/{DECOMPOSED}/b.png",
+        "test/NORMAL/c.png",
+        f"test/{COMPOSED}/d.png",
+    )
+    root = make_tree(*names)
+    if form == "zip":
+        root = tmp_path / "a.zip"
+        with zipfile.ZipFile(root, "w") as out:
+            for name in names:
+                out.writestr(name, b"film")
+    index = read_index(root, positive)
+    assert index.classes == ("NORMAL", COMPOSED.upper())
+    assert [e.label for e in index.examples] == [0, 1, 0, 1]
+    for example in index.examples:
+        index.source.read(example.name)
+
+
+@pytest.mark.parametrize(
+    "spelled", ["{}", "./{}", "{backslashes}", ".\\{backslashes}", "/{}", "a//./{}"]
+)
+def test_zips_of_every_spelling(tmp_path: Path, spelled: str) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as out:
+        for name in ("train/NORMAL/a.jpeg", "train/PNEUMONIA/b.jpeg"):
+            entry = zipfile.ZipInfo()
+            entry.filename = spelled.format(name, backslashes=name.replace("/", "\\"))
+            out.writestr(entry, name)
+        out.writestr("train/NORMAL/../../../out.jpeg", b"")
+    index = read_index(tmp_path / "a.zip")
+    prefix = "a/" if spelled.startswith("a") else ""
+    names = [f"{prefix}train/NORMAL/a.jpeg", f"{prefix}train/PNEUMONIA/b.jpeg"]
+    assert [e.name for e in index.examples] == names
+    assert index.source.read(names[1]) == b"train/PNEUMONIA/b.jpeg"
+    assert index.left_out == (
+        ("train/NORMAL/../../../out.jpeg", "a name that leads out of the zip"),
+    )
+
+
+@pytest.mark.parametrize("form", ["tree", "zip"])
+def test_dicom_files_need_no_suffix(
+    make_tree: Callable[..., Path], tmp_path: Path, form: str
+) -> None:
+    root = make_tree("train/NORMAL/notes", "train/NORMAL/1.2.3", "train/NORMAL/readme.txt")
+    names = ("train/NORMAL/IM000001", "train/NORMAL/1.2.840.113", "train/PNEUMONIA/a.dicom")
+    for number, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(file_of(PatientID=f"{number}"))
+    if form == "zip":
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as out:
+            for path in sorted(root.rglob("*")):
+                out.write(path, path.relative_to(root))
+        root = tmp_path / "a.zip"
+    index = read_index(root)
+    assert sorted(e.name for e in index.examples) == sorted(names)
+    assert len({e.patient for e in index.examples}) == 3
+    assert all(len(e.patient) == 16 for e in index.examples)
+    assert [name for name, _ in index.left_out] == [
+        "train/NORMAL/1.2.3",
+        "train/NORMAL/notes",
+        "train/NORMAL/readme.txt",
     ]
 
 

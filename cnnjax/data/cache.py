@@ -7,7 +7,6 @@ may look for it or make it at once.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import itertools
 import json
@@ -21,12 +20,12 @@ import numpy as np
 from tqdm import tqdm
 
 from cnnjax.data.decode import DecodeError, MissingDecoder, decode
-from cnnjax.data.files import no_cache, save_array, sweep, work_folder, write_atomically
+from cnnjax.data.files import no_cache, save_array, sweep, work_folder, write_atomically, write_rows
 from cnnjax.data.index import Example, Source, viral_of
 from cnnjax.errors import InputError
 from cnnjax.machine import cache_folder, cpu_cores
 
-_VERSION = 1  # raise it when decode() gives other pixels for the same file
+_VERSION = 2  # raise it when decode() gives other pixels for the same file
 
 # Images that a thread decodes before it hands them over: a small one takes hardly longer than to
 # wake another thread. Each thread has some such turns, so that none works alone in the end.
@@ -115,9 +114,7 @@ def load(
 def write_quarantine(path: Path, quarantine: Sequence[tuple[str, str]]) -> None:
     """Writes `quarantine.csv`: a line for each file that could not be decoded, with the reason."""
     with write_atomically(path) as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(["image", "reason"])
-        table.writerows(quarantine)
+        write_rows(file, [("image", "reason"), *quarantine])
 
 
 def _key(examples: Sequence[Example], source: Source, size: int) -> str:

@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from cnnjax.data import dicom
+from cnnjax.data import dicom, jpeg, png
+from cnnjax.data.bounds import LARGEST_FILE, LARGEST_PIXELS, TOO_LARGE, pixel_fault, strips
 
 FORMATS = ("JPEG", "PNG")
-LARGEST_PIXELS = 100_000_000  # five times the largest plain film; more is a decompression bomb
+_JPEG_SIGNATURE = b"\xff\xd8\xff"
+
+_HELD = 2**23  # pixels of 16 bits that are held twice, which is faster than strip by strip
+
+_TURNED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class DecodeError(Exception):
@@ -26,9 +40,10 @@ def decode(encoded: bytes | np.ndarray, size: int) -> np.ndarray:
     """Decodes an image to a grayscale square, stretched to it.
 
     Luma is ITU-R 601 (Pillow's `L`), transparency shows the black that surrounds a film, 16-bit
-    values are scaled to 8, and EXIF orientation is applied. JPEGs are reduced by 2, 4 or 8 while
-    they are decoded (libjpeg's scaled inverse DCT, an average over blocks), as far as that leaves
-    at least `size` pixels; the rest is a Hamming-windowed area filter.
+    values are scaled to 8 (those that fill at most 14 bits by what these can hold), and EXIF
+    orientation is applied. JPEGs are reduced by 2, 4 or 8 while they are decoded (libjpeg's scaled
+    inverse DCT, an average over blocks), as far as that leaves at least `size` pixels; the rest is
+    a Hamming-windowed area filter.
 
     Args:
         encoded: a JPEG, PNG or DICOM file (see `cnnjax.data.dicom`), or uint8 [height, width] or
@@ -39,10 +54,12 @@ def decode(encoded: bytes | np.ndarray, size: int) -> np.ndarray:
         uint8 [size, size].
 
     Raises:
-        DecodeError: another format, too many pixels, or broken data.
+        DecodeError: another format, damaged data, or more than `cnnjax.data.bounds` allows.
     """
     if isinstance(encoded, np.ndarray):
         return _to_square(Image.fromarray(encoded), size)
+    if len(encoded) > LARGEST_FILE:
+        raise DecodeError(TOO_LARGE)
     if dicom.is_dicom(encoded):
         try:
             levels = dicom.read(encoded, LARGEST_PIXELS)
@@ -50,44 +67,131 @@ def decode(encoded: bytes | np.ndarray, size: int) -> np.ndarray:
             raise MissingDecoder(str(error)) from None
         except dicom.DicomError as error:
             raise DecodeError(str(error)) from None
-        return _to_square(Image.fromarray(levels * 65535), size)
+        return _shrunk(levels.shape, size, lambda rows: levels[rows] * 65535 / 257)
+    try:
+        return _decode(encoded, size)
+    except DecodeError:
+        if not encoded.startswith(png.SIGNATURE):
+            raise
+        bare = png.without_text(encoded)
+        if len(bare) == len(encoded):
+            raise
+        return _decode(bare, size)
+
+
+def _decode(encoded: bytes, size: int) -> np.ndarray:
     try:
         with warnings.catch_warnings():
-            # Pillow's own bomb warning: the limit below is lower, and an error.
+            # Pillow's own bomb warning: the limits below are lower, and errors.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image: Image.Image = Image.open(io.BytesIO(encoded), formats=FORMATS)
     except UnidentifiedImageError:
-        raise DecodeError(
-            "empty file" if not encoded else "neither JPEG nor PNG nor DICOM"
-        ) from None
+        raise DecodeError(_unidentified(encoded)) from None
     except Image.DecompressionBombError:
         raise DecodeError("too many pixels") from None
     except Exception as error:  # a header can break Pillow's parsers in many ways
         raise DecodeError(f"broken header: {error}") from None
     with image:
         width, height = image.size
-        if width * height > LARGEST_PIXELS:
-            raise DecodeError(f"too many pixels: {width} x {height}")
         try:
-            image.draft("L", (size, size))
+            fault = pixel_fault(width, height) or (
+                png.memory_fault(image.mode, width, height, image.has_transparency_data)
+                if image.format == "PNG"
+                else jpeg.cost_fault(
+                    encoded, width, height, len(image.getbands()), "progressive" in image.info
+                )
+            )
+            if fault:
+                raise DecodeError(fault)
+            if image.format != "PNG":
+                return _jpeg(image, encoded, size)
+            png.expect_whole(encoded)
+            if encoded[24] == 16 and isinstance(key := image.info.get("transparency"), tuple):
+                # Pillow keeps of colours their upper 8 bits, and of this one all 16.
+                image.info["transparency"] = tuple(value >> 8 for value in key)
             ImageOps.exif_transpose(image, in_place=True)
-            return _to_square(image, size)
+            return _to_square(image, size, png.gray_key(encoded))
+        except DecodeError:
+            raise
         except Exception as error:  # OSError, SyntaxError, ValueError, struct.error...
             raise DecodeError(f"broken image: {error}") from None
 
 
-def _to_square(image: Image.Image, size: int) -> np.ndarray:
-    if image.mode.startswith(("I", "F")):
+def _unidentified(encoded: bytes) -> str:
+    for name, signature in (("JPEG", _JPEG_SIGNATURE), ("PNG", png.SIGNATURE)):
+        if encoded.startswith(signature):
+            return f"broken header of a {name}"
+    return "empty file" if not encoded else "neither JPEG nor PNG nor DICOM"
+
+
+def _jpeg(image: Image.Image, encoded: bytes, size: int) -> np.ndarray:
+    """Decodes a JPEG, of which Pillow has read the header only."""
+    width, height = image.size
+    if image.mode in ("L", "RGB"):
+        reduced = next(k for k in (8, 4, 2, 1) if k <= max(1, min(width // size, height // size)))
+        try:
+            pixels = jpeg.luma(encoded, width, height, reduced)
+        except ValueError:
+            pass  # damage is told below; of other warnings Pillow makes nothing
+        else:
+            turned = _TURNED.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+            gray = Image.fromarray(pixels)
+            return _to_square(gray if turned is None else gray.transpose(turned), size)
+    jpeg.expect_whole(encoded, width, height)
+    image.draft("L", (size, size))
+    ImageOps.exif_transpose(image, in_place=True)
+    return _to_square(image, size)
+
+
+def _to_square(
+    image: Image.Image, size: int, transparent: tuple[int, int] | None = None
+) -> np.ndarray:
+    """Returns uint8 [size, size] of an image of any mode; `transparent` as of `png.gray_key`."""
+    height, width = image.height, image.width
+    if image.mode.startswith("I"):
         # Pillow clips these when it converts to L. PNG has no deeper integers than 16 bits.
-        image = Image.fromarray(np.asarray(image, np.float32) / 257)
-        square = np.asarray(image.resize((size, size), Image.Resampling.HAMMING))
-        return np.clip(np.rint(square), 0, 255).astype(np.uint8)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+
+        held = np.asarray(image) if width * height <= _HELD else None
+
+        def deep(rows: slice) -> np.ndarray:
+            box = (0, rows.start, width, rows.stop)
+            strip = np.asarray(image.crop(box)) if held is None else held[rows]
+            return strip if transparent is None else png.with_key_black(strip, transparent)
+
+        scale = png.scale_of(max(int(deep(rows).max()) for rows in strips(height, width)))
+        return _shrunk((height, width), size, lambda rows: deep(rows).astype(np.float32) / scale)
+    if transparent is not None:
+        image = Image.fromarray(png.with_key_black(np.asarray(image), transparent))
+    elif image.has_transparency_data:
+        gray = Image.new("L", image.size)
+        for rows in strips(height, width):
+            box = (0, rows.start, width, rows.stop)
+            strip = (image if box == (0, 0, width, height) else image.crop(box)).convert("RGBA")
+            black = Image.new("RGBA", strip.size, (0, 0, 0, 255))
+            gray.paste(Image.alpha_composite(black, strip).convert("L"), (0, rows.start))
+        image = gray
     if image.mode == "CMYK":
         image = image.convert("RGB")  # Pillow's direct way to L ignores the black plate
     image = image.convert("L")
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.HAMMING)
     return np.asarray(image)
+
+
+def _shrunk(shape: tuple[int, ...], size: int, levels: Callable[[slice], np.ndarray]) -> np.ndarray:
+    """Returns uint8 [size, size] of gray levels that are too wide to be held all at once.
+
+    Pillow resamples rows first and columns then, so that strips of rows give the same bits.
+
+    Args:
+        shape: height and width.
+        size: side of the square, in pixels.
+        levels: gives float32 of these rows, in [0, 255].
+    """
+    height, width = shape
+    narrow = Image.new("F", (size, height))
+    for rows in strips(height, width):
+        strip = Image.fromarray(np.asarray(levels(rows), np.float32))
+        narrow.paste(strip.resize((size, strip.height), Image.Resampling.HAMMING), (0, rows.start))
+    square = np.asarray(narrow.resize((size, size), Image.Resampling.HAMMING))
+    return np.clip(np.rint(square), 0, 255).astype(np.uint8)

@@ -1,8 +1,7 @@
 """Radiographs as hospitals keep them: DICOM files, read with pydicom (the extra `dicom`).
 
-A file becomes gray levels as a viewer shows them: stored values rescaled, windowed (DICOM PS3.3,
-C.11), and turned over where MONOCHROME1 has bright for little. Of the patient, nothing leaves this
-module but a hash of the identifier, and in a doubt of `doubts` an age that is not a young child's.
+What the pixels mean is told in `cnnjax.data.grayscale`. Of the patient, nothing leaves this module
+but a hash of the identifier, and in a doubt of `doubts` an age that is not a young child's.
 """
 
 from __future__ import annotations
@@ -10,13 +9,38 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+import unicodedata
 import warnings
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-_LATERAL = {"LL", "RL", "LLD", "RLD", "LATERAL"}  # View Position (0018,5101)
+from cnnjax.data.bounds import LARGEST_FILE, TOO_LARGE, inflates_beyond, read_file
+from cnnjax.data.grayscale import NoPixelDecoder, PixelError, gray, notes, reason
+
+HEAD = 132
+"""Bytes at the beginning of a file that `is_dicom` needs."""
+
+# View Position (0018,5101) is free text where it is not one of the terms.
+_LATERAL = re.compile(r"(?:LEFT|RIGHT|XTABLE|[LRX])?LAT(?:ERAL)?|LL|RL|LLD|RLD")
+_ACROSS = re.compile(r"(?:X|CROSS)\W*TABLE")
+_CHEST = re.compile(
+    r"(?:PORT)?(?:CHEST|THORAX|THORACIC|TORAX|TORACE|LUNGS?|PULM\w*|POUMONS?|BRUST(?:KORB)?)"
+)
+_ELSEWHERE = re.compile(r"SPINE|VERTEBRAE?|ABDOMEN|COLUMNA?|WS")
+_AGE = re.compile(r"0*(\d+(?:[.,]\d+)?)\s*(?:([DWMY])\w*)?")
+
+_DEFLATED = "1.2.840.10008.1.2.1.99"
+_PLAIN = {  # (implicit VR, little endian) of a file that does not tell its syntax
+    (True, True): "1.2.840.10008.1.2",
+    (False, True): "1.2.840.10008.1.2.1",
+    (False, False): "1.2.840.10008.1.2.2",
+}
+_LONG = {b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"}
+_SHORT = {b"AE", b"AS", b"AT", b"CS", b"DA", b"DS", b"DT", b"FD", b"FL", b"IS", b"LO", b"LT", b"PN"}
+_SHORT |= {b"SH", b"SL", b"SS", b"ST", b"TM", b"UI", b"UL", b"US"}
 
 
 class DicomError(Exception):
@@ -28,7 +52,22 @@ class NoDecoder(DicomError):
 
 
 def is_dicom(encoded: bytes) -> bool:
-    """Tells whether a file's bytes begin as DICOM files do."""
+    """Tells whether a file's bytes begin as DICOM files do, with the preamble or without it.
+
+    Without, the first element must be one of the first groups, of a known kind of value.
+    """
+    if _has_preamble(encoded):
+        return True
+    for order in ("little", "big"):
+        group, element = (int.from_bytes(encoded[i : i + 2], order) for i in (0, 2))
+        if len(encoded) >= HEAD and group in (2, 8) and element < 0x100:
+            return encoded[4:6] in _LONG | _SHORT or (
+                order == "little" and int.from_bytes(encoded[4:8], order) <= 256
+            )
+    return False
+
+
+def _has_preamble(encoded: bytes) -> bool:
     return encoded[128:132] == b"DICM"
 
 
@@ -47,31 +86,16 @@ def read(encoded: bytes, largest: int) -> np.ndarray:
             (then `NoDecoder`).
     """
     try:
-        return _read(_open(encoded), largest)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return gray(_open(encoded), largest)
     except DicomError:
         raise
+    except PixelError as error:
+        kind = NoDecoder if isinstance(error, NoPixelDecoder) else DicomError
+        raise kind(str(error)) from None
     except Exception as error:  # a tag can be wrong in any way
-        raise DicomError(f"a DICOM file with broken tags: {_reason(error)}") from None
-
-
-def _read(file: Any, largest: int) -> np.ndarray:
-    if "PixelData" not in file:
-        raise DicomError("a DICOM file without an image")
-    frames = int(file.get("NumberOfFrames") or 1)
-    if frames > 1:
-        raise DicomError(f"a DICOM file of {frames} frames; give the one to be judged by itself")
-    if int(file.Rows) * int(file.Columns) > largest:
-        raise DicomError(f"too many pixels: {file.Columns} x {file.Rows}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        stored = _pixels(file)
-        if stored.ndim == 3:  # colour: a secondary capture; luma of ITU-R 601
-            gray = stored.astype(np.float64) @ (0.299, 0.587, 0.114)
-            return np.asarray(gray / (2 ** int(file.BitsStored) - 1), np.float32)
-        shown = _windowed(file, stored)
-    if file.PhotometricInterpretation == "MONOCHROME1":
-        shown = 1 - shown
-    return np.asarray(shown, np.float32)
+        raise DicomError(f"a DICOM file with broken tags: {reason(error)}") from None
 
 
 def patient_of(encoded: bytes | Path) -> str | None:
@@ -84,24 +108,36 @@ def patient_of(encoded: bytes | Path) -> str | None:
 
 
 def doubts(encoded: bytes) -> list[str]:
-    """Returns sentences about what makes this no frontal chest radiograph, by its tags."""
+    """Returns sentences about what makes this no frontal chest radiograph, by its tags.
+
+    Tags of display that are of no use are among them (see `cnnjax.data.grayscale`).
+    """
     file = _open(encoded, pixels=False)
     found = []
     view = _tag(file, "ViewPosition").upper()
-    if view in _LATERAL:
+    if any(map(_LATERAL.fullmatch, _words(view))) or _ACROSS.search(view):
         found.append(f"a lateral view ({view}); the network knows frontal ones alone")
     modality = _tag(file, "Modality")
     if modality not in ("", "CR", "DX", "RG", "OT", "SC"):
         found.append(f"no radiograph by its modality ({modality})")
     part = _tag(file, "BodyPartExamined").upper()
-    if part and part not in ("CHEST", "THORAX", "LUNG", "PORT CHEST"):
+    words = _words(part)
+    if words and (not any(map(_CHEST.fullmatch, words)) or any(map(_ELSEWHERE.fullmatch, words))):
         found.append(f"not of the chest ({part})")
     age = _tag(file, "PatientAge").upper()
-    if match := re.fullmatch(r"(\d{3})([DWMY])", age):
-        years = int(match[1]) / {"D": 365.25, "W": 52.18, "M": 12, "Y": 1}[match[2]]
-        if not 1 <= years < 6:
+    if match := _AGE.fullmatch(age):
+        each = {"D": 365.25, "W": 52.18, "M": 12, "Y": 1}[match[2] or "Y"]
+        if not 1 <= float(match[1].replace(",", ".")) / each < 6:
             found.append(f"of a patient aged {age}; the network knows children of 1 to 5 years")
-    return found
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return found + notes(file)
+
+
+def _words(text: str) -> list[str]:
+    """Returns the words of a tag in ASCII, without what separates them."""
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    return re.findall(r"[A-Z]+", plain)
 
 
 def _tag(file: Any, name: str) -> str:
@@ -120,77 +156,66 @@ def _open(encoded: bytes | Path, *, pixels: bool = True) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the many ways to bend the standard
+            head = encoded if isinstance(encoded, bytes) else _head(encoded)
+            syntax, start = _meta(head)
+            if syntax == _DEFLATED:
+                encoded = encoded if isinstance(encoded, bytes) else read_file(encoded)
+                if inflates_beyond(encoded[start:]):
+                    raise DicomError(f"a DICOM file that inflates to one {TOO_LARGE}")
+            if not is_dicom(head):
+                raise DicomError("no DICOM file")
             file = encoded if isinstance(encoded, Path) else io.BytesIO(encoded)
-            return pydicom.dcmread(file, stop_before_pixels=not pixels)
+            read = pydicom.dcmread(
+                file, stop_before_pixels=not pixels, force=not _has_preamble(head)
+            )
+            if not syntax:
+                _guess_syntax(read)
+            return read
+    except DicomError:
+        raise
+    except zlib.error as error:
+        raise DicomError(f"broken DICOM file: {reason(error)}") from None
     except Exception as error:  # a file can be broken in any way
-        raise DicomError(f"broken DICOM file: {_reason(error)}") from None
+        raise DicomError(f"broken DICOM file: {reason(error)}") from None
 
 
-def _reason(error: Exception) -> str:
-    """Returns the first line of what an exception says, or its name where it says nothing."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:100]
+def _head(path: Path) -> bytes:
+    """Returns what stands before the data set, and some more, of a file of bearable size."""
+    if not path.is_file():
+        raise DicomError("no regular file")
+    if path.stat().st_size > LARGEST_FILE:
+        raise DicomError(TOO_LARGE)
+    with path.open("rb") as file:
+        return file.read(2**16)
 
 
-def _pixels(file: Any) -> np.ndarray:
-    from pydicom.pixels import apply_color_lut, convert_color_space
-
-    kind = str(file.PhotometricInterpretation)
-    try:
-        stored: np.ndarray = file.pixel_array
-        if kind == "PALETTE COLOR":
-            table = apply_color_lut(stored, file)[..., :3]
-            file.BitsStored = 8 * table.dtype.itemsize
-            return table
-        # pydicom has turned compressed YBR to RGB, and left the rest.
-        left = str(file.PhotometricInterpretation)
-        if stored.ndim == 3 and left.startswith("YBR_FULL"):
-            stored = convert_color_space(stored, left, "RGB")
-    except Exception as error:  # each decoder has its own
-        syntax = file.file_meta.TransferSyntaxUID
-        kind_of_error = NoDecoder if _lacks_decoders(syntax) else DicomError
-        raise kind_of_error(
-            f"DICOM pixels that cannot be decoded here ({syntax.name}): {_reason(error)}"
-        ) from None
-    return stored
+def _meta(encoded: bytes) -> tuple[str, int]:
+    """Returns a file's Transfer Syntax UID, empty where it tells none, and where the data begin."""
+    at, syntax = HEAD if _has_preamble(encoded) else 0, ""
+    while encoded[at : at + 2] == b"\2\0" and at + 12 <= len(encoded):
+        if encoded[at + 4 : at + 6] in _LONG:
+            start, length = at + 12, int.from_bytes(encoded[at + 8 : at + 12], "little")
+        else:
+            start, length = at + 8, int.from_bytes(encoded[at + 6 : at + 8], "little")
+        if encoded[at + 2 : at + 4] == b"\x10\0":
+            syntax = encoded[start : start + length].decode("ascii", "replace").strip(" \0")
+        at = start + length
+    return syntax, at
 
 
-def _lacks_decoders(syntax: Any) -> bool:
-    """Whether what is not installed here may decode pixels of a transfer syntax."""
-    from pydicom.pixels import get_decoder
+def _guess_syntax(file: Any) -> None:
+    """Fills in the transfer syntax of a file that tells none, as pydicom found it while reading.
 
-    try:
-        return bool(get_decoder(syntax).missing_dependencies)
-    except NotImplementedError:  # pydicom itself cannot
-        return True
+    Raises:
+        DicomError: its pixels are compressed in a way that nothing tells.
+    """
+    if "PixelData" in file and file["PixelData"].is_undefined_length:
+        raise DicomError("a DICOM file of compressed pixels without a Transfer Syntax UID")
+    guessed = _PLAIN.get(tuple(file.original_encoding))
+    if guessed is not None:
+        from pydicom.dataset import FileMetaDataset
+        from pydicom.uid import UID
 
-
-def _windowed(file: Any, stored: np.ndarray) -> np.ndarray:
-    """Returns float64 in [0, 1] of stored values, by the file's window or, without, their range."""
-    from pydicom.pixels import apply_modality_lut, apply_voi
-
-    values = np.asarray(apply_modality_lut(stored, file), np.float64)
-    table = file.get("VOILUTSequence")
-    if table:
-        rescaled = np.rint(values).astype(np.int64)
-        shown = np.asarray(apply_voi(rescaled, file, index=0), np.float64)
-        return shown / (2 ** int(table[0].LUTDescriptor[2]) - 1)
-    centre, width = _first(file.get("WindowCenter")), _first(file.get("WindowWidth"))
-    if centre is None or width is None or width < 1:
-        low, high = values.min(), values.max()
-        return (values - low) / max(high - low, 1e-12)
-    function = str(file.get("VOILUTFunction") or "LINEAR").upper()
-    if function == "SIGMOID":
-        shown = 1 / (1 + np.exp(np.clip(-4 * (values - centre) / width, -700, 700)))
-    elif function == "LINEAR_EXACT":
-        shown = (values - centre) / width + 0.5
-    else:
-        shown = (values - (centre - 0.5)) / max(width - 1, 1e-12) + 0.5
-    return np.clip(shown, 0, 1)
-
-
-def _first(value: Any) -> float | None:
-    """Returns the first of one or several windows."""
-    if value is None or value == "":
-        return None
-    several = hasattr(value, "__len__") and not isinstance(value, str)
-    return float(value[0] if several else value)
+        if getattr(file, "file_meta", None) is None:
+            file.file_meta = FileMetaDataset()
+        file.file_meta.TransferSyntaxUID = UID(guessed)

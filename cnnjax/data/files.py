@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import glob
 import os
 import secrets
@@ -10,9 +11,9 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -49,6 +50,25 @@ def write_atomically(path: Path) -> Iterator[TextIO]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_rows(file: TextIO, rows: Iterable[Sequence[Any]]) -> None:
+    r"""Writes the rows of a CSV file, each ended by one \n.
+
+    Fields with a carriage return are quoted as those with a line feed are: Python's writer quotes
+    only what its own line terminator holds, and its reader ends a line at either.
+    """
+    csv.writer(_Lines(file)).writerows(rows)
+
+
+class _Lines:
+    r"""A file that is given lines ended by \r\n, each whole, and ends them by \n."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.file = file
+
+    def write(self, line: str) -> int:
+        return self.file.write(line.removesuffix("\r\n") + "\n")
 
 
 @contextlib.contextmanager

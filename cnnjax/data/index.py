@@ -7,11 +7,11 @@ returns can be counted, split by patient, and handed to `cnnjax.data.cache` to b
 from __future__ import annotations
 
 import contextlib
-import os
+import math
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Protocol
@@ -19,13 +19,27 @@ from typing import Protocol
 import numpy as np
 
 from cnnjax.data import dicom
+from cnnjax.data.bounds import read_entry, read_file
+from cnnjax.data.names import (
+    IMAGE_SUFFIXES,
+    LEADS_OUT,
+    SUFFIXES,
+    Walked,
+    hidden,
+    in_archive,
+    may_be_dicom,
+    same_name,
+    walk,
+)
 from cnnjax.errors import InputError
 
 SPLITS = ("train", "val", "test")
-IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".dcm")
 
 _MEDMNIST_CLASSES = ("NORMAL", "PNEUMONIA")
-_LARGEST_FILE = 256 * 2**20  # no radiograph is near it; a zip bomb would be
+# Bytes of an array in an .npz that are refused, that are taken however well they are compressed,
+# and how well others may be: radiographs halve.
+_LARGEST_ARRAY, _LARGEST_FLAT, _LARGEST_RATIO = 4 * 2**30, 128 * 2**20, 50
+_NAMED = 10  # links that are named; the rest are counted
 _PATIENT = (
     (re.compile(r"(person\d+_(?:bacteria|virus))_\d+", re.IGNORECASE), str.lower),
     (re.compile(r"((?:NORMAL2-)?IM-\d+)-\d+", re.IGNORECASE), str.upper),
@@ -115,6 +129,10 @@ class Index:
             lines.append(f"  {nameless:,} file names tell no patient: each counts as a patient")
         reasons = Counter(reason for _, reason in self.left_out)
         lines += [f"  left out: {n:,} {reason}" for reason, n in sorted(reasons.items())]
+        refused = [name for name, reason in self.left_out if reason.startswith("a link")]
+        lines += [f"    {name}" for name in refused[:_NAMED]]
+        if len(refused) > _NAMED:
+            lines.append(f"    and {len(refused) - _NAMED:,} more links")
         return "\n".join(lines)
 
 
@@ -149,19 +167,14 @@ def read_index(root: Path | str, positive: str = "PNEUMONIA") -> Index:
     """
     root = Path(root)
     if root.is_dir():
-        files, folders = walk(root)
-        return _from_names(root, files, folders, _Tree(root), positive)
+        return _from_names(root, walk(root, confined=True), _Tree(root), positive)
     if not root.exists():
         raise InputError(f"{root} does not exist; give a folder, a .zip or a .npz")
     if root.suffix.lower() == ".npz":
         return _from_npz(root, positive)
     if root.suffix.lower() == ".zip":
         zipped = _Zip(root)
-        names = zipped.infos.keys()
-        files = [n for n in names if not n.endswith("/")]
-        return _from_names(
-            root, files, [n[:-1] for n in names if n.endswith("/")], zipped, positive
-        )
+        return _from_names(root, zipped.walked, zipped, positive)
     raise InputError(f"{root} is no folder, .zip or .npz; give one of these")
 
 
@@ -170,10 +183,12 @@ class _Tree:
         self.root = root
 
     def read(self, name: str) -> bytes:
-        path = self.root / name
-        if path.stat().st_size > _LARGEST_FILE:
-            raise OSError("larger than 256 MiB")
-        return path.read_bytes()
+        return read_file(self.root / name)
+
+    def head(self, name: str) -> bytes:
+        """Returns the first bytes of a file, as many as tell DICOM; raises OSError."""
+        with (self.root / name).open("rb") as file:
+            return file.read(dicom.HEAD)
 
     def signature(self, name: str) -> tuple[int, int]:
         try:
@@ -191,22 +206,42 @@ class _Zip:
         # ValueError: names that are not the Unicode they are said to be.
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
             raise InputError(f"{path} cannot be read as a zip ({error}); fetch it again") from None
-        self.infos = {info.filename: info for info in self.archive.infolist()}
+        self.infos: dict[str, zipfile.ZipInfo] = {}
+        self.walked = Walked()
+        for info in self.archive.infolist():
+            name = in_archive(info.filename)
+            if name is None:
+                self.walked.refused.append((info.filename, "a name that leads out of the zip"))
+            elif info.filename.endswith(("/", "\\")):
+                self.walked.folders.append(name)
+            else:
+                self.infos[name] = info
+                self.walked.files[name] = "/" + name
 
     def read(self, name: str) -> bytes:
-        if self.infos[name].file_size > _LARGEST_FILE:
-            raise OSError("larger than 256 MiB")
-        try:
-            return self.archive.read(name)
-        except MemoryError:
-            raise
-        except Exception as error:  # zlib.error, lzma.LZMAError: each method has its own
-            if isinstance(error, OSError) and error.errno is not None:
-                raise  # of the disk, not of the zip
-            raise OSError(f"broken in the zip: {error}") from None
+        with _named_broken():
+            return read_entry(self.archive, self.infos[name])
+
+    def head(self, name: str) -> bytes:
+        """Returns the first bytes of an entry, as many as tell DICOM; raises OSError."""
+        with _named_broken(), self.archive.open(self.infos[name]) as entry:
+            return entry.read(dicom.HEAD)
 
     def signature(self, name: str) -> tuple[int, int]:
         return self.infos[name].file_size, self.infos[name].CRC
+
+
+@contextlib.contextmanager
+def _named_broken() -> Iterator[None]:
+    """Turns the errors of a broken zip, of which each compression has its own, into OSError."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except OSError:
+        raise  # of the disk, or of our limits
+    except Exception as error:
+        raise OSError(f"broken in the zip: {error}") from None
 
 
 class _Arrays:
@@ -225,10 +260,27 @@ class _Arrays:
     def array(self, key: str) -> np.ndarray:
         if key not in self.loaded:
             try:
+                self._expect_bounded(f"{key}.npy")
                 self.loaded[key] = self.file[key]
             except Exception as error:  # zlib.error, ValueError, BadZipFile: whatever broke
                 raise InputError(f"{self.path}: {key} cannot be read ({error})") from None
         return self.loaded[key]
+
+    def _expect_bounded(self, member: str) -> None:
+        """Raises ValueError where an array is larger than its file or than memory should hold."""
+        info = self.file.zip.getinfo(member)
+        size = info.file_size
+        if size > _LARGEST_ARRAY or size > max(_LARGEST_FLAT, _LARGEST_RATIO * info.compress_size):
+            raise ValueError(f"it would take {size / 2**20:,.0f} MiB")
+        with self.file.zip.open(member) as stream:
+            version = np.lib.format.read_magic(stream)
+            reader = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }[version]
+            shape, _, dtype = reader(stream)
+        if math.prod(shape) * dtype.itemsize > size:
+            raise ValueError(f"its header tells of {list(shape)}, which is more than there is")
 
     def read(self, name: str) -> np.ndarray:
         split, number = name.split("/")
@@ -239,62 +291,35 @@ class _Arrays:
         return self.members[f"{name.partition('/')[0]}_images.npy"]
 
 
-def walk(root: Path) -> tuple[list[str], list[str]]:
-    """Returns the paths of files and of folders below a root, relative to it; hidden ones apart.
-
-    Raises:
-        InputError: a folder cannot be read.
-    """
-    files: list[str] = []
-    folders: list[str] = []
-
-    def unreadable(error: OSError) -> None:
-        raise InputError(
-            f"{error.filename} cannot be read ({error.strerror}); change its permissions"
-        )
-
-    # Links are followed, as data sets under version control are made of them, but not in a circle.
-    for parent, inner, names in os.walk(root, followlinks=True, onerror=unreadable):
-        below = Path(parent).relative_to(root)
-        if Path(parent).is_symlink() and Path(parent).resolve() in map(
-            Path.resolve, Path(parent).parents[: len(below.parts)]
-        ):
-            inner.clear()
-            continue
-        inner[:] = [d for d in inner if not _hidden(d)]
-        folders += [(below / d).as_posix() for d in inner]
-        files += [(below / name).as_posix() for name in names if not _hidden(name)]
-    return files, folders
-
-
-def _hidden(part: str) -> bool:
-    return part.startswith(".") or part == "__MACOSX"
-
-
-def _from_names(
-    root: Path, files: Iterable[str], folders: Iterable[str], source: Source, positive: str
-) -> Index:
+def _from_names(root: Path, walked: Walked, source: _Tree | _Zip, positive: str) -> Index:
     """Finds the split and class folders in a list of paths; trees and zips alike."""
     found: list[tuple[str, str, str, str]] = []  # (prefix, split, class, name)
-    left_out: list[tuple[str, str]] = []
+    left_out = [pair for pair in walked.refused if not any(map(hidden, pair[0].split("/")))]
     class_folders: set[tuple[str, str, str]] = set()
-    for folder in folders:
+    for folder in walked.folders:
         parts = folder.split("/")
-        if not any(map(_hidden, parts)) and len(parts) >= 2 and parts[-2].lower() in SPLITS:
-            class_folders.add(("/".join(parts[:-2]), parts[-2].lower(), parts[-1].upper()))
-    for name in files:
+        if not any(map(hidden, parts)) and len(parts) >= 2 and parts[-2].lower() in SPLITS:
+            class_folders.add(("/".join(parts[:-2]), parts[-2].lower(), same_name(parts[-1])))
+    images = []
+    for name in walked.files:
         parts = name.split("/")
-        if any(map(_hidden, parts)):
+        if any(map(hidden, parts)):
             continue
-        if not name.lower().endswith(IMAGE_SUFFIXES):
-            left_out.append((name, f"not {', '.join(IMAGE_SUFFIXES)}"))
-        elif len(parts) < 3 or parts[-3].lower() not in SPLITS:
+        in_class = len(parts) >= 3 and parts[-3].lower() in SPLITS
+        if not name.lower().endswith(IMAGE_SUFFIXES) and not (
+            in_class and _is_bare_dicom(name, source)
+        ):
+            left_out.append((name, f"not {SUFFIXES}"))
+        elif not in_class:
             left_out.append((name, "not in a class folder of train, val or test"))
         else:
-            prefix = "/".join(parts[:-3])
-            found.append((prefix, parts[-3].lower(), parts[-2].upper(), name))
-            class_folders.add((prefix, parts[-3].lower(), parts[-2].upper()))
+            images.append(name)
+            class_folders.add(_place(name))
+    once, again = walked.once(images)
+    left_out += again
+    found = [(*_place(name), name) for name in once]
     if not class_folders:
+        _expect_no_links_out(root, walked)
         hint = f"; did you mean {root.parent}?" if root.name.lower() in SPLITS else ""
         raise InputError(
             f"{root} holds no images in class folders; "
@@ -308,7 +333,8 @@ def _from_names(
     class_folders = {key for key in class_folders if key[0] == top}
     found = [entry for entry in found if entry[0] == top]
     if not found:
-        raise InputError(f"{root} holds class folders but no {', '.join(IMAGE_SUFFIXES)} in them")
+        _expect_no_links_out(root, walked)
+        raise InputError(f"{root} holds class folders but no {SUFFIXES} in them")
 
     classes = _two_classes(root, {c for _, _, c in class_folders}, positive)
     filled = {(split, c) for _, split, c, _ in found}
@@ -325,12 +351,35 @@ def _from_names(
     )
 
 
-def _patient(name: str, source: Source) -> str:
+def _place(name: str) -> tuple[str, str, str]:
+    """Returns (prefix, split, class) of an image in a class folder."""
+    parts = name.split("/")
+    return "/".join(parts[:-3]), parts[-3].lower(), same_name(parts[-2])
+
+
+def _expect_no_links_out(root: Path, walked: Walked) -> None:
+    """Raises InputError where links out of the root are why nothing is found in it."""
+    for name, reason in walked.refused:
+        if reason == LEADS_OUT:
+            raise InputError(f"{root}: {name} is {reason}, or give the folder that holds both")
+
+
+def _is_bare_dicom(name: str, source: _Tree | _Zip) -> bool:
+    """Tells whether a file is DICOM, by its content, though its name does not end in .dcm."""
+    if not may_be_dicom(name):
+        return False
+    try:
+        return dicom.is_dicom(source.head(name))
+    except OSError:
+        return False
+
+
+def _patient(name: str, source: _Tree | _Zip) -> str:
     """Returns whom an image shows: by its tag in a DICOM file, else by its name."""
-    if name.lower().endswith(".dcm"):
+    if not name.lower().endswith((".jpeg", ".jpg", ".png")):
         with contextlib.suppress(OSError, dicom.DicomError):
             encoded = source.root / name if isinstance(source, _Tree) else source.read(name)
-            if not isinstance(encoded, np.ndarray) and (patient := dicom.patient_of(encoded)):
+            if patient := dicom.patient_of(encoded):
                 return patient
     return patient_of(name)
 
@@ -365,7 +414,7 @@ def _from_npz(path: Path, positive: str) -> Index:
 
 
 def _two_classes(root: Path, names: set[str], positive: str) -> tuple[str, str]:
-    positive = positive.upper()
+    positive = same_name(positive)
     listed = ", ".join(sorted(names))
     if len(names) != 2:
         raise InputError(f"{root} needs images of exactly two classes, found {listed}")

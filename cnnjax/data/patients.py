@@ -14,7 +14,6 @@ file name                                  patient
 
 from __future__ import annotations
 
-import csv
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from cnnjax.data.files import write_atomically
+from cnnjax.data.files import write_atomically, write_rows
 from cnnjax.data.index import Example
 from cnnjax.errors import InputError
 
@@ -68,7 +67,7 @@ def grouped_folds(examples: Sequence[Example], folds: int, seed: int) -> np.ndar
     labels = np.array([e.label for e in examples])
     groups = np.array([group_of(e.patient) for e in examples])
     for label in (0, 1):
-        _enough_patients(label, len(set(groups[labels == label])), folds)
+        _enough_patients(label, list(groups[labels == label]), folds)
     names, group = np.unique(groups, return_inverse=True)
     counts = np.zeros((len(names), 2))
     np.add.at(counts, (group, labels), 1)
@@ -107,7 +106,7 @@ def block_folds(examples: Sequence[Example], folds: int) -> np.ndarray:
         for group, example in zip(groups, examples, strict=True):
             if example.label == label:
                 sizes[group] += 1
-        _enough_patients(label, len(sizes), folds)
+        _enough_patients(label, list(sizes.elements()), folds)
         ranked = sorted(sizes, key=_place_in_numbering)
         series = {_place_in_numbering(group)[0] for group in ranked}
         runs = folds
@@ -136,7 +135,15 @@ def _place_in_numbering(group: str) -> tuple[str, int]:
     return (name[: match.start()], int(match[0])) if match else (name, 0)
 
 
-def _enough_patients(label: int, patients: int, folds: int) -> None:
+def _enough_patients(label: int, groups: Sequence[str], folds: int) -> None:
+    """Raises InputError where the images of a class, each with its patient, show too few."""
+    patients = len(set(groups))
+    if patients == 1 < len(groups) and _HASHED.fullmatch(groups[0]):
+        raise InputError(
+            f"all {len(groups)} images of class {label} carry the same PatientID (0010,0020), as"
+            " some programs that anonymise write it, so that no folds of patients can be made;"
+            " write into each file a PatientID of its patient's own"
+        )
     if patients < folds:
         raise InputError(
             f"{patients} patients of class {label} are too few for {folds} folds;"
@@ -190,8 +197,9 @@ def write_split(path: Path, examples: Sequence[Example], held_out: np.ndarray) -
         held_out: bool [n], true where the image validates.
     """
     with write_atomically(path) as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(["image", "patient", "label", "role"])
-        for example, validates in zip(examples, held_out, strict=True):
-            role = "validation" if validates else "train"
-            table.writerow([example.name, example.patient, example.label, role])
+        write_rows(file, [["image", "patient", "label", "role"]])
+        roles = ("validation" if validates else "train" for validates in held_out)
+        write_rows(
+            file,
+            ([e.name, e.patient, e.label, role] for e, role in zip(examples, roles, strict=True)),
+        )

@@ -1,0 +1,154 @@
+"""JPEG files: their luma, decoded so that damage is seen, and what they would cost.
+
+libjpeg goes on where the compressed data are damaged, paints the rest gray, and warns. Pillow keeps
+those warnings to itself; simplejpeg, the same libjpeg-turbo, raises them. The pixels are the same.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import simplejpeg
+
+from cnnjax.data.bounds import LARGEST_DECODED
+
+# Files of common encoders have up to 10 scans; each goes over all pixels anew.
+MOST_SCANS = 100
+MOST_SCANNED = 400_000_000  # pixels times scans
+
+_DAMAGE = "Corrupt JPEG data", "Premature end of JPEG", "Inconsistent progression"
+_MARKER = re.compile(rb"\xff+([^\x00\xff])")
+_SCAN, _ADOBE = 0xDA, 0xEE
+_WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD9)}
+_FRAMES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # SOF of JPEG and of JPEG-LS
+_PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
+
+
+class Damaged(ValueError):
+    """The compressed data are damaged; the text is libjpeg's."""
+
+
+class Header(NamedTuple):
+    """What a JPEG or JPEG-LS file says of itself before its first scan."""
+
+    width: int
+    height: int
+    components: int
+    bits: int
+    progressive: bool
+    tells_colours: bool
+    """Whether Adobe's marker, or components named R, G and B, tell the state of its colours."""
+
+
+def header_of(encoded: bytes) -> Header | None:
+    """Returns the header of a JPEG or JPEG-LS file; None where it has none."""
+    adobe, frame = False, None
+    for marker, start in _segments(encoded):
+        body = encoded[start + 2 : start + 17]
+        if marker == _ADOBE and body.startswith(b"Adobe"):
+            # libjpeg passes over shorter ones.
+            adobe = int.from_bytes(encoded[start : start + 2], "big") >= 14
+        elif marker in _FRAMES and len(body) >= 6:
+            frame = marker, body
+        elif marker == _SCAN:
+            break
+    if frame is None:
+        return None
+    marker, body = frame
+    height, width = int.from_bytes(body[1:3], "big"), int.from_bytes(body[3:5], "big")
+    named = body[6:15:3] in (b"RGB", b"rgb")
+    return Header(width, height, body[5], body[0], marker in _PROGRESSIVE, adobe or named)
+
+
+def cost_fault(encoded: bytes, width: int, height: int, components: int, progressive: bool) -> str:
+    """Returns why a JPEG would take too long or too much memory; empty where it would not.
+
+    Args:
+        encoded: the file.
+        width: of the image in pixels.
+        height: of the image in pixels.
+        components: 1 for gray, 3 for colour.
+        progressive: whether coefficients of the whole image are kept until the last scan.
+    """
+    if not progressive and (components == 1 or _interleaved(encoded, components)):
+        return ""  # libjpeg reads the first scan alone
+    if width * height * components * 2 > LARGEST_DECODED * 3 // 2:
+        return f"too many pixels for a JPEG of several scans: {width} x {height}"
+    most = min(MOST_SCANS, MOST_SCANNED // (width * height))
+    if encoded.count(bytes([0xFF, _SCAN])) <= most:  # with those of a thumbnail
+        return ""
+    scans = itertools.islice((m for m, _ in _segments(encoded) if m == _SCAN), most + 1)
+    if len(list(scans)) > most:
+        return f"a JPEG of more than {most} scans over {width} x {height} pixels"
+    return ""
+
+
+def _interleaved(encoded: bytes, components: int) -> bool:
+    """Tells whether the first scan holds all components."""
+    first = next((start for marker, start in _segments(encoded) if marker == _SCAN), None)
+    return first is not None and encoded[first + 2 : first + 3] == bytes([components])
+
+
+def luma(encoded: bytes, width: int, height: int, reduced: int = 1) -> np.ndarray:
+    """Decodes a JPEG to its luma (ITU-R 601).
+
+    Args:
+        encoded: the file.
+        width: of the image in pixels.
+        height: of the image in pixels.
+        reduced: 1, 2, 4 or 8, by which to divide the sides while decoding (libjpeg's scaled inverse
+            DCT).
+
+    Returns:
+        uint8 [ceil(height / reduced), ceil(width / reduced)].
+
+    Raises:
+        Damaged: libjpeg warns of damage.
+        ValueError: it cannot be decoded, or libjpeg warns of something else.
+    """
+    try:
+        pixels: np.ndarray = simplejpeg.decode_jpeg(
+            encoded,
+            "GRAY",
+            min_height=-(-height // reduced),
+            min_width=-(-width // reduced),
+            min_factor=reduced,
+        )
+    except ValueError as error:
+        if str(error).startswith(_DAMAGE):
+            raise Damaged(str(error)) from None
+        raise
+    return pixels[..., 0]
+
+
+def rgb(encoded: bytes) -> np.ndarray:
+    """Decodes a JPEG of which `Header.tells_colours` to uint8 [height, width, 3]; ValueError."""
+    pixels: np.ndarray = simplejpeg.decode_jpeg(encoded, "RGB", strict=False)
+    return pixels
+
+
+def expect_whole(encoded: bytes, width: int, height: int) -> None:
+    """Raises Damaged where libjpeg warns of damage; for files that something else decodes."""
+    try:
+        luma(encoded, width, height, 8)
+    except Damaged:
+        raise
+    except ValueError:
+        pass  # of a kind that libjpeg does not take to gray, or a warning of another thing
+
+
+def _segments(encoded: bytes) -> Iterator[tuple[int, int]]:
+    """Yields (marker, start of the segment's length) of a JPEG, over its compressed data too."""
+    at = 0
+    while match := _MARKER.search(encoded, at):
+        marker, at = match[1][0], match.end()
+        if marker == 0xD9:
+            return
+        if marker in _WITHOUT_LENGTH:
+            continue
+        yield marker, at
+        at += max(2, int.from_bytes(encoded[at : at + 2], "big"))

@@ -1,0 +1,123 @@
+"""PNG files: what Pillow leaves to be done, of chunks and of transparency."""
+
+from __future__ import annotations
+
+import re
+import struct
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from cnnjax.data.bounds import LARGEST_DECODED
+
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+# What Pillow needs of a file to show its pixels, and the way they are turned.
+_KEPT = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf"}
+_XMP = b"XML:com.adobe.xmp\0"
+_XMP_READ = 2**22
+_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
+
+
+def without_text(encoded: bytes) -> bytes:
+    """Returns a PNG without texts and profiles, which Pillow refuses if large or damaged.
+
+    The orientation that an XMP text tells is kept.
+    """
+    kept = [SIGNATURE]
+    for kind, body, whole in _chunks(encoded):
+        if kind in _KEPT:
+            kept.append(whole)
+        elif kind == b"iTXt" and body.startswith(_XMP):
+            kept.append(_orientation_only(body))
+    return b"".join(kept)
+
+
+def _chunks(encoded: bytes) -> Iterator[tuple[bytes, bytes, bytes]]:
+    """Yields (kind, body, whole chunk), and at the end what is left of a chunk that is cut."""
+    at = len(SIGNATURE)
+    while at < len(encoded):
+        (length,) = struct.unpack(">I", encoded[at : at + 4].ljust(4, b"\0"))
+        whole = encoded[at : at + 12 + length]
+        yield whole[4:8], whole[8 : 8 + length], whole
+        at += len(whole)
+
+
+def expect_whole(encoded: bytes) -> None:
+    """Raises ValueError where a checksum of the pixels is wrong: Pillow does not look at these."""
+    view, at = memoryview(encoded), len(SIGNATURE)
+    while at + 8 <= len(encoded):
+        (length,) = struct.unpack(">I", view[at : at + 4])
+        kind, end = bytes(view[at + 4 : at + 8]), at + 8 + length
+        if kind == b"IDAT" and zlib.crc32(view[at + 4 : end]) != int.from_bytes(
+            view[end : end + 4], "big"
+        ):
+            raise ValueError("a wrong checksum of IDAT")
+        at = end + 4
+
+
+def _orientation_only(body: bytes) -> bytes:
+    """Returns an iTXt chunk of the XMP orientation alone; empty where there is none."""
+    compressed = body[len(_XMP) : len(_XMP) + 1] == b"\1"
+    _, _, text = body[len(_XMP) + 2 :].partition(b"\0")[2].partition(b"\0")
+    if compressed:
+        try:
+            text = zlib.decompressobj().decompress(text, _XMP_READ)
+        except zlib.error:
+            return b""
+    found = _ORIENTATION.search(text[:_XMP_READ])
+    if found is None:
+        return b""
+    body = b"iTXt" + _XMP + b'\0\0\0\0tiff:Orientation="' + found[1] + b'"'
+    return struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+
+
+def memory_fault(mode: str, width: int, height: int, transparent: bool) -> str:
+    """Returns why a PNG would take too much memory; empty where it would not.
+
+    Args:
+        mode: Pillow's.
+        width: of the image in pixels.
+        height: of the image in pixels.
+        transparent: whether it becomes RGBA.
+    """
+    deep = mode.startswith(("I", "F"))
+    each = 4 if transparent and not deep else {"1": 1, "L": 1, "P": 1}.get(mode, 2 if deep else 4)
+    if width * height * each > LARGEST_DECODED:
+        return f"too many pixels: {width} x {height} of {each} bytes"
+    return ""
+
+
+def gray_key(encoded: bytes) -> tuple[int, int] | None:
+    """Returns (value, bits) of the gray that is transparent; None where there is none.
+
+    The value is one of the file's own depth, where Pillow scales those of 2 and 4 bits to 8.
+    """
+    bits, colour = encoded[24], encoded[25]
+    if colour != 0:
+        return None
+    for kind, body, _ in _chunks(encoded):
+        if kind == b"IDAT":
+            break
+        if kind == b"tRNS" and len(body) >= 2:
+            return int.from_bytes(body[:2], "big") & (2**bits - 1), bits
+    return None
+
+
+def scale_of(deepest: int) -> float:
+    """Returns by what to divide 16-bit values for 8-bit ones, given the largest.
+
+    Scanners write 10, 12 or 14 bits into files of 16; these count from 0 to what they can hold.
+    """
+    bits = deepest.bit_length()
+    return (2 ** max(bits, 8) - 1) / 255 if 0 < bits <= 14 else 257
+
+
+def with_key_black(pixels: np.ndarray, key: tuple[int, int]) -> np.ndarray:
+    """Returns gray pixels as Pillow reads them, those of the transparent value black."""
+    value, bits = key
+    if pixels.dtype == bool:
+        return pixels & (pixels != bool(value))
+    seen = value if bits > 8 else value * 255 // (2**bits - 1)
+    return np.where(pixels == seen, 0, pixels).astype(pixels.dtype)

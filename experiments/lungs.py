@@ -33,7 +33,8 @@ from cnnjax.config import AugmentConfig, DeviceConfig, TrainConfig
 from cnnjax.data import cache, phantom
 from cnnjax.data.batches import Feeder, epoch_rows
 from cnnjax.data.decode import decode
-from cnnjax.data.index import IMAGE_SUFFIXES, Example, read_index
+from cnnjax.data.index import Example, read_index
+from cnnjax.data.names import IMAGE_SUFFIXES
 from cnnjax.data.patients import grouped_folds
 from cnnjax.data.rerender import (
     RENDERINGS,

@@ -28,6 +28,7 @@ from cnnjax.data import phantom
 from cnnjax.data.decode import decode
 from cnnjax.errors import InputError
 from cnnjax.explain import make_grad_cam, make_hires_cam, make_occlusion
+from cnnjax.lungs import put_back
 from cnnjax.metrics import proportion
 from cnnjax.predict import FEW, Predictor
 from cnnjax.steps import variables_of
@@ -109,6 +110,8 @@ def main() -> int:
     options = tyro.cli(Options, description=__doc__)
     predictor = Predictor.open(options.run, devices.make_mesh(options.device))
     images, opacity = draw(options.images, predictor.size)
+    framed = predictor.frame(images)
+    lungs = predictor.lungs(images) if predictor.framed else None
 
     makers = {
         "hires-cam": make_hires_cam,
@@ -120,9 +123,14 @@ def main() -> int:
         explain = makers[method](predictor.model)
         maps = [
             np.mean([explain(variables_of(m), jnp.asarray(c)) for m in predictor.members], axis=0)
-            for c in np.split(images, range(FEW, len(images), FEW))
+            for c in np.split(framed.images, range(FEW, len(images), FEW))
         ]
-        found[method] = score(np.concatenate(maps), opacity)
+        heat = put_back(np.concatenate(maps), framed.boxes, predictor.size)
+        found[method] = score(heat, opacity)
+        if lungs is not None:
+            heat = np.maximum(heat, 0)
+            share = (heat * lungs).sum((1, 2)) / np.maximum(heat.sum((1, 2)), 1e-12)
+            found[method]["in_lungs"] = float(share.mean())
     print(f"{predictor.about}, {options.images} phantoms")
     for name, row in found.items():
         low, high = row["ci95"]
@@ -130,6 +138,7 @@ def main() -> int:
             f"{name:<10} hits {row['hits']} of {row['of']}: {row['hit_rate']:.3f}"
             f" [{low:.3f}, {high:.3f}] (chance {row['chance']:.3f});"
             f" {row['ratio']:.1f} times as hot inside as outside"
+            + (f"; {row['in_lungs']:.0%} of the heat in the lungs" if lungs is not None else "")
         )
     if options.json is not None:
         write_json(options.json, {"images": options.images, "methods": found})

@@ -146,7 +146,7 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Predict:
-    """Give each image's probability and class, or neither where it shows no lungs.
+    """Give each image's probability and class; neither where it is blank or shows no lungs.
 
     The exit status is 2 if an image could not be read.
     """
@@ -218,13 +218,14 @@ class Predict:
         if images is not None:
             framed = predictor.frame(images)
             probabilities = point.probabilities(predictor.logits(framed), self.prevalence)
-            for i, probability, lungs in zip(
-                good, probabilities.tolist(), framed.found.tolist(), strict=True
+            blank = images.min((1, 2)) == images.max((1, 2))
+            for i, probability, lungs, empty in zip(
+                good, probabilities.tolist(), framed.found.tolist(), blank.tolist(), strict=True
             ):
                 if predictor.framed:
                     rows[i]["lungs"] = lungs
-                if not lungs:
-                    doubt = "no lungs found: is this a frontal chest radiograph?"
+                if empty or not lungs:
+                    doubt = _NO_LUNGS if not empty else "all pixels have the same gray level"
                     rows[i]["warning"] = "; ".join(filter(None, (rows[i].get("warning"), doubt)))
                     continue
                 positive = probability >= threshold
@@ -530,6 +531,7 @@ def _check_probabilities(threshold: float | None, prevalence: float | None) -> N
         raise InputError(f"--prevalence must be between 0 and 1, got {prevalence}")
 
 
+_NO_LUNGS = "no lungs found: is this a frontal chest radiograph?"
 _PREDICTED = ("path", "probability", "class", "confidence", "lungs", "warning", "error")
 _JUDGED = ("image", "patient", "truth", "probability", "class", "lungs")
 
@@ -553,7 +555,7 @@ def _table(rows: Sequence[dict[str, Any]], positive: str, threshold: float) -> s
         if "error" in row:
             lines.append((row["path"], "", "not read", ""))
         elif "class" not in row:
-            lines.append((row["path"], "", "no lungs found", ""))
+            lines.append((row["path"], "", "nothing found", ""))
         else:
             sure = f"{100 * row['confidence']:.1f} %"
             lines.append((row["path"], f"{row['probability']:.4f}", row["class"], sure))

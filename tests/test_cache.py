@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from cnnjax.data import cache
 from cnnjax.data.decode import MissingDecoder, decode
@@ -174,3 +176,61 @@ def test_unwritable_cache_is_named(copy: Path, tmp_path: Path) -> None:
 def test_index_of_the_fixture(tree: Path) -> None:
     index: Index = read_index(tree)
     assert (len(index.split("train")), len(index.split("val"))) == (96, 8)
+
+
+def spoiled_cut(home: Path) -> None:
+    path = home / "images.npy"
+    path.write_bytes(path.read_bytes()[:5000])
+
+
+def spoiled_bit(home: Path) -> None:
+    path = home / "images.npy"
+    content = bytearray(path.read_bytes())
+    content[-1000] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        pytest.param(lambda home: (home / "done.json").write_text(""), id="empty"),
+        pytest.param(lambda home: (home / "done.json").write_text("[]"), id="no object"),
+        pytest.param(lambda home: (home / "images.npy").unlink(), id="gone"),
+        pytest.param(spoiled_cut, id="cut"),
+        pytest.param(spoiled_bit, id="bit"),
+    ],
+)
+def test_a_damaged_cache_is_made_anew(
+    copy: Path, tmp_path: Path, spoil: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = load(copy, tmp_path / "cache")
+    (home,) = (tmp_path / "cache").glob("images-*")
+    pixels = np.array(before.images)
+    del before
+    spoil(home)
+    again = load(copy, tmp_path / "cache")
+    np.testing.assert_array_equal(again.images, pixels)
+    assert "is damaged and is made anew" in capsys.readouterr().err
+    load(copy, tmp_path / "cache")
+    assert "damaged" not in capsys.readouterr().err
+
+
+def test_trees_of_equal_names_sizes_and_times_share_nothing(tmp_path: Path) -> None:
+    """Nor does a file whose content is replaced in place, under its old time."""
+    for level, tree in ((40, "a"), (200, "b")):
+        for kind in ("NORMAL", "PNEUMONIA"):
+            path = tmp_path / tree / "test" / kind / "film.png"
+            path.parent.mkdir(parents=True)
+            Image.new("L", (24, 24), level).save(path)
+            os.utime(path, ns=(10**18, 10**18))
+
+    def levels(tree: str) -> set[int]:
+        decoded = load(tmp_path / tree, tmp_path / "cache")
+        return set(np.unique(decoded.images).tolist())
+
+    assert (levels("a"), levels("b")) == ({40}, {200})
+    for kind in ("NORMAL", "PNEUMONIA"):
+        path = tmp_path / "a" / "test" / kind / "film.png"
+        path.write_bytes((tmp_path / "b" / "test" / kind / "film.png").read_bytes())
+        os.utime(path, ns=(10**18, 10**18))
+    assert levels("a") == {200}

@@ -250,27 +250,27 @@ def test_predict_says_that_there_are_no_lungs(
     run: Path, films: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Image.fromarray(films[0]).save(tmp_path / "film.png")
-    Image.fromarray(blanks()[0]).save(tmp_path / "black.png")
-    names = [str(tmp_path / name) for name in ("black.png", "film.png")]
+    Image.fromarray(blanks()[4]).save(tmp_path / "stripes.png")
+    names = [str(tmp_path / name) for name in ("stripes.png", "film.png")]
     command = ["predict", *names, "--run", str(run), "--csv", str(tmp_path / "table.csv")]
     with pytest.raises(SystemExit) as ended:
         cli.main([*command, "--heatmap", str(tmp_path / "heat")])
     assert ended.value.code == 0
     printed = capsys.readouterr()
-    black, film = map(json.loads, printed.out.splitlines())
-    assert black["lungs"] is False
-    assert "no lungs found: is this a frontal chest radiograph?" in black["warning"]
-    assert not {"probability", "class", "confidence"} & black.keys()
+    stripes, film = map(json.loads, printed.out.splitlines())
+    assert stripes["lungs"] is False
+    assert "no lungs found: is this a frontal chest radiograph?" in stripes["warning"]
+    assert not {"probability", "class", "confidence"} & stripes.keys()
     assert film["lungs"] is True
     assert film["class"] in ("NORMAL", "PNEUMONIA")
-    assert "black.png: warning: no lungs found" in printed.err
+    assert "stripes.png: warning: no lungs found" in printed.err
     lines = (tmp_path / "table.csv").read_text().splitlines()
     assert lines[0].split(",")[:5] == ["path", "probability", "class", "confidence", "lungs"]
     assert lines[1].split(",")[1:5] == ["", "", "", "False"]
-    assert {path.name for path in (tmp_path / "heat").iterdir()} == {"black.png", "film.png"}
+    assert {path.name for path in (tmp_path / "heat").iterdir()} == {"stripes.png", "film.png"}
     with pytest.raises(SystemExit):
         cli.main(["predict", *names, "--run", str(run), "--format", "table"])
-    assert "no lungs found" in capsys.readouterr().out
+    assert "nothing found" in capsys.readouterr().out
 
 
 def test_evaluate_counts_films_without_lungs(
@@ -301,3 +301,16 @@ def test_a_damaged_finder_is_refused(tmp_path: Path) -> None:
     path.write_bytes(lungs.SHIPPED.read_bytes()[:1000])
     with pytest.raises(InputError, match="holds no lung finder"):
         lungs.read(path)
+
+
+@pytest.mark.parametrize("side", [1, 60])
+def test_predict_says_that_an_image_is_blank(
+    side: int, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("L", (side, side), 90).save(tmp_path / "blank.png")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["predict", str(tmp_path / "blank.png"), "--run", str(run)])
+    assert ended.value.code == 0
+    (row,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert "all pixels have the same gray level" in row["warning"]
+    assert not {"probability", "class", "confidence"} & row.keys()

@@ -1,8 +1,9 @@
 """Decode once: images on disk to one memory-mapped uint8 array, found again at the next start.
 
-The array lies in a folder named by a hash of what it was made from: names, sizes, times (in a zip,
-checksums) and decode settings. The folder appears whole or not at all, so any number of processes
-may look for it or make it at once.
+The array lies in a folder named by a hash of what it was made from: names, sizes, times and inodes
+(in a zip, checksums) and decode settings. The folder appears whole or not at all, so any number of
+processes may look for it or make it at once. Its checksum is verified whenever it is read, and what
+is damaged is made anew.
 """
 
 from __future__ import annotations
@@ -11,16 +12,26 @@ import hashlib
 import itertools
 import json
 import os
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from cnnjax.data.decode import DecodeError, MissingDecoder, decode
-from cnnjax.data.files import no_cache, save_array, sweep, work_folder, write_atomically, write_rows
+from cnnjax.data.files import (
+    checksum,
+    no_cache,
+    save_array,
+    sweep,
+    work_folder,
+    write_atomically,
+    write_rows,
+)
 from cnnjax.data.index import Example, Source, viral_of
 from cnnjax.errors import InputError
 from cnnjax.machine import cache_folder, cpu_cores
@@ -90,14 +101,19 @@ def load(
     folder = cache_folder() if folder is None else folder
     key = _key(examples, source, size)
     home = folder / f"images-{size}-{key[:32]}"
-    if not _is_final(home):
+    kept = _read(home)
+    if kept is None or not kept.final:
+        if kept is None and home.exists():
+            print(f"{home} is damaged and is made anew", file=sys.stderr)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _decode_into(home, examples, source, size, progress)
         except OSError as error:
             raise no_cache(folder, error) from None
-    done = json.loads((home / "done.json").read_text("utf-8"))
-    quarantine = tuple((name, reason) for name, reason in done["quarantine"])
+        kept = _read(home)
+    if kept is None:
+        raise InputError(f"{home} cannot be read back; choose another disk with --data.cache")
+    quarantine = kept.quarantine
     if quarantine and strict:
         name, reason = quarantine[0]
         more = f", and {len(quarantine) - 1} more files like it" if len(quarantine) > 1 else ""
@@ -107,8 +123,32 @@ def load(
     if not whole:
         name, reason = quarantine[0]
         raise InputError(f"none of the {len(examples)} images can be decoded: {name}: {reason}")
-    images = np.load(home / "images.npy", mmap_mode="r")
-    return Decoded(images, whole, quarantine, _fingerprint(examples, quarantine, done["pixels"]))
+    fingerprint = _fingerprint(examples, quarantine, kept.pixels)
+    return Decoded(kept.images, whole, quarantine, fingerprint)
+
+
+class _Kept(NamedTuple):
+    """What lies in a folder of the cache."""
+
+    images: np.ndarray
+    quarantine: tuple[tuple[str, str], ...]
+    pixels: str
+    """The checksum of the images."""
+    final: bool
+    """Whether everything is decoded that ever will be."""
+
+
+def _read(home: Path) -> _Kept | None:
+    """Returns what a folder of the cache holds; None where it holds nothing, or is damaged."""
+    try:
+        done = json.loads((home / "done.json").read_text("utf-8"))
+        images = np.load(home / "images.npy", mmap_mode="r", allow_pickle=False)
+        quarantine = tuple((name, reason) for name, reason in done["quarantine"])
+        if checksum(images) == done["pixels"]:
+            return _Kept(images, quarantine, done["pixels"], bool(done.get("final", True)))
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return None
 
 
 def write_quarantine(path: Path, quarantine: Sequence[tuple[str, str]]) -> None:
@@ -180,7 +220,7 @@ def _decode_into(
                 else:
                     images[row] = outcome
                     row += 1
-        pixels = hashlib.sha256(np.ascontiguousarray(images[:row]).data).hexdigest()
+        pixels = checksum(images[:row])
         images.flush()
         del images
         if quarantine:
@@ -188,7 +228,7 @@ def _decode_into(
         with write_atomically(work / "done.json") as file:
             done = {"pixels": pixels, "quarantine": quarantine, "final": not passing}
             json.dump(done, file)
-        if home.exists() and not _is_final(home):
+        if home.exists() and ((kept := _read(home)) is None or not kept.final):
             home.rename(work.with_name("before"))  # goes with the work folder
         try:
             work.rename(home)
@@ -196,14 +236,6 @@ def _decode_into(
             # Another process was first; what it made is what we made.
             if not (home / "done.json").exists():
                 raise
-
-
-def _is_final(home: Path) -> bool:
-    """Tells whether everything is decoded that ever will be."""
-    try:
-        return bool(json.loads((home / "done.json").read_text("utf-8")).get("final", True))
-    except (FileNotFoundError, NotADirectoryError):
-        return False
 
 
 def _claim_disk(path: Path) -> None:

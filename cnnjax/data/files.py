@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import glob
+import hashlib
 import os
 import secrets
 import shutil
@@ -94,6 +95,14 @@ def save_array(path: Path, array: np.ndarray) -> None:
         np.save(file, array)
         file.flush()
         os.fsync(file.fileno())
+
+
+def checksum(array: np.ndarray) -> str:
+    """Returns the SHA-256 of an array's bytes, read a part at a time."""
+    digest = hashlib.sha256()
+    for start in range(0, len(array), 1024):
+        digest.update(np.ascontiguousarray(array[start : start + 1024]).data)
+    return digest.hexdigest()
 
 
 def sweep(home: Path) -> None:

@@ -7,6 +7,8 @@ all, as the decoded films themselves (`cnnjax.data.cache`).
 from __future__ import annotations
 
 import hashlib
+import json
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +20,9 @@ from cnnjax import devices, lungs
 from cnnjax.config import DataConfig, DeviceConfig
 from cnnjax.data import cache
 from cnnjax.data.cache import Decoded
-from cnnjax.data.files import no_cache, save_array, sweep, work_folder
+from cnnjax.data.files import checksum, no_cache, save_array, sweep, work_folder, write_atomically
 from cnnjax.data.index import Example, Source
+from cnnjax.errors import InputError
 from cnnjax.machine import cache_folder
 
 _ARRAYS = ("images", "boxes", "found")
@@ -54,23 +57,48 @@ def framed(films: Decoded, config: DataConfig, mesh: Mesh | None = None) -> Deco
     made_from = f"{films.fingerprint} {lungs.version()} {config.size}"
     key = hashlib.sha256(made_from.encode()).hexdigest()
     home = folder / f"framed-{config.size}-{key[:32]}"
-    if not home.is_dir():
+    arrays = _read(home)
+    if arrays is None:
+        if home.exists():
+            print(f"{home} is damaged and is made anew", file=sys.stderr)
         try:
             mesh = devices.make_mesh(DeviceConfig()) if mesh is None else mesh
             _frame_into(home, films.images, config.size, mesh)
         except OSError as error:
             raise no_cache(folder, error) from None
-    images, boxes, found = (np.load(home / f"{name}.npy", mmap_mode="r") for name in _ARRAYS)
+        arrays = _read(home)
+    if arrays is None:
+        raise InputError(f"{home} cannot be read back; choose another disk with --data.cache")
+    images, boxes, found = arrays
     return replace(
         films, images=images, boxes=boxes, found=found, films=films.images, fingerprint=key
     )
 
 
+def _read(home: Path) -> list[np.ndarray] | None:
+    """Returns the arrays of a folder; None where they are not there, or damaged."""
+    try:
+        checksums = json.loads((home / "done.json").read_text("utf-8"))
+        arrays = [
+            np.load(home / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS
+        ]
+        if [checksum(array) for array in arrays] == [checksums[name] for name in _ARRAYS]:
+            return arrays
+    except (OSError, EOFError, ValueError, KeyError, TypeError):
+        pass
+    return None
+
+
 def _frame_into(home: Path, films: np.ndarray, size: int, mesh: Mesh) -> None:
     sweep(home)
     with work_folder(home) as work:
-        for name, array in lungs.Framer(size, mesh)(films)._asdict().items():
+        arrays = lungs.Framer(size, mesh)(films)._asdict()
+        for name, array in arrays.items():
             save_array(work / f"{name}.npy", array)
+        with write_atomically(work / "done.json") as file:
+            json.dump({name: checksum(array) for name, array in arrays.items()}, file)
+        if home.exists() and _read(home) is None:
+            home.rename(work.with_name("before"))  # goes with the work folder
         try:
             work.rename(home)
         except OSError:

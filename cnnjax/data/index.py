@@ -72,8 +72,8 @@ class Source(Protocol):
             OSError: it cannot be read; the text says why.
         """
 
-    def signature(self, name: str) -> tuple[int, int]:
-        """Returns (size in bytes, time or checksum): another pair means other content."""
+    def signature(self, name: str) -> tuple[int, ...]:
+        """Returns numbers, the size in bytes first: others mean that the content may be another."""
 
 
 @dataclass(frozen=True)
@@ -190,12 +190,13 @@ class _Tree:
         with (self.root / name).open("rb") as file:
             return file.read(dicom.HEAD)
 
-    def signature(self, name: str) -> tuple[int, int]:
+    def signature(self, name: str) -> tuple[int, ...]:
         try:
             status = (self.root / name).stat()
         except OSError:  # a link to nowhere: decoding it will say so
             return -1, 0
-        return status.st_size, status.st_mtime_ns
+        # Copies may keep the time of the content's change; that of the inode's cannot be set.
+        return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 class _Zip:
@@ -227,7 +228,7 @@ class _Zip:
         with _named_broken(), self.archive.open(self.infos[name]) as entry:
             return entry.read(dicom.HEAD)
 
-    def signature(self, name: str) -> tuple[int, int]:
+    def signature(self, name: str) -> tuple[int, ...]:
         return self.infos[name].file_size, self.infos[name].CRC
 
 
@@ -287,7 +288,7 @@ class _Arrays:
         pixels: np.ndarray = self.array(f"{split}_images")[int(number)]
         return pixels[..., 0] if pixels.shape[2:] == (1,) else pixels
 
-    def signature(self, name: str) -> tuple[int, int]:
+    def signature(self, name: str) -> tuple[int, ...]:
         return self.members[f"{name.partition('/')[0]}_images.npy"]
 
 

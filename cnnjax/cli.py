@@ -18,6 +18,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from cnnjax import __version__
 from cnnjax.config import Config, DataConfig, DeviceConfig
 from cnnjax.errors import InputError, first_line
 from cnnjax.machine import cpu_cores
@@ -390,6 +391,9 @@ class Devices:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the `cnnjax` command and exits with its status."""
+    if (sys.argv[1:] if arguments is None else list(arguments)) == ["--version"]:
+        print(f"cnnjax {__version__}")
+        sys.exit(0)
     commands: Any = (
         Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Predict, tyro.conf.subcommand("predict")]

@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 from test_dicom import file_of
 
+import cnnjax
 from cnnjax import cli
 from cnnjax.config import Config, DataConfig, DeviceConfig, TrainConfig
 from cnnjax.data.cache import write_quarantine
@@ -586,3 +587,10 @@ def test_a_file_that_cannot_be_written_is_one_sentence_and_status_2(
     assert cli.guarded(study) == 2
     screen = capsys.readouterr().err
     assert screen == f"error: {tmp_path / 'nowhere' / 'rows.json'}: No such file or directory\n"
+
+
+def test_the_version_is_told_by_the_command_and_by_the_module() -> None:
+    told = subprocess.run(
+        [sys.executable, "-m", "cnnjax", "--version"], capture_output=True, text=True, check=True
+    )
+    assert told.stdout == f"cnnjax {cnnjax.__version__}\n"

@@ -1,0 +1,5 @@
+"""`python -m cnnjax`, the same as the command `cnnjax`."""
+
+from cnnjax.cli import main
+
+main()

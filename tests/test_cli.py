@@ -19,8 +19,7 @@ import pytest
 from PIL import Image
 from test_dicom import file_of
 
-import cnnjax
-from cnnjax import cli
+from cnnjax import __version__, cli
 from cnnjax.config import Config, DataConfig, DeviceConfig, TrainConfig
 from cnnjax.data.cache import write_quarantine
 from cnnjax.data.index import read_index
@@ -593,4 +592,4 @@ def test_the_version_is_told_by_the_command_and_by_the_module() -> None:
     told = subprocess.run(
         [sys.executable, "-m", "cnnjax", "--version"], capture_output=True, text=True, check=True
     )
-    assert told.stdout == f"cnnjax {cnnjax.__version__}\n"
+    assert told.stdout == f"cnnjax {__version__}\n"

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from cnnjax.operating import OperatingPoint
     from cnnjax.predict import Predictor
 
-__version__ = "0.2.0"
+__version__ = "0.2.0rc1"
 
 __all__ = [
     "AugmentConfig",

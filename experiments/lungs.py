@@ -2,8 +2,8 @@
 
     python experiments/lungs.py --data chest_xray --outlines lung_masks --out lungs.npz
 
-Hardware: 2 cores of an AMD EPYC (Zen 3). An epoch takes half a minute, the whole ten. On 908 images of
-held-out patients: Dice 0.941; docs/lungs.md has the rest.
+Hardware: 2 cores of an AMD EPYC (Zen 3). An epoch takes half a minute, the whole ten. On 908 images
+of held-out patients: Dice 0.941; docs/lungs.md has the rest.
 
 The outlines were drawn by people (V7 Labs' covid-19-xray-dataset, CC BY 4.0); `masks_128.npz` holds
 `names` and packed `masks`, `masks.csv` the native sizes. Two more kinds of pictures are trained on:

@@ -426,7 +426,7 @@ def test_folders_are_judged_whole(
     films = tmp_path / "films"
     (films / "folder.png").mkdir(parents=True)
     for path in (tmp_path / "store" / "a.png", films / "folder.png" / "b.PNG"):
-        Image.new("L", (30, 30)).save(path)
+        Image.linear_gradient("L").resize((30, 30)).save(path)
     (films / "ward").symlink_to(tmp_path / "store")
     (films / "notes.txt").touch()
     assert cnnjax("predict", "--run", run, films) == 0

@@ -33,12 +33,12 @@ def test_every_variant_of_the_ablation_differs_from_the_recipe() -> None:
 
     variants = ablation.variants(pneumonia.CONFIG)
     recipe = variants.pop(ablation.RECIPE)
-    assert recipe == replace(pneumonia.CONFIG, augment=replace(pneumonia.CONFIG.augment, views=1))
-    assert variants["with-views"] == pneumonia.CONFIG
+    assert recipe == pneumonia.CONFIG
+    assert variants["whole-films"].data.frame == variants["release-1"].data.frame == "whole"
     assert len({recipe, *variants.values()}) == 1 + len(variants)
     changed = replace(pneumonia.CONFIG, device=DeviceConfig("cpu"))
     assert ablation.variants(changed)[ablation.POST].device == DeviceConfig("cpu")
-    with pytest.raises(InputError, match="--only nothing: the variants are recipe, no-tone"):
+    with pytest.raises(InputError, match="--only nothing: the variants are recipe, whole-films"):
         ablation.Options(only=("nothing",))
     with pytest.raises(InputError, match=r"--data\.fold has no effect here"):
         ablation.Options(replace(pneumonia.CONFIG, data=DataConfig(fold=1)))
@@ -63,7 +63,9 @@ def test_ablation_makes_a_table_and_goes_on_where_it_was(tree: Path, tmp_path: P
         ("recipe", "blocks"),
         ("no-class-weights", "blocks"),
     ]
-    assert rows[0]["worst"]["auc"] <= rows[0]["mean"]["auc"]
+    worst = [group["auc"] for group in rows[0]["groups"].values()]
+    assert rows[0]["score"] == pytest.approx(sum(worst) / len(worst))
+    assert rows[0]["score"] <= rows[0]["mean"]["auc"]
     configs = {
         (path.parent.parent.name, path.parent.name): json.loads(path.read_text())
         for path in (tmp_path / "runs").glob("*/*/config.json")
@@ -75,7 +77,11 @@ def test_ablation_makes_a_table_and_goes_on_where_it_was(tree: Path, tmp_path: P
     assert written == {path: path.read_bytes() for path in written}  # nothing was trained again
     lines = ablation.table(rows).splitlines()
     assert len(lines) == 2 + 4
-    assert f"{rows[0]['mean']['auc']:.4f}" in lines[2]
+    assert f"{rows[0]['score']:.4f}" in lines[2]
+    pair = [{**row, "seed": seed} for row in rows[:2] for seed in (0, 1)]
+    pair[3] = {**pair[3], "score": pair[3]["score"] + 0.02}
+    apart = rows[1]["score"] - rows[0]["score"] + 0.01
+    assert ablation.table(pair).splitlines()[3].endswith(f"| {apart:+.4f} ± 0.0100 |")
     ablation.draw(rows, tmp_path / "plot.svg")
     assert (tmp_path / "plot.svg").read_text().startswith("<?xml")
 

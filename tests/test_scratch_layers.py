@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 import cnnjax.layers
-import cnnjax.steps
+from cnnjax import objectives
 from cnnjax.scratch import layers, losses
 
 # In units of the norm of what is expected. A bfloat16 has 8 bits of fraction; both sides start from
@@ -243,8 +243,8 @@ def cross_entropy(draw: st.DrawFn) -> Case:
 
     def ours(logits: jax.Array) -> jax.Array:
         # The networks return float32 whatever they compute in.
-        each = cnnjax.steps.weights_of(jnp.asarray(labels), weights)
-        return cnnjax.steps.cross_entropy(logits.astype(jnp.float32), labels, each, smoothing)
+        each = objectives.weights_of(jnp.asarray(labels), weights)
+        return objectives.cross_entropy(logits.astype(jnp.float32), labels, each, smoothing)
 
     return Case(
         (5 * logits,),

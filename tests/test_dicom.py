@@ -21,7 +21,7 @@ from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage
 
 from cnnjax import cli
-from cnnjax.data import dicom
+from cnnjax.data import dicom, phantom
 from cnnjax.data.decode import DecodeError, MissingDecoder, decode
 from cnnjax.data.index import read_index
 from cnnjax.data.patients import block_folds, grouped_folds
@@ -375,8 +375,9 @@ def test_predict_judges_a_dicom_file_and_passes_its_doubts_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     film, lateral = tmp_path / "film.dcm", tmp_path / "lateral.dcm"
-    film.write_bytes(file_of(Modality="DX", PatientID="7", PatientName="Doe^Jane"))
-    lateral.write_bytes(file_of(ViewPosition="LL"))
+    chest = phantom.draw(7, 0, 0, "normal").image
+    film.write_bytes(file_of(chest, Modality="DX", PatientID="7", PatientName="Doe^Jane"))
+    lateral.write_bytes(file_of(chest, ViewPosition="LL"))
     with pytest.raises(SystemExit) as ended:
         cli.main(["predict", str(film), str(lateral)])
     assert ended.value.code == 0

@@ -54,9 +54,8 @@ def make_hires_cam(model: Any) -> Explain:
     hangs on the maps' grid.
 
     On 200 phantoms its hottest place was on the opacity, or within a sixteenth of the side of it,
-    in 183; Grad-CAM's in 185, that of the occlusion below in 94 (`experiments/pointing.py` on a
-    run of `make train` on 2 CPU cores; docs/results/pointing.json). Of a network trained with other
-    random numbers it was in 196, 172 and 103.
+    in 192; Grad-CAM's in 191, that of the occlusion below in 93 (`experiments/pointing.py` on a
+    run of `make train` on 2 CPU cores; docs/results/pointing.json).
 
     Args:
         model: a network of `cnnjax.models`.

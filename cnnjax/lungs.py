@@ -26,6 +26,7 @@ from PIL import Image
 from cnnjax import devices
 from cnnjax.errors import InputError
 from cnnjax.models import LungFinder
+from cnnjax.release import unflatten
 
 PyTree = Any
 
@@ -233,14 +234,8 @@ def read(path: Path = SHIPPED) -> PyTree:
 def _read(path: Path) -> tuple[PyTree, str]:
     try:
         data = path.read_bytes()
-        tree: dict[str, Any] = {}
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
-            for name in file.files:
-                *where, last = name.split("/")
-                branch = tree
-                for part in where:
-                    branch = branch.setdefault(part, {})
-                branch[last] = file[name].astype(np.float32)
+            tree = jax.tree.map(lambda x: x.astype(np.float32), unflatten(file))
         finder_of(tree)
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         mend = "install cnnjax again" if path == SHIPPED else "train it with experiments/lungs.py"

@@ -110,20 +110,16 @@ def read(folder: Path = SHIPPED) -> Release:
         operating = points_from_json(document["operating"])
         size, about = document["size"], document["about"]
         frame = document.get("frame", "whole")  # that of the first release
-        members: list[dict[str, Any]] = [{} for _ in range(document["members"])]
+        count = int(document["members"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{path} is of another version of cnnjax ({error}); use that one, or {mend}"
         ) from None
     with np.load(io.BytesIO(weights), allow_pickle=False) as file:
-        for name in file.files:
-            member, *where = name.split("/")
-            branch = members[int(member)]
-            for part in where[:-1]:
-                branch = branch.setdefault(part, {})
-            branch[where[-1]] = file[name]
+        tree = unflatten(file)
+    members = tuple(tree[str(i)] for i in range(count))
     classes = negative, positive
-    return Release(model, size, frame, classes, augment, operating, tuple(members), about)
+    return Release(model, size, frame, classes, augment, operating, members, about)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -135,3 +131,15 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + name] = value
     return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the nested dicts that `flatten` made flat."""
+    tree: dict[str, Any] = {}
+    for name in flat:
+        *where, last = name.split("/")
+        branch = tree
+        for part in where:
+            branch = branch.setdefault(part, {})
+        branch[last] = flat[name]
+    return tree

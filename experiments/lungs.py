@@ -86,7 +86,7 @@ class Options:
     """Folder of pictures that are no chest radiographs, to count how many are flagged."""
     json: Path | None = None
     """Write the figures to this file."""
-    epochs: int = 24
+    epochs: int = 20
     """Passes over the images."""
     width: int = 16
     """Channels of the finest maps."""

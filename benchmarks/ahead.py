@@ -34,7 +34,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from measure import circumstances, headline, print_table, recipe_of, write_json
 from peaks import count_flops, peak_of
 
-from cnnjax import devices, programs, steps
+from cnnjax import devices, steps, train
 from cnnjax.augment import make_augment
 from cnnjax.cli import guarded
 from cnnjax.config import DeviceConfig
@@ -166,12 +166,12 @@ def compiled(target: Target, recipe: str, batch: int, count: int, forms: Forms) 
     images = jax.ShapeDtypeStruct((_IMAGES, size, size), jnp.uint8)
     whole: Any = images, numbers, numbers if auxiliary else None
     data = Resident(*whole)
-    feeds = jax.ShapeDtypeStruct((programs.TOGETHER[devices.platform(mesh)], batch), jnp.int32)
+    feeds = jax.ShapeDtypeStruct((devices.traits(mesh).steps, batch), jnp.int32)
     by_row = NamedSharding(mesh, PartitionSpec(None, devices.AXIS))
     start = time.perf_counter()
     choice = mock.patch.object(jax.lax, "platform_dependent", _default)
     with choice if forms == "default" else contextlib.nullcontext():
-        traced = programs.compile_steps(mesh, step).many.trace(
+        traced = train.compile_steps(mesh, step).many.trace(
             *shaped((state, data), everywhere), shaped(feeds, by_row), shaped(key, everywhere)
         )
     program = traced.lower(lowering_platforms=(platform,)).compile()

@@ -39,7 +39,7 @@ from measure import (
 )
 from PIL import Image
 
-from cnnjax import loop, programs
+from cnnjax import train
 from cnnjax.cli import guarded
 from cnnjax.config import Config, DataConfig, DeviceConfig, ModelConfig, TrainConfig
 from cnnjax.data import cache
@@ -176,7 +176,7 @@ def waiting_share(options: Options, scratch: Path, resident: bool) -> float:
         epochs.append((waited - before, time.perf_counter() - start))
         return found
 
-    def stepwise(mesh: Mesh, train_step: TrainStep) -> programs.Steps:
+    def stepwise(mesh: Mesh, train_step: TrainStep) -> train.Steps:
         steps = compile_steps(mesh, train_step)
         return steps._replace(one=lambda *x: jax.block_until_ready(steps.one(*x)), together=1)
 
@@ -188,9 +188,9 @@ def waiting_share(options: Options, scratch: Path, resident: bool) -> float:
     )
     if not resident:
         config = replace(config, data=replace(config.data, resident_mib=0))
-    compile_steps, take_epoch = programs.compile_steps, programs.take_epoch
-    with mock.patch.multiple(programs, Feeder=Watched, compile_steps=stepwise, take_epoch=epoch):
-        loop.fit(config)
+    compile_steps, take_epoch = train.compile_steps, train.take_epoch
+    with mock.patch.multiple(train, Feeder=Watched, compile_steps=stepwise, take_epoch=epoch):
+        train.fit(config)
     return sum(wait for wait, _ in epochs[1:]) / sum(seconds for _, seconds in epochs[1:])
 
 

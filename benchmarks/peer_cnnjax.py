@@ -1,4 +1,4 @@
-"""Our side of `peers.py`: the step as `cnnjax.loop` takes it, with the data set on the device."""
+"""Our side of `peers.py`: the step as `cnnjax.train` takes it, with the data set on the device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from peer_worker import Problem, serve
 
-from cnnjax import devices, programs, steps
+from cnnjax import devices, steps, train
 from cnnjax.config import DeviceConfig, ModelConfig
 from cnnjax.data.batches import Feeder
 from cnnjax.models import make_model
@@ -53,7 +53,7 @@ class Ours:
             if problem.decay
             else optax.adam(problem.rate, eps=problem.epsilon)
         )
-        self._step = programs.compile_steps(
+        self._step = train.compile_steps(
             self._mesh, steps.make_train_step(model, self._optimizer, lambda key, images: images)
         )
         self._eval = steps.make_eval_step(model)
@@ -63,9 +63,7 @@ class Ours:
             problem.images.reshape(-1, size, size), problem.labels.reshape(-1), self._mesh, 2**14
         )
         self._rows = np.arange(batches * batch, dtype=np.int32).reshape(batches, batch)
-        self._first = Batch(
-            jnp.asarray(problem.images[0]), jnp.asarray(problem.labels[0]), jnp.ones(batch, bool)
-        )
+        self._first = Batch(jnp.asarray(problem.images[0]), jnp.asarray(problem.labels[0]))
         self._state = self._start()
 
     def logits(self) -> np.ndarray:
@@ -85,7 +83,7 @@ class Ours:
     def train(self, steps: int) -> None:
         """See `peer_worker.Network`."""
         rows = np.resize(self._rows, (steps, self._rows.shape[1]))
-        for step, feed in programs.calls(self._step, self._feeder, rows):
+        for step, feed in train.calls(self._step, self._feeder, rows):
             self._state, _ = step(self._state, self._feeder.data, feed, self._key)
         jax.block_until_ready(self._state)
 

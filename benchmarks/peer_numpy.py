@@ -35,9 +35,8 @@ class Scratch:
         params = problem.tree()
         _, stats = model.init(np.random.default_rng(0), problem.images.shape[2])
         self._start = self._state = TrainState(0, params, stats, optimizer.init(params))
-        counts = np.ones(problem.labels.shape[1], bool)
         self._batches = [
-            Batch(images, labels, counts)
+            Batch(images, labels)
             for images, labels in zip(problem.images, problem.labels, strict=True)
         ]
         self._train = make_train_step(model, optimizer)

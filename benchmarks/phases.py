@@ -19,9 +19,9 @@ from typing import Any  # noqa: E402
 
 import jax  # noqa: E402
 
-from cnnjax import loop, programs  # noqa: E402
+from cnnjax import train  # noqa: E402
 from cnnjax.checkpoint import Checkpoints  # noqa: E402
-from cnnjax.programs import Alone  # noqa: E402
+from cnnjax.logits import make_logits  # noqa: E402
 from cnnjax.workdir import append_line  # noqa: E402
 
 
@@ -72,12 +72,12 @@ def main() -> None:
     """Runs the recipe named by the first argument with the others."""
     phases = Phases()
     jax.monitoring.register_event_duration_secs_listener(phases.compiled)
-    compile_steps = programs.compile_steps
+    compile_steps = train.compile_steps
 
-    def steps(*arguments: Any) -> programs.Steps:
+    def steps(*arguments: Any) -> train.Steps:
         one, many, together = compile_steps(*arguments)
         first = "compile and first steps"
-        return programs.Steps(
+        return train.Steps(
             phases.watch_first(first, one), phases.watch_first(first, many), together
         )
 
@@ -86,12 +86,14 @@ def main() -> None:
         if path.name == "metrics.jsonl":
             phases.lines.append((time.time(), phases.compiling))
 
-    vars(programs)["compile_steps"], vars(loop)["append_line"] = steps, line
-    phases.watch_all("index and decode", loop, "training_data")
-    phases.watch_all("train", programs, "take_epoch")
-    phases.watch_all("validate", Alone, "logits")
+    def logits(*arguments: Any) -> Any:
+        return phases.watch("validate", make_logits(*arguments))
+
+    vars(train).update(compile_steps=steps, append_line=line, make_logits=logits)
+    phases.watch_all("index and decode", train, "training_data")
+    phases.watch_all("train", train, "take_epoch")
     phases.watch_all("checkpoints", Checkpoints, "__init__", "save", "close")
-    phases.watch_all("evaluate", loop, "_conclude")
+    phases.watch_all("evaluate", train.Run, "conclude")
     report = phases.watch("report", importlib.import_module)("cnnjax.report")
     phases.watch_all("report", report, "write")
     recipe, sys.argv[1:] = sys.argv[1], sys.argv[2:]

@@ -23,7 +23,7 @@ from measure import circumstances, headline, print_table, recipe_of, write_json
 from cnnjax.cli import guarded
 from cnnjax.config import DeviceConfig
 from cnnjax.errors import InputError
-from cnnjax.loop import fit
+from cnnjax.train import fit
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,12 @@ import tyro
 from measure import call, circumstances_apart, headline, print_table, write_json
 from tqdm import tqdm
 
-from cnnjax import devices, programs, steps
+from cnnjax import devices, steps, train
 from cnnjax.augment import make_augment
 from cnnjax.cli import guarded
 from cnnjax.config import AugmentConfig, DeviceConfig, ModelConfig, TrainConfig
-from cnnjax.data.batches import Feeder, epoch_rows
+from cnnjax.data import batches
+from cnnjax.data.batches import Feeder
 from cnnjax.errors import InputError
 from cnnjax.models import make_model
 
@@ -79,7 +80,7 @@ def epoch(
     state: Any = jax.jit(
         lambda key: steps.init_state(model, optimizer, key, size), out_shardings=everywhere
     )(key)
-    step = programs.compile_steps(
+    step = train.compile_steps(
         mesh, steps.make_train_step(model, optimizer, make_augment(AugmentConfig()))
     )
     rng = np.random.default_rng(0)
@@ -88,16 +89,17 @@ def epoch(
     feeder = Feeder(pixels, rng.integers(0, 2, images).astype(np.int32), mesh, 2**15)
     jax.block_until_ready(feeder.data)
     place = time.perf_counter() - start
-    epoch_rows(key, 0, np.arange(images), batch)  # the first time, it compiles
+    numbers = range(-(-images // batch))
+    batches.step_rows(key, numbers, np.arange(images), batch)  # the first time, it compiles
     start = time.perf_counter()
-    order = epoch_rows(key, 1, np.arange(images), batch)
+    order = batches.step_rows(key, numbers, np.arange(images), batch)
     shuffle = time.perf_counter() - start
     some = np.resize(order, (16, batch))
     bar: Any = tqdm(disable=True)
     took = []
     for _ in range(rounds + 1):  # the first time, they compile
         start = time.perf_counter()
-        state, _ = programs.take_epoch(state, step, feeder, some, key, bar)
+        state, _ = train.take_epoch(state, step, feeder, some, key, bar)
         took.append(time.perf_counter() - start)
     seconds = float(np.median(took[1:])) / len(some)
     return {

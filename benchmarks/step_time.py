@@ -4,7 +4,7 @@
     python benchmarks/step_time.py --networks resnet --batches 32 128 512 --precisions float32 \\
         bfloat16 --json step_time.json --plot step_time.svg
 
-The step is the one that `cnnjax.loop` takes: it fetches the batch from the data set on the device,
+The step is the one that `cnnjax.train` takes: it fetches the batch from the data set on the device,
 augments it, and updates the weights; on an accelerator sixteen such steps are one call. Tracing,
 lowering and compiling are timed apart. Then each round times every row once, so that a busy machine
 slows all of them alike; a round is the mean over a few steps that end with the device idle, after
@@ -35,7 +35,7 @@ from jax.sharding import Mesh
 from measure import circumstances, headline, in_turn, print_table, spread, write_json
 from peaks import Peak, called_bytes, count_flops, peak_of
 
-from cnnjax import devices, programs, steps
+from cnnjax import devices, steps, train
 from cnnjax.augment import make_augment
 from cnnjax.cli import guarded
 from cnnjax.config import AugmentConfig, DeviceConfig, ModelConfig, TrainConfig
@@ -144,7 +144,7 @@ def compiled(
     rows = rng.integers(0, many, (16, batch)).astype(np.int32)
     key = jax.device_put(jax.random.key(1), everywhere)
     train_step = steps.make_train_step(model, optimizer, make_augment(AugmentConfig()))
-    taken = programs.compile_steps(mesh, train_step)
+    taken = train.compile_steps(mesh, train_step)
     fused = taken.together > 1
     feeds = list(feeder.feed_together(rows, 16) if fused else feeder.feed(rows))
     eval_step = steps.make_eval_step(model)
@@ -157,7 +157,7 @@ def compiled(
     on_cpu = devices.platform(mesh) == "cpu"
     if on_cpu:
         peak = peak.shared(mesh.size)
-    forward, train = count_flops(model, batch, size)
+    forward, whole = count_flops(model, batch, size)
 
     def prepare(name: str, jitted: Any, arguments: tuple[Any, ...], flops: int) -> Timed:
         seconds = [time.perf_counter()]
@@ -216,7 +216,7 @@ def compiled(
 
     step = taken.many if fused else taken.one
     return [
-        prepare("train", step, (start, feeder.data, feeds[0], key), train),
+        prepare("train", step, (start, feeder.data, feeds[0], key), whole),
         prepare("eval", judge, (start, feeder.data, alone), forward),
     ]
 

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
         TrainConfig,
     )
     from cnnjax.data.decode import DecodeError, decode
-    from cnnjax.errors import InputError
-    from cnnjax.loop import Result, fit, fit_all
+    from cnnjax.errors import InputError, TrainingError
     from cnnjax.metrics import Evaluation, evaluate
     from cnnjax.operating import OperatingPoint
     from cnnjax.predict import Predictor
+    from cnnjax.train import Result, fit
 
 __version__ = "0.2.0rc1"
 
@@ -40,19 +40,19 @@ __all__ = [
     "Predictor",
     "Result",
     "TrainConfig",
+    "TrainingError",
     "decode",
     "evaluate",
     "fit",
-    "fit_all",
 ]
 
 _HOMES = {
     "cnnjax.data.decode": ("DecodeError", "decode"),
-    "cnnjax.errors": ("InputError",),
-    "cnnjax.loop": ("Result", "fit", "fit_all"),
+    "cnnjax.errors": ("InputError", "TrainingError"),
     "cnnjax.metrics": ("Evaluation", "evaluate"),
     "cnnjax.operating": ("OperatingPoint",),
     "cnnjax.predict": ("Predictor",),
+    "cnnjax.train": ("Result", "fit"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -9,12 +9,13 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import orbax.checkpoint as ocp
 
 from cnnjax.errors import InputError, first_line
+from cnnjax.models import AUXILIARY
 from cnnjax.steps import TrainState
 
 Kind = Literal["latest", "best"]
@@ -95,16 +96,30 @@ class Checkpoints:
         Raises:
             InputError: there is no such checkpoint, or it does not fit the template.
         """
+        state: TrainState = self._read(kind, template)
+        return state
+
+    def _read(self, kind: Kind, template: TrainState | None) -> Any:
         epoch = self.epoch(kind)
         if epoch is None:
             raise InputError(f"{self.folder / kind} holds no checkpoint; has the run been trained?")
         manager = self._manager(kind)
         try:
-            state: TrainState = manager.restore(epoch, args=ocp.args.StandardRestore(template))
+            return manager.restore(epoch, args=ocp.args.StandardRestore(template))
         except (ValueError, KeyError, OSError) as error:
             where = manager.directory / str(epoch)
             raise InputError(f"{where} cannot be read ({first_line(error)})") from None
-        return state
+
+    def variables(self, kind: Kind) -> dict[str, Any]:
+        """Returns the Flax variables that a saved state is evaluated with, as NumPy arrays.
+
+        Raises:
+            InputError: there is no such checkpoint, or it cannot be read.
+        """
+        saved = self._read(kind, None)
+        params = saved.get("ema") or saved["params"]
+        evaluated = {name: value for name, value in params.items() if name != AUXILIARY}
+        return {"params": evaluated, "batch_stats": saved.get("batch_stats") or {}}
 
     def close(self) -> None:
         """Waits for what is being written, and releases what Orbax holds."""

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from cnnjax import __version__
 from cnnjax.config import Config, DataConfig, DeviceConfig
-from cnnjax.errors import InputError, first_line
+from cnnjax.errors import InputError, TrainingError, first_line
 from cnnjax.machine import cpu_cores
 from cnnjax.operating import OperatingPoint
 
@@ -417,7 +417,7 @@ def train(default: Config, description: str, arguments: Sequence[str] | None = N
     def run() -> int:
         config = tyro.cli(Config, default=default, description=description, args=arguments)
         from cnnjax import devices, report
-        from cnnjax.loop import fit
+        from cnnjax.train import fit
 
         result = fit(config)
         rules = result.summary["rules"]
@@ -454,6 +454,9 @@ def guarded(command: Callable[[], int]) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return _stopped()
     except BrokenPipeError:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -98,13 +99,53 @@ def platform(mesh: Mesh) -> str:
     return name
 
 
-def once(kind: str) -> dict[str, Any]:
-    """Returns `compiler_options` of `jax.jit` for a program that is run once on a `platform`.
+@dataclass(frozen=True)
+class Traits:
+    """What depends on the kind of machine; see `traits`."""
 
-    LLVM takes seconds to make random numbers fast on a CPU: 2.4 s to compile the initial state of
-    `experiments/pneumonia.py` on an AMD EPYC (Zen 3), 1.6 s so, for the same state to the bit.
-    """
-    return {"xla_backend_optimization_level": 1} if kind == "cpu" else {}
+    precision: Literal["float32", "bfloat16"]
+    """What `--train.precision auto` stands for."""
+    evaluated: int
+    """Images of up to `LARGEST` pixels to a side in one step of an evaluation. More fall out of a
+    CPU core's cache; a step of fewer takes an accelerator less time than calling it takes Python
+    (not measured)."""
+    framed: int
+    """Films that the lung finder sees at once."""
+    steps: int
+    """Train steps in one call. A step of a small network takes an accelerator less time than
+    calling it takes Python; a CPU's takes more, and XLA's convolutions are slow in its loops."""
+    once: tuple[tuple[str, Any], ...] = ()
+    """`compiler_options` of `jax.jit` for a program that is run once: LLVM takes longer to make
+    random numbers fast on a CPU than they take."""
+
+    def evaluated_at(self, side: int) -> int:
+        """Returns how many images of side x side pixels are evaluated in one step."""
+        return max(1, self.evaluated * LARGEST**2 // max(LARGEST, side) ** 2)
+
+
+LARGEST = 128
+"""Side, in pixels, up to which an evaluation takes `Traits.evaluated` images a step: the feature
+maps of all must fit in memory."""
+
+_ACCELERATOR = Traits("bfloat16", evaluated=1024, framed=1024, steps=16)
+TRAITS = {
+    "cpu": Traits(
+        "float32", evaluated=64, framed=64, steps=1, once=(("xla_backend_optimization_level", 1),)
+    ),
+    "gpu": _ACCELERATOR,
+    "tpu": _ACCELERATOR,
+}
+
+
+def traits(mesh: Mesh) -> Traits:
+    """Returns what depends on the kind of machine that a mesh's devices are."""
+    return TRAITS[platform(mesh)]
+
+
+def dividing(mesh: Mesh, batch: int) -> Mesh:
+    """Returns the mesh of as many of the devices as divide a batch into equal parts."""
+    count = next(n for n in range(min(mesh.size, batch), 0, -1) if batch % n == 0)
+    return mesh if count == mesh.size else Mesh(mesh.devices[:count], mesh.axis_names)
 
 
 def full_float32(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:

@@ -1,10 +1,17 @@
-"""The one exception that stands for a mistake in what the user gave."""
+"""The exceptions that the commands turn into one sentence."""
 
 
 class InputError(Exception):
     """Bad input: one sentence that names the file or the flag and says what to do.
 
     The commands print it without a traceback and exit with status 2.
+    """
+
+
+class TrainingError(Exception):
+    """Training came to something that is not finite; one sentence that says where.
+
+    The commands print it without a traceback and exit with status 1.
     """
 
 

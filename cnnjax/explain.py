@@ -88,14 +88,14 @@ def _maps_and_gradient(
     model: Any, variables: PyTree, images: jax.Array, name: str
 ) -> tuple[jax.Array, jax.Array]:
     """Returns feature maps and the logit's gradient by them, float32 [batch, h, w, channels]."""
-    shape = jax.eval_shape(lambda v, x: features_of(model, v, x, name=name)[1], variables, images)
+    shapes = jax.eval_shape(lambda v, x: features_of(model, v, x)[1], variables, images)
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
-    def logit(nudge: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits, maps = features_of(model, variables, images, nudge, name)
-        return logits.sum(), maps
+    def logit(perturbation: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits, maps = features_of(model, variables, images, nothing | {name: perturbation})
+        return logits.sum(), maps[name]
 
-    nothing = jnp.zeros(shape.shape, shape.dtype)
-    gradient, maps = jax.grad(logit, has_aux=True)(nothing)
+    gradient, maps = jax.grad(logit, has_aux=True)(nothing[name])
     return maps.astype(jnp.float32), gradient.astype(jnp.float32)
 
 
@@ -103,27 +103,22 @@ def features_of(
     model: Any,
     variables: PyTree,
     images: jax.Array,
-    nudge: jax.Array | None = None,
-    name: str = FINAL,
-) -> tuple[jax.Array, jax.Array]:
-    """Returns logits [batch] and feature maps [batch, height', width', channels].
+    perturbations: dict[str, jax.Array] | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns logits [batch] and feature maps [batch, height', width', channels] by name.
 
     Args:
-        model: a network of `cnnjax.models`.
+        model: a network of `cnnjax.models`, or one that names its maps `FINAL` and `FINE` likewise,
+            with `sow` into the collection `intermediates` and with `perturb`.
         variables: its variables.
         images: float32 [batch, height, width, 1] in [0, 1].
-        nudge: added to the maps; the logits' gradient by it is that by the maps.
-        name: which maps, `FINAL` or `FINE` of `cnnjax.models`.
+        perturbations: added to the maps of all names (`flax.linen.Module.perturb`); the logits'
+            gradient by one is that by the maps.
     """
-    logits, kept = model.apply(
-        variables,
-        images,
-        train=False,
-        nudge=None if nudge is None else {name: nudge},
-        mutable=["intermediates"],
-    )
-    (maps,) = kept["intermediates"][name]
-    return logits, maps
+    if perturbations is not None:
+        variables = variables | {"perturbations": perturbations}
+    logits, kept = model.apply(variables, images, train=False, mutable=["intermediates"])
+    return logits, {name: maps for name, (maps,) in kept["intermediates"].items()}
 
 
 def make_occlusion(model: Any, *, patch: float = 0.2, steps: int = 12) -> Explain:

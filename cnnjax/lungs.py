@@ -45,7 +45,7 @@ SHIPPED = Path(__file__).parent / "released" / "lungs.npz"
 _EDGE = 0.02  # of a row or column: the part that is lung where the box begins and ends
 _SMALLEST, _SURE, _VAGUE = 0.06, 0.8, 0.5  # see `found`
 _LEAST_WIDTH, _LEAST_HEIGHT = 0.35, 0.25
-_FEW, _AT_ONCE = 8, {"cpu": 64, "gpu": 1024, "tpu": 1024}  # films
+_FEW = 8  # up to so many films take a smaller program
 
 
 class Framed(NamedTuple):
@@ -277,7 +277,7 @@ class Framer:
 
     def _by_batch(self, program: Any, films: np.ndarray) -> list[np.ndarray]:
         # One film is answered sooner by a smaller program.
-        most = _FEW if len(films) <= _FEW else _AT_ONCE[devices.platform(self._mesh)]
+        most = _FEW if len(films) <= _FEW else devices.traits(self._mesh).framed
         most = -(-most // self._mesh.size) * self._mesh.size
         parts = []
         with devices.full_float32(self._mesh):

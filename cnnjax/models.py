@@ -1,15 +1,14 @@
 """The networks. The only module that imports Flax's layers.
 
-Every network is called as `model.apply(variables, images, train=..., mask=...)` with float images
-[batch, height, width, 1] in [0, 1], and returns logits [batch]. `mask` [batch] is false on rows
-that fill up a batch and must not count in batch statistics. `nudge` is for `cnnjax.explain`: it is
-added to the feature maps `FINAL` or `FINE`, by name.
+Every network is called as `model.apply(variables, images, train=...)` with float32 images [batch,
+height, width, 1] in [0, 1], and returns logits [batch]. Feature maps that `cnnjax.explain` looks at
+are named by `_exposed`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -162,20 +161,19 @@ class ConvPool(nn.Module):
 
 
 class BatchNorm(nn.Module):
-    """Batch norm over the rows that count (Ioffe and Szegedy, arXiv:1502.03167).
+    """Batch norm (Ioffe and Szegedy, arXiv:1502.03167).
 
-    Variables and variance, E[x^2] - E[x]^2, are those of `flax.linen.BatchNorm` with momentum 0.9,
-    whose masked mean counts the rows once for each pixel and channel. As a x + b, with two numbers
-    for each channel, it takes two sums over the batch forward and two backward. It computes in
-    float32 and returns that: rounded only after what follows, it costs one pass over the maps
-    fewer.
+    Variables and variance, E[x^2] - E[x]^2, are those of `flax.linen.BatchNorm` with momentum 0.9.
+    As a x + b, with two numbers for each channel, it takes two sums over the batch forward and two
+    backward. It computes in float32 and returns that: rounded only after what follows, it costs one
+    pass over the maps fewer.
     """
 
     scale_init: Initializer = nn.initializers.ones
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None) -> jax.Array:
-        """Maps [batch, height, width, channels] to the same in float32; `mask` is bool [batch]."""
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Maps [batch, height, width, channels] to the same in float32."""
         channels = x.shape[3:]
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
         running_variance = self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32)
@@ -183,11 +181,7 @@ class BatchNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, channels)
         x = x.astype(jnp.float32)
         if train:
-            rows = jnp.ones(x.shape[:1], x.dtype) if mask is None else mask.astype(x.dtype)
-            # The mask meets sums, not pixels: XLA would write down the masked feature maps.
-            share = (rows / rows.sum())[:, None]
-            mean = (share * x.mean((1, 2))).sum(0)
-            square = (share * jnp.square(x).mean((1, 2))).sum(0)
+            mean, square = x.mean((0, 1, 2)), jnp.square(x).mean((0, 1, 2))
             variance = jnp.maximum(0, square - jnp.square(mean))
             if not self.is_initializing():
                 running_mean.value = 0.9 * running_mean.value + 0.1 * mean
@@ -218,8 +212,6 @@ class BaselineCNN(nn.Module):
         images: jax.Array,
         *,
         train: bool = False,
-        mask: jax.Array | None = None,
-        nudge: Mapping[str, jax.Array] | None = None,
     ) -> jax.Array:
         """Returns logits [batch] of images [batch, height, width, 1]; see the module.
 
@@ -235,7 +227,7 @@ class BaselineCNN(nn.Module):
         x = _prepared(images, self)
         x = ConvPool(32, repeat=self.channels, dtype=self.dtype, name="conv1")(x)
         x = ConvPool(32, dtype=self.dtype, name="conv2")(x)
-        x = _exposed(self, FINAL, _exposed(self, FINE, x, nudge), nudge)
+        x = _exposed(self, FINAL, _exposed(self, FINE, x))
         x = x.reshape(x.shape[0], -1)
         dtype = layers.dense_dtype(self.dtype)
         x = nn.relu(nn.Dense(128, kernel_init=glorot, dtype=dtype, name="dense1")(x))
@@ -257,15 +249,15 @@ class ResidualBlock(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool, mask: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps [batch, height, width, in] to [batch, height', width', features]."""
         y = Conv(self.features, stride=self.stride, dtype=self.dtype, name="conv1")(x)
-        y = nn.relu(BatchNorm(name="norm1")(y, train=train, mask=mask))
+        y = nn.relu(BatchNorm(name="norm1")(y, train=train))
         y = Conv(self.features, dtype=self.dtype, name="conv2")(y)
-        y = BatchNorm(nn.initializers.zeros, name="norm2")(y, train=train, mask=mask)
+        y = BatchNorm(nn.initializers.zeros, name="norm2")(y, train=train)
         if x.shape != y.shape:
             shortcut = Conv(self.features, 1, self.stride, dtype=self.dtype, name="conv3")
-            x = BatchNorm(name="norm3")(shortcut(x), train=train, mask=mask)
+            x = BatchNorm(name="norm3")(shortcut(x), train=train)
         return nn.relu(x.astype(y.dtype) + y).astype(self.dtype)
 
 
@@ -292,8 +284,6 @@ class ResNet(nn.Module):
         images: jax.Array,
         *,
         train: bool = False,
-        mask: jax.Array | None = None,
-        nudge: Mapping[str, jax.Array] | None = None,
     ) -> jax.Array:
         """Returns logits [batch] of images [batch, height, width, 1]; see the module."""
         x = Conv(
@@ -304,7 +294,7 @@ class ResNet(nn.Module):
             dtype=self.dtype,
             name="stem",
         )(_prepared(images, self))
-        x = nn.relu(BatchNorm(name="stem_norm")(x, train=train, mask=mask)).astype(self.dtype)
+        x = nn.relu(BatchNorm(name="stem_norm")(x, train=train)).astype(self.dtype)
         for stage in range(self.stages):
             for block in range(self.depth):
                 x = ResidualBlock(
@@ -312,10 +302,10 @@ class ResNet(nn.Module):
                     stride=2 if stage > 0 and block == 0 else 1,
                     dtype=self.dtype,
                     name=f"stage{stage + 1}_block{block + 1}",
-                )(x, train=train, mask=mask)
+                )(x, train=train)
             if stage == max(0, self.stages - 2):
-                x = _exposed(self, FINE, x, nudge)
-        x = _exposed(self, FINAL, x, nudge)
+                x = _exposed(self, FINE, x)
+        x = _exposed(self, FINAL, x)
         x = x.mean((1, 2), dtype=jnp.float32)
         _second_head(self, x, train)
         return nn.Dense(1, dtype=jnp.float32, name="head")(x)[:, 0]
@@ -333,9 +323,7 @@ class LungFinder(nn.Module):
     width: int = 16
 
     @nn.compact
-    def __call__(
-        self, images: jax.Array, *, train: bool = False, mask: jax.Array | None = None
-    ) -> jax.Array:
+    def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
         """Returns logits [batch, height / 2, width / 2] of images [batch, height, width, 1].
 
         Height and width are multiples of 16.
@@ -343,7 +331,7 @@ class LungFinder(nn.Module):
 
         def block(x: jax.Array, features: int, name: str, stride: int = 1) -> jax.Array:
             x = Conv(features, stride=stride, name=f"{name}_conv")(x)
-            return nn.relu(BatchNorm(name=f"{name}_norm")(x, train=train, mask=mask))
+            return nn.relu(BatchNorm(name=f"{name}_norm")(x, train=train))
 
         width = self.width
         images = standardized(images)
@@ -369,15 +357,13 @@ def _enlarged(x: jax.Array) -> jax.Array:
     )
 
 
-def _exposed(
-    network: nn.Module, name: str, maps: jax.Array, nudge: Mapping[str, jax.Array] | None
-) -> jax.Array:
+def _exposed(network: nn.Module, name: str, maps: jax.Array) -> jax.Array:
     """Lets `cnnjax.explain` see feature maps, and take gradients by them."""
-    if nudge is not None and name in nudge:
-        maps = maps + nudge[name]
-    if not network.is_initializing():  # they are no variables of the network
-        network.sow("intermediates", name, maps)
-    return maps
+    if network.is_initializing():  # they are no variables of the network
+        return maps
+    network.sow("intermediates", name, maps)
+    perturbed: jax.Array = network.perturb(name, maps)
+    return perturbed
 
 
 def _second_head(network: BaselineCNN | ResNet, features: jax.Array, train: bool) -> None:

@@ -11,9 +11,11 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 
+from cnnjax import metrics
 from cnnjax.augment import Augment
 from cnnjax.models import AUXILIARY
 
@@ -23,18 +25,16 @@ _MIXUP = 2**31  # folded into a step's key; images fold in their rows, which are
 
 
 class Batch(NamedTuple):
-    """The images of one step, filled up to a fixed size."""
+    """The images of one step."""
 
     images: jax.Array
     """uint8 [batch, height, width]."""
     labels: jax.Array
     """int32 [batch], 1 for the positive class; for `Segmentation` uint8 [batch, height, width], 255
     on the object."""
-    mask: jax.Array
-    """bool [batch], false on rows that only fill up the batch."""
-    viral: jax.Array | None = None
-    """int32 [batch], 1 for a viral pneumonia, 0 for a bacterial one, -1 where that is not known;
-    None where nothing learns it."""
+    auxiliary: jax.Array | None = None
+    """int32 [batch], 0 or 1, what the auxiliary head learns; -1 where that is not known; None where
+    there is no such head."""
 
 
 class Losses(NamedTuple):
@@ -61,7 +61,7 @@ class Objective(Protocol):
         Args:
             key: of the step.
             augment: (key, images) -> images, or (key, images, maps) -> (images, maps).
-            batch: rows that only fill up are there too.
+            batch: the images of the step.
 
         Returns:
             float32 [batch, height, width, 1] in [0, 1], and any pytree of arrays for `losses`.
@@ -74,6 +74,14 @@ class Objective(Protocol):
             outputs: of the network, [batch, ...].
             kept: the `collections` that the network wrote.
             targets: of `prepare`.
+        """
+
+    def figures(self, outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """Returns what an epoch reports of held-out images, `loss` among it.
+
+        Args:
+            outputs: of the network, float [n, ...].
+            labels: [n, ...].
         """
 
 
@@ -91,7 +99,7 @@ class Binary(struct.PyTreeNode):
     mixup: float = struct.field(pytree_node=False, default=0.0)
     """Each image is mixed with the next, in shares from Beta(mixup, mixup); 0 mixes nothing."""
     auxiliary: float = struct.field(pytree_node=False, default=0.0)
-    """Weight of the same loss of the auxiliary head, by `Batch.viral`; 0 where the network has
+    """Weight of the same loss of the auxiliary head, by `Batch.auxiliary`; 0 where the network has
     none. (A mixed image counts as what its larger share is.)"""
 
     @property
@@ -105,24 +113,62 @@ class Binary(struct.PyTreeNode):
         labels = batch.labels.astype(jnp.float32)
         own = weights = weights_of(batch.labels, self.class_weights)
         if self.mixup:
-            seen = batch.mask.sum(dtype=jnp.int32)
-            mix_key = jax.random.fold_in(key, _MIXUP)
-            partner, share = _mixing(mix_key, self.mixup, seen, len(labels))
-            images = _mix(images, images[partner], share[:, None, None, None])
-            labels = _mix(labels, labels[partner], share)
-            weights = _mix(weights, weights[partner], share)
-        return images, (labels, weights, own, batch.labels, batch.viral)
+            share = _shares(jax.random.fold_in(key, _MIXUP), self.mixup, len(labels))
+            images = _mixed(images, share[:, None, None, None])
+            labels, weights = _mixed(labels, share), _mixed(weights, share)
+        return images, (labels, weights, own, batch.labels, batch.auxiliary)
 
     def losses(self, outputs: jax.Array, kept: PyTree, targets: PyTree) -> Losses:
         """See `Objective`; correct is an image on the right side of probability 0.5."""
-        labels, weights, own, truth, viral = targets
+        labels, weights, own, truth, second = targets
         reported = whole = cross_entropy(outputs, labels, weights, self.label_smoothing)
         if self.auxiliary:
-            assert viral is not None, "an auxiliary head needs Batch.viral"
+            assert second is not None, "an auxiliary head needs Batch.auxiliary"
             (logits,) = kept[AUXILIARY]["logits"]
-            more = cross_entropy(logits, viral, own, self.label_smoothing)
-            whole = reported + self.auxiliary * jnp.where(viral >= 0, more, 0)
+            more = cross_entropy(logits, second, own, self.label_smoothing)
+            whole = reported + self.auxiliary * jnp.where(second >= 0, more, 0)
         return Losses(whole, reported, (outputs >= 0) == (truth == 1))
+
+    def figures(self, outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """See `Objective`: unweighted cross-entropy, AUC, and shares at probability 0.5."""
+        wide = outputs.astype(np.float64)
+        loss = np.logaddexp(0, np.where(labels == 1, -wide, wide)).mean()
+        return {"loss": float(loss), **metrics.at_zero(wide, labels)}
+
+
+class Softmax(struct.PyTreeNode):
+    """Class-weighted cross-entropy of K logits for K classes, each image of one class."""
+
+    class_weights: Any = 1.0
+    """Weights of the labels, [K], or one for all."""
+    label_smoothing: float = struct.field(pytree_node=False, default=0.0)
+    """s moves a share s of each label evenly to all classes."""
+
+    @property
+    def collections(self) -> Sequence[str]:
+        """See `Objective`."""
+        return ()
+
+    def prepare(self, key: jax.Array, augment: Augment, batch: Batch) -> tuple[jax.Array, PyTree]:
+        """See `Objective`."""
+        return augment(key, to_float(batch.images)), batch.labels
+
+    def losses(self, outputs: jax.Array, kept: PyTree, targets: PyTree) -> Losses:
+        """See `Objective`; correct is an image whose own logit is the largest."""
+        classes = outputs.shape[-1]
+        smooth = optax.smooth_labels(jax.nn.one_hot(targets, classes), self.label_smoothing)
+        weights = jnp.broadcast_to(jnp.asarray(self.class_weights, jnp.float32), (classes,))
+        losses = weights[targets] * optax.softmax_cross_entropy(outputs, smooth)
+        return Losses(losses, losses, outputs.argmax(-1) == targets)
+
+    def figures(self, outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """See `Objective`: unweighted cross-entropy and accuracy."""
+        wide = outputs.astype(np.float64)
+        wide -= wide.max(-1, keepdims=True)
+        own = np.take_along_axis(wide, labels[:, None], 1)[:, 0]
+        loss = np.log(np.exp(wide).sum(-1)) - own
+        correct = outputs.argmax(-1) == labels
+        return {"loss": float(loss.mean()), "accuracy": float(correct.mean())}
 
 
 class Segmentation(struct.PyTreeNode):
@@ -158,6 +204,11 @@ class Segmentation(struct.PyTreeNode):
         dice = (2 * both + self.smooth) / (either + self.smooth)
         loss = entropy + 1 - dice
         return Losses(loss, loss, dice >= 0.9)
+
+    def figures(self, outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """See `Objective`."""
+        found = self.losses(jnp.asarray(outputs), {}, jnp.asarray(labels, jnp.float32) / 255)
+        return {"loss": float(found.reported.mean()), "accuracy": float(found.correct.mean())}
 
 
 def to_float(images: jax.Array) -> jax.Array:
@@ -198,19 +249,16 @@ def cross_entropy(
     return weights * optax.sigmoid_binary_cross_entropy(logits, target)
 
 
-def _mixing(
-    key: jax.Array, alpha: float, images: jax.Array, rows: int
-) -> tuple[jax.Array, jax.Array]:
-    """Returns each row's partner, the next that counts, and the partner's share, at most half."""
-    row = jnp.arange(rows)
-    partner = jnp.where(row + 1 < images, row + 1, 0)
+def _shares(key: jax.Array, alpha: float, rows: int) -> jax.Array:
+    """Draws float32 [rows], each image's share that is another's: at most half."""
 
     def draw(i: jax.Array) -> jax.Array:
         return jax.random.beta(jax.random.fold_in(key, i), alpha, alpha, dtype=jnp.float32)
 
-    share = jax.vmap(draw)(row)
-    return partner, jnp.minimum(share, 1 - share)
+    share = jax.vmap(draw)(jnp.arange(rows))
+    return jnp.minimum(share, 1 - share)
 
 
-def _mix(a: jax.Array, b: jax.Array, share: jax.Array) -> jax.Array:
-    return a + (b - a) * share
+def _mixed(each: jax.Array, share: jax.Array) -> jax.Array:
+    """Mixes each row with the next one of the batch, the last with the first."""
+    return each + (jnp.roll(each, -1, axis=0) - each) * share

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,86 +10,24 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cnnjax import lungs, release
-from cnnjax.augment import make_views
+from cnnjax import lungs, parts, release
 from cnnjax.config import AugmentConfig, DeviceConfig, Frame
-from cnnjax.data.batches import Feeder, Resident, in_batches, load
+from cnnjax.data.batches import Feeder, in_batches
 from cnnjax.data.index import Index
-from cnnjax.devices import divided, full_float32, make_mesh, platform, replicated
+from cnnjax.devices import divided, full_float32, make_mesh, replicated, traits
 from cnnjax.errors import InputError
 from cnnjax.explain import make_hires_cam
+from cnnjax.logits import make_logits
 from cnnjax.lungs import Framed, Framer
 from cnnjax.models import make_model, model_of
-from cnnjax.objectives import Batch
 from cnnjax.operating import OperatingPoint, at_views
-from cnnjax.steps import (
-    TrainState,
-    init_state,
-    make_eval_step,
-    make_optimizer,
-    variables_of,
-)
+from cnnjax.steps import TrainState, variables_of
 from cnnjax.workdir import Workdir
 
 if TYPE_CHECKING:
     from cnnjax.checkpoint import Kind
 
-# Images per step: more fall out of a CPU core's cache; a step of fewer takes an accelerator less
-# time than calling it takes Python (as in `programs.TOGETHER`; not measured).
-BATCH = {"cpu": 64, "gpu": 1024, "tpu": 1024}
-LARGEST = 128  # of more pixels to a side, fewer images: feature maps of all must fit in memory
 FEW, MANY = 8, 64  # up to so many images take a smaller step; heat maps take so many at most
-
-Logits = Callable[..., np.ndarray]
-
-
-def at_once(kind: str, side: int) -> int:
-    """Returns how many images of side x side pixels are judged at once on a `platform`."""
-    return max(1, BATCH[kind] * LARGEST**2 // max(LARGEST, side) ** 2)
-
-
-@functools.lru_cache(maxsize=8)
-def make_logits(
-    model: Any,
-    mesh: Mesh,
-    views: int = 1,
-    augment: AugmentConfig | None = None,
-    batch: int | None = None,
-) -> Logits:
-    """Returns the function (state, feeder, rows, draw=0) -> logits float32 [n].
-
-    It compiles once for a feeder's data set, and multiplies float32 in full on accelerators too;
-    the same arguments get the same function, with what it has compiled. `rows` is int [n], places
-    of images in the data set; `draw` is that of `cnnjax.steps.make_eval_step`.
-
-    Args:
-        model: a network of `cnnjax.models`.
-        mesh: the devices.
-        views: how many of each image the logit is the mean of.
-        augment: what several views differ by.
-        batch: images per step, at most; by default as many as have `at_once` views.
-    """
-    eval_step = make_eval_step(model, make_views(augment or AugmentConfig(), views))
-
-    def step(
-        state: TrainState, data: Resident | None, feed: Batch | jax.Array, draw: jax.Array
-    ) -> jax.Array:
-        return eval_step(state, load(data, feed), draw)
-
-    compiled = jax.jit(step, out_shardings=divided(mesh))
-
-    def logits(state: TrainState, feeder: Feeder, rows: np.ndarray, draw: int = 0) -> np.ndarray:
-        most = max(1, at_once(platform(mesh), feeder.side) // views)
-        most = -(-most // mesh.size) * mesh.size  # each device gets one at least
-        most = min(most, batch or most)
-        cut = in_batches(rows.astype(np.int32), most)
-        with full_float32(mesh):
-            outputs = [compiled(state, feeder.data, feed, draw) for feed in feeder.feed(cut)]
-        # Each step's output may have a few rows more, which even out the devices.
-        whole = [np.asarray(x)[:most] for x in jax.device_get(outputs)]
-        return np.concatenate([np.zeros(0, np.float32), *whole])[: len(rows)]
-
-    return logits
 
 
 class Predictor:
@@ -166,7 +103,12 @@ class Predictor:
 
     @classmethod
     def of_run(
-        cls, run: Path, mesh: Mesh, kind: Kind = "best", views: int | None = None
+        cls,
+        run: Path,
+        mesh: Mesh,
+        kind: Kind = "best",
+        views: int | None = None,
+        network: Any = None,
     ) -> Predictor:
         """Returns the network that a run trained.
 
@@ -175,27 +117,30 @@ class Predictor:
             mesh: the devices to use.
             kind: `best` by validation, or `latest`.
             views: see `open`.
+            network: the one that `cnnjax.fit` was given, where it cannot be imported by the name
+                that the run has written down.
 
         Raises:
             InputError: the run is not there, has no checkpoint, or no operating point for so many
                 views.
         """
-        from cnnjax.checkpoint import Checkpoints, template_of  # Orbax takes half a second
+        from cnnjax.checkpoint import Checkpoints  # Orbax takes half a second
 
         workdir = Workdir(run)
         config = workdir.read_config()
         views = config.augment.views if views is None else views
+        given = workdir.read_parts()
+        if given["objective"] is not None:
+            raise InputError(
+                f"{run} was trained with {given['objective']['part']}; only runs of the binary"
+                " objective can be used for prediction"
+            )
+        if network is None and given["network"] is not None:
+            network = parts.rebuilt(given["network"], run, "network")
         operating = at_views(workdir.read_operating(kind), views, str(run))
-        model = model_of(config)
-        optimizer, _ = make_optimizer(config.train, 1)
-        shapes = jax.eval_shape(
-            lambda key: init_state(
-                model, optimizer, key, config.data.size, ema=bool(config.train.ema)
-            ),
-            jax.random.key(0),
-        )
+        model = model_of(config) if network is None else network
         checkpoints = Checkpoints(workdir.checkpoints)
-        state = checkpoints.restore(kind, template_of(shapes, replicated(mesh)))
+        state = _state_of(checkpoints.variables(kind), mesh)
         checkpoints.close()
         return cls(
             model,
@@ -221,19 +166,9 @@ class Predictor:
         """Returns the networks of a release, in float32; for `views` see `open`."""
         views = released.augment.views if views is None else views
 
-        def state(variables: Any) -> TrainState:
-            full = jax.tree.map(lambda x: np.asarray(x, np.float32), variables)
-            return TrainState(
-                step=np.zeros((), np.int32),
-                params=full["params"],
-                batch_stats=full.get("batch_stats", {}),
-                opt_state=(),
-                ema=None,
-            )
-
         return cls(
             make_model(released.model),
-            [jax.device_put(state(member), replicated(mesh)) for member in released.members],
+            [_state_of(member, mesh) for member in released.members],
             mesh,
             side=released.size,
             frame=released.frame,
@@ -303,7 +238,7 @@ class Predictor:
         """
         seen = self._seen(images)
         images = seen.images
-        most = at_once(platform(self._mesh), self.side)
+        most = traits(self._mesh).evaluated_at(self.side)
         batch = min(most, FEW if len(images) <= FEW else MANY)
         batch = -(-batch // self._mesh.size) * self._mesh.size
         chunks = [np.zeros((0, self.side, self.side), np.float32)]
@@ -317,3 +252,11 @@ class Predictor:
 
     def _seen(self, images: np.ndarray | Framed) -> Framed:
         return images if isinstance(images, Framed) else self.frame(images)
+
+
+def _state_of(variables: Any, mesh: Mesh) -> TrainState:
+    """Returns a state to evaluate with, in float32 and on the devices."""
+    full = jax.tree.map(lambda x: np.asarray(x, np.float32), variables)
+    stats = full.get("batch_stats", {})
+    state = TrainState(np.zeros((), np.int32), full["params"], stats, opt_state=(), ema=None)
+    return jax.device_put(state, replicated(mesh))

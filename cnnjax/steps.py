@@ -18,6 +18,7 @@ from cnnjax.objectives import Batch, Binary, Losses, Objective, to_float
 PyTree = Any
 
 _BINARY = Binary()
+_RNGS = 2**31 + 1  # folded into a step's key, as in `cnnjax.objectives`
 
 
 class TrainState(struct.PyTreeNode):
@@ -33,14 +34,16 @@ class TrainState(struct.PyTreeNode):
 
 
 class Metrics(NamedTuple):
-    """Sums over the rows that count, so that batches of any size add up."""
+    """Sums over a batch, so that batches of any size add up."""
 
     loss: jax.Array
-    """float32, sum of the loss, class weights included; not that of a second head."""
+    """float32, sum of the loss that the objective reports."""
     correct: jax.Array
-    """int32, images on the right side of probability 0.5."""
+    """int32, images whose output is right."""
     images: jax.Array
     """int32, images."""
+    rejected: jax.Array
+    """bool, whether the step was not applied, because something in it is not finite."""
 
 
 TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]
@@ -50,7 +53,7 @@ class EvalStep(Protocol):
     """What `make_eval_step` returns."""
 
     def __call__(self, state: TrainState, batch: Batch, draw: jax.Array | int = 0) -> jax.Array:
-        """Returns logits float32 [batch]."""
+        """Returns logits float32 [batch], or [batch, k] of a network with k outputs."""
 
 
 def make_optimizer(
@@ -113,12 +116,14 @@ def make_train_step(
 ) -> TrainStep:
     """Returns the jitted pure step (state, batch, key) -> (state, metrics); `state` is donated.
 
-    One step augments the batch, takes the gradient of the mean over its rows of the objective's
-    loss, and updates weights, batch statistics and moving average. `key` is that of the run: the
-    step folds its own number into it.
+    One step augments the batch, takes the gradient of the objective's mean loss over it, and
+    updates weights, batch statistics and moving average. Where the loss, a gradient or a batch
+    statistic is not finite, the state stays as it was, and the metrics say so. `key` is that of the
+    run: the step folds its own number into it.
 
     Args:
-        model: a network of `cnnjax.models`.
+        model: any Linen module that is called as `apply(variables, images, train=..., rngs=...)`
+            and returns what the objective takes.
         optimizer: any optax transformation.
         augment: as `cnnjax.augment.make_augment` returns it.
         objective: the task; see `cnnjax.objectives`.
@@ -129,22 +134,19 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
         images, targets = objective.prepare(key, augment, batch)
-        images_seen = batch.mask.sum(dtype=jnp.int32)
-
-        def mean(losses: jax.Array) -> jax.Array:
-            total = jnp.where(batch.mask, losses, 0).sum()
-            return total / jnp.maximum(images_seen, 1).astype(total.dtype)
+        drawn = jax.random.split(jax.random.fold_in(key, _RNGS))
+        rngs = {"params": drawn[0], "dropout": drawn[1]}
 
         def loss_of(params: PyTree) -> tuple[jax.Array, tuple[Losses, PyTree]]:
             outputs, changed = model.apply(
                 {"params": params, "batch_stats": state.batch_stats},
                 images,
                 train=True,
-                mask=batch.mask,
+                rngs=rngs,
                 mutable=["batch_stats", *objective.collections],
             )
             losses = objective.losses(outputs, changed, targets)
-            return mean(losses.minimized), (losses, changed.get("batch_stats", {}))
+            return losses.minimized.mean(), (losses, changed.get("batch_stats", {}))
 
         gradient, (losses, batch_stats) = jax.grad(loss_of, has_aux=True)(state.params)
         # Optax mixes its integer counts with floats, which strict promotion would refuse.
@@ -156,10 +158,16 @@ def make_train_step(
             step = state.step.astype(jnp.float32)
             decay = jnp.minimum(ema_decay, (1 + step) / (10 + step))
             ema = jax.tree.map(lambda mean, new: mean + (new - mean) * (1 - decay), ema, params)
-        state = TrainState(state.step + 1, params, batch_stats, opt_state, ema)
-        correct = (losses.correct & batch.mask).sum(dtype=jnp.int32)
-        loss = jnp.where(batch.mask, losses.reported, 0).sum()
-        return state, Metrics(loss, correct, images_seen)
+        after = TrainState(state.step + 1, params, batch_stats, opt_state, ema)
+        # A gradient or statistic that is not finite would be in every later state.
+        leaves = jax.tree.leaves((losses.minimized, gradient, batch_stats))
+        finite = jnp.isfinite(
+            jnp.stack([jnp.abs(x).max().astype(jnp.float32) for x in leaves])
+        ).all()
+        state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
+        correct = losses.correct.sum(dtype=jnp.int32)
+        images_seen = jnp.asarray(len(losses.correct), jnp.int32)
+        return state, Metrics(losses.reported.sum(), correct, images_seen, ~finite)
 
     return jax.jit(train_step, donate_argnames="state")
 
@@ -167,11 +175,10 @@ def make_train_step(
 def make_eval_step(model: Any, views: Views = unchanged) -> EvalStep:
     """Returns the jitted pure step (state, batch, draw) -> logits float32 [batch].
 
-    It uses the moving average of the weights where the state has one. Rows outside the mask get
-    logits too, of no meaning.
+    It uses the moving average of the weights where the state has one.
 
     Args:
-        model: a network of `cnnjax.models`.
+        model: as for `make_train_step`.
         views: what the network sees of an image; of several views, the logits are averaged. `draw`
             is for them: another number gives others.
     """
@@ -180,7 +187,7 @@ def make_eval_step(model: Any, views: Views = unchanged) -> EvalStep:
         seen = views(jax.random.key(draw), to_float(batch.images))
         flat = seen.reshape(-1, *seen.shape[2:])
         logits: jax.Array = model.apply(variables_of(state), flat, train=False)
-        return logits.reshape(seen.shape[:2]).mean(1)
+        return logits.reshape(*seen.shape[:2], *logits.shape[1:]).mean(1)
 
     return jax.jit(eval_step)
 

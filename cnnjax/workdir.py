@@ -37,6 +37,7 @@ class Workdir:
     Attributes:
         config: `config.json`, all that decides the run.
         data: `data.json`, the fingerprint of the images it was trained on, and the class names.
+        parts: `parts.json`, what `fit` was given beside the config, if anything (`cnnjax.parts`).
         split: `split.csv`, each image's patient, label and role.
         quarantine: `quarantine.csv`, files that could not be decoded.
         sessions: `sessions.jsonl`, versions and devices of each start.
@@ -53,6 +54,7 @@ class Workdir:
         self.root = root
         self.config = root / "config.json"
         self.data = root / "data.json"
+        self.parts = root / "parts.json"
         self.split = root / "split.csv"
         self.quarantine = root / "quarantine.csv"
         self.sessions = root / "sessions.jsonl"
@@ -89,6 +91,30 @@ class Workdir:
         """Returns the names of labels 0 and 1."""
         negative, positive = read_json(self.data, "classes")
         return negative, positive
+
+    def read_parts(self) -> dict[str, Any]:
+        """Returns what `cnnjax.train.fit` was given beside the config; see `cnnjax.parts`."""
+        nothing = dict.fromkeys(("network", "objective", "init"))
+        return read_json(self.parts) if self.parts.exists() else nothing
+
+    def claim_parts(self, given: dict[str, Any]) -> None:
+        """Notes what `cnnjax.train.fit` is given, or checks that it is the same as before.
+
+        Raises:
+            InputError: it is not.
+        """
+        if not self.checkpoints.exists():
+            if any(given.values()):
+                write_json(self.parts, given)
+            return
+        for name, before in self.read_parts().items():
+            now = given[name]
+            # What has begun needs nothing to start from.
+            if now != before and not (name == "init" and now is None):
+                raise InputError(
+                    f"{self.root} was trained with another {name}: {_shown(now)} (was"
+                    f" {_shown(before)}); give the same to resume it, or choose another --workdir"
+                )
 
     def read_operating(self, kind: str) -> Points:
         """Returns the operating points of the `best` or `latest` state.
@@ -143,7 +169,7 @@ class Workdir:
         ours = {PurePosixPath(row["image"]).parts[-3:] for row in rows if row["role"] == "train"}
         return sum(PurePosixPath(name).parts[-3:] in ours for name in names)
 
-    def claim_data(self, fingerprint: str, classes: tuple[str, str]) -> None:
+    def claim_data(self, fingerprint: str, classes: tuple[str, ...]) -> None:
         """Notes what the run is trained on, or checks that it is the same as before.
 
         Raises:
@@ -271,6 +297,14 @@ def read_json(path: Path, key: str | None = None) -> Any:
         raise InputError(f"{path} is not valid JSON ({error}); restore it") from None
     except (KeyError, TypeError):
         raise InputError(f"{path} has no {key}; restore it") from None
+
+
+def _shown(part: Any) -> str:
+    """Returns a part's description as a phrase."""
+    if isinstance(part, dict):
+        fields = part["fields"] or {}
+        return f"{part['part']}({', '.join(f'{k}={v}' for k, v in fields.items())})"
+    return "that of the config" if part is None else str(part)[:16]
 
 
 def _epoch_of(line: str) -> float:

@@ -29,8 +29,8 @@ from cnnjax.cli import guarded
 from cnnjax.config import Config, DataConfig
 from cnnjax.data.rerender import GROUPS, read_facts
 from cnnjax.errors import InputError
-from cnnjax.loop import fit
 from cnnjax.predict import Predictor
+from cnnjax.train import fit
 from cnnjax.workdir import write_json
 
 Validation = Literal["patients", "blocks"]

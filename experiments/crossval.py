@@ -29,10 +29,10 @@ from cnnjax.cli import guarded
 from cnnjax.config import Config, OperatingConfig
 from cnnjax.data.rerender import read_facts
 from cnnjax.errors import InputError
-from cnnjax.loop import fit_all
 from cnnjax.metrics import Estimate, auc
 from cnnjax.predict import Predictor
 from cnnjax.steps import variables_of
+from cnnjax.train import fit
 from cnnjax.workdir import Workdir, write_json
 
 OTHERS = (
@@ -83,7 +83,8 @@ def crossvalidate(options: Options) -> None:
         replace(config, workdir=config.workdir / f"fold{k}", data=replace(config.data, fold=k))
         for k in range(config.data.folds)
     ]
-    fit_all(folds)
+    for fold in folds:
+        fit(fold)
     runs = [fold.workdir for fold in folds]
     mesh = devices.make_mesh(config.device)
     facts = None if options.outlines is None else read_facts(options.outlines)

@@ -3,7 +3,7 @@
     python experiments/minimal.py --data.root phantom --epochs 5
 
 It shares the network and the data with the library, and nothing of its loop. The library's loop
-(cnnjax/loop.py) does the same, and also resumes, streams, picks the best epoch and reports.
+(cnnjax/train.py) does the same, and also resumes, streams, picks the best epoch and reports.
 """
 
 import math

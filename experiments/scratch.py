@@ -21,17 +21,17 @@ from tqdm import tqdm
 from cnnjax import metrics, steps
 from cnnjax.cli import guarded
 from cnnjax.config import DataConfig, TrainConfig
-from cnnjax.data.batches import epoch_rows, in_batches
+from cnnjax.data.batches import in_batches, step_rows
 from cnnjax.data.prepare import training_data
 from cnnjax.devices import keep_compiled_programs
 from cnnjax.errors import InputError
 from cnnjax.models import BaselineCNN
 from cnnjax.objectives import Batch, Binary
-from cnnjax.programs import class_weights_of
 from cnnjax.scratch import models as scratch_models
 from cnnjax.scratch import steps as scratch_steps
 from cnnjax.scratch.convert import from_flax
 from cnnjax.scratch.optimizers import adam
+from cnnjax.train import class_weights_of
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,12 @@ def main(options: Options) -> metrics.Evaluation:
     own = scratch_steps.TrainState(0, params, {}, descent.init(params))
 
     for epoch in range(1, options.epochs + 1):
-        rows = epoch_rows(order_key, epoch, data.train, options.batch)
+        steps_per_epoch = -(-len(data.train) // options.batch)
+        numbers = range((epoch - 1) * steps_per_epoch, epoch * steps_per_epoch)
+        rows = step_rows(order_key, numbers, data.train, options.batch)
         sums, seconds = np.zeros((2, len(rows))), np.zeros(2)
         for i, row in enumerate(tqdm(rows, f"epoch {epoch}", unit="step", disable=None)):
-            batch = scratch_steps.Batch(images[row], labels[row], row >= 0)
+            batch = scratch_steps.Batch(images[row], labels[row])
             start = time.perf_counter()
             own, found = by_hand(own, batch)
             middle = time.perf_counter()
@@ -107,10 +109,7 @@ def main(options: Options) -> metrics.Evaluation:
         return metrics.evaluate(whole, labels[data.validation], patients)
 
     eval_by_hand = scratch_steps.make_eval_step(network)
-    cut = [
-        scratch_steps.Batch(images[row], labels[row], row >= 0)
-        for row in in_batches(data.validation, 64)
-    ]
+    cut = [scratch_steps.Batch(images[row], labels[row]) for row in in_batches(data.validation, 64)]
     judged = judge([eval_by_hand(own, batch) for batch in cut])
     print(f"\nNumPy, on {judged.n:,} images of held-out patients, with 95 % intervals")
     print(judged.report(data.classes))

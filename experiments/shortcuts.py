@@ -28,8 +28,8 @@ from cnnjax.cli import guarded
 from cnnjax.data.decode import DecodeError, decode
 from cnnjax.data.index import Index, read_index
 from cnnjax.errors import InputError
-from cnnjax.loop import fit
 from cnnjax.metrics import Estimate, evaluate
+from cnnjax.train import fit
 from cnnjax.workdir import write_json
 
 SIZE = baseline.CONFIG.data.size  # pixels

@@ -24,7 +24,7 @@ from cnnjax.config import Config, DataConfig, DeviceConfig, TrainConfig
 from cnnjax.data.cache import write_quarantine
 from cnnjax.data.index import read_index
 from cnnjax.data.patients import write_split
-from cnnjax.loop import fit
+from cnnjax.train import fit
 from cnnjax.workdir import read_table, write_json
 
 ROOT = Path(__file__).parent.parent

@@ -14,10 +14,10 @@ from scipy.ndimage import convolve1d
 
 from cnnjax import devices, explain
 from cnnjax.config import DeviceConfig
-from cnnjax.loop import fit
-from cnnjax.models import FINE, BaselineCNN, ResNet
+from cnnjax.models import FINAL, FINE, BaselineCNN, ResNet
 from cnnjax.objectives import to_float
 from cnnjax.predict import Predictor
+from cnnjax.train import fit
 
 NETWORKS = {"baseline": BaselineCNN(), "resnet": ResNet(width=4, stages=2)}
 
@@ -56,19 +56,20 @@ def test_grad_cam_by_finite_differences(name: str, images: np.ndarray) -> None:
     variables = variables_of(model)
     pixels = to_float(jnp.asarray(images))
     _, maps = explain.features_of(model, variables, pixels)
+    still = jax.tree.map(jnp.zeros_like, maps)
     rng = np.random.default_rng(1)
-    direction = jnp.asarray(rng.normal(size=maps.shape[3]).astype(np.float32))
+    direction = jnp.asarray(rng.normal(size=maps[FINAL].shape[3]).astype(np.float32))
 
     @jax.jit
     def logits(size: float) -> jax.Array:
-        nudge = jnp.broadcast_to(size * direction, maps.shape)
-        return explain.features_of(model, variables, pixels, nudge)[0]
+        moved = jnp.broadcast_to(size * direction, maps[FINAL].shape)
+        return explain.features_of(model, variables, pixels, still | {FINAL: moved})[0]
 
     # The slope along one step everywhere is the sum over places and channels of the gradient.
     slope = (logits(0.01) - logits(-0.01)) / 0.02
-    _, pull = jax.vjp(lambda n: explain.features_of(model, variables, pixels, n)[0], 0 * maps)
+    _, pull = jax.vjp(lambda n: explain.features_of(model, variables, pixels, n)[0], still)
     (gradient,) = pull(jnp.ones(len(images)))
-    expected = (gradient.sum((1, 2)) * direction).sum(1)
+    expected = (gradient[FINAL].sum((1, 2)) * direction).sum(1)
     np.testing.assert_allclose(slope, expected, rtol=0.05, atol=0.02)
 
 
@@ -93,12 +94,13 @@ def test_hires_cam_by_hand(images: np.ndarray) -> None:
 
     # The maps before the last stage, times the gradient of what follows them.
     pixels = to_float(jnp.asarray(images))
-    _, maps = explain.features_of(model, variables, pixels, name=FINE)
+    _, maps = explain.features_of(model, variables, pixels)
 
-    def logit(nudge: jax.Array) -> jax.Array:
-        return explain.features_of(model, variables, pixels, nudge, FINE)[0].sum()
+    def logit(perturbations: dict[str, jax.Array]) -> jax.Array:
+        return explain.features_of(model, variables, pixels, perturbations)[0].sum()
 
-    heat = np.maximum(np.asarray((jax.grad(logit)(0 * maps) * maps).sum(3)), 0)
+    gradient = jax.grad(logit)(jax.tree.map(jnp.zeros_like, maps))
+    heat = np.maximum(np.asarray((gradient[FINE] * maps[FINE]).sum(3)), 0)
     for axis in (1, 2):
         heat = convolve1d(heat, np.array([1, 2, 1]) / 4, axis, mode="nearest")
     assert heat.shape[1] == images.shape[1] // 2  # the stem's; the last maps are half as fine

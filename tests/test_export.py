@@ -13,8 +13,8 @@ import pytest
 
 from cnnjax import cli, devices
 from cnnjax.config import AugmentConfig, Config, DataConfig, DeviceConfig, ModelConfig, TrainConfig
-from cnnjax.loop import fit
 from cnnjax.predict import Predictor
+from cnnjax.train import fit
 
 
 def trained(folder: Path, tree: Path, model: ModelConfig) -> Path:

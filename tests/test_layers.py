@@ -299,15 +299,13 @@ else:
     assert ffi.available()
 model = make_model(ModelConfig(sys.argv[2], width=8))
 optimizer, _ = steps.make_optimizer(TrainConfig(), 1)
-new = jax.jit(
-    lambda key: steps.init_state(model, optimizer, key, 32), compiler_options=devices.once("cpu")
-)
+once = dict(devices.TRAITS["cpu"].once)
+new = jax.jit(lambda key: steps.init_state(model, optimizer, key, 32), compiler_options=once)
 state = new(jax.random.key(0))
 rng = np.random.default_rng(0)
 batch = Batch(
     jnp.asarray(rng.integers(0, 256, (6, 32, 32)), jnp.uint8),
     jnp.asarray(rng.integers(0, 2, 6), jnp.int32),
-    jnp.ones(6, bool),
 )
 step = steps.make_train_step(model, optimizer, lambda key, images: images)
 losses = []

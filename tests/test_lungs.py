@@ -18,11 +18,11 @@ from cnnjax.data import framing, phantom
 from cnnjax.data.decode import decode
 from cnnjax.data.index import read_index
 from cnnjax.errors import InputError
-from cnnjax.loop import fit
 from cnnjax.models import LungFinder
 from cnnjax.objectives import Batch, Segmentation
 from cnnjax.predict import Predictor
 from cnnjax.steps import init_state, make_optimizer, make_train_step
+from cnnjax.train import fit
 
 
 def mesh() -> devices.Mesh:
@@ -152,7 +152,7 @@ def test_segmentation_learns_through_the_train_step() -> None:
     for image, map_, (row, column) in zip(images, maps, rng.integers(4, 16, (8, 2)), strict=True):
         image[row : row + 12, column : column + 12] += 150
         map_[row : row + 12, column : column + 12] = 255
-    batch = Batch(jnp.asarray(images), jnp.asarray(maps), jnp.ones(8, bool))
+    batch = Batch(jnp.asarray(images), jnp.asarray(maps))
     model = LungFinder(4)
     optimizer, _ = make_optimizer(TrainConfig(learning_rate=1e-2), 1)
     augment = make_augment(AugmentConfig(shear=0, zoom=0.1, flip=True, shift=0.05, black=0.5))

@@ -18,8 +18,8 @@ from sklearn.metrics import precision_recall_curve
 from cnnjax import cli, devices, metrics, report
 from cnnjax.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainConfig
 from cnnjax.errors import InputError
-from cnnjax.loop import fit
 from cnnjax.report import plots
+from cnnjax.train import fit
 from cnnjax.workdir import Workdir
 
 

@@ -76,7 +76,7 @@ def assert_close(found: Tree, expected: Tree, tolerance: float, name: str = "") 
         assert error < tolerance, f"{at}: relative error {error:.1e}"
 
 
-def batch_of(size: int, seed: int, n: int = 8, filled: int = 0) -> steps.Batch:
+def batch_of(size: int, seed: int, n: int = 8) -> steps.Batch:
     """Returns images of noise below and black above, and a patch where the label is 1."""
     rng = np.random.default_rng(seed)
     images = rng.integers(0, 256, (n, size, size), dtype=np.uint8)
@@ -84,7 +84,7 @@ def batch_of(size: int, seed: int, n: int = 8, filled: int = 0) -> steps.Batch:
     images[labels == 1, -6:-2, 2:6] //= 4
     # So far down that there are ties in both pools of the baseline.
     images[:, : size // 2] = 0
-    return steps.Batch(images, labels, np.arange(n) < n - filled)
+    return steps.Batch(images, labels)
 
 
 def started(network: str, moved: float = 0.0) -> tuple[Tree, Tree]:
@@ -103,7 +103,6 @@ def numpy_gradients(network: str, params: Tree, batch_stats: Tree, batch: Any) -
         batch_stats,
         steps.to_float(batch.images),
         batch.labels,
-        batch.mask,
         class_weights=WEIGHTS,
         label_smoothing=SMOOTHING,
     )
@@ -120,12 +119,10 @@ def jax_gradients(network: str) -> Any:
     def loss(params: Any, batch_stats: Any, batch: steps.Batch) -> Any:
         variables = {"params": params, "batch_stats": batch_stats}
         images = objectives.to_float(batch.images)
-        logits, changed = model.apply(
-            variables, images, train=True, mask=batch.mask, mutable=["batch_stats"]
-        )
+        logits, changed = model.apply(variables, images, train=True, mutable=["batch_stats"])
         weights = objectives.weights_of(batch.labels, WEIGHTS)
         losses = objectives.cross_entropy(logits, batch.labels, weights, SMOOTHING)
-        return losses.mean(where=batch.mask), (logits, changed.get("batch_stats", {}))
+        return losses.mean(), (logits, changed.get("batch_stats", {}))
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
@@ -134,7 +131,7 @@ def check_gradients(network: str) -> None:
     """Asserts that loss, logits, statistics and each parameter's gradient are those of JAX."""
     # Moved, or the zero scales of a fresh ResNet would hide what stands before them.
     params, batch_stats = started(network, moved=0.05)
-    batch = batch_of(NETWORKS[network][2], 1, filled=2)
+    batch = batch_of(NETWORKS[network][2], 1)
     found = numpy_gradients(network, params, batch_stats, batch)
     (loss, (logits, stats)), gradients = jax_gradients(network)(params, batch_stats, batch)
     output = {"loss": found.loss, "logits": found.logits}
@@ -221,7 +218,7 @@ def test_gradient_is_the_central_difference_along_a_line(network: str) -> None:
     """Without JAX: in float64 the loss rises along a direction by its product with the gradient."""
     start, stats = started(network, moved=0.05)
     params, stats = convert.from_flax(convert.to_flax(start, stats), np.float64)
-    batch = batch_of(NETWORKS[network][2], 0, filled=1)
+    batch = batch_of(NETWORKS[network][2], 0)
     images = steps.to_float(batch.images, np.float64)
     rng = np.random.default_rng(0)
     direction = map_tree(lambda p: rng.standard_normal(p.shape), params)
@@ -229,7 +226,7 @@ def test_gradient_is_the_central_difference_along_a_line(network: str) -> None:
     def at(h: float) -> steps.Gradients:
         moved = map_tree(lambda p, d: p + h * d, params, direction)
         ours = NETWORKS[network][0]
-        return steps.loss_and_gradients(ours, moved, stats, images, batch.labels, batch.mask)
+        return steps.loss_and_gradients(ours, moved, stats, images, batch.labels)
 
     h = 1e-7  # so small that hardly any relu or maximum changes over
     expected = (at(h).loss - at(-h).loss) / (2 * h)
@@ -290,7 +287,7 @@ def test_steps_are_those_of_jax(network: str, optimizer: str, count: int) -> Non
     )
     # Batches that put no unit within rounding of relu's kink, where gradients may differ.
     for i in range(count):
-        batch = batch_of(size, 100 + i, filled=2 if i % 4 == 3 else 0)
+        batch = batch_of(size, 100 + i)
         mine, sums = step(mine, batch)
         jax_batch = objectives.Batch(*map(jnp.asarray, batch))
         theirs, jax_sums = jax_step(theirs, jax_batch, jax.random.key(0))
@@ -309,7 +306,7 @@ def test_a_step_is_pure_and_keeps_the_dtype(
     rule, _ = OPTIMIZERS[optimizer]
     step = steps.make_train_step(network, rule)
     state = steps.init_state(network, rule, np.random.default_rng(0), 16, dtype)
-    batch = batch_of(16, 0, filled=1)
+    batch = batch_of(16, 0)
     before = copy.deepcopy((state, batch))
     first, sums = step(state, batch)
     second, again = step(state, batch)
@@ -331,18 +328,6 @@ def test_it_learns(network: models.Network) -> None:
         losses.append(sums.loss / sums.images)
     assert losses[-1] < 0.2 * losses[0]
     assert sums.correct == sums.images == 8
-
-
-@pytest.mark.parametrize("network", ["baseline", "resnet"])
-def test_rows_that_fill_up_change_nothing(network: str) -> None:
-    params, batch_stats = started(network, moved=0.05)
-    batch = batch_of(NETWORKS[network][2], 0, filled=3)
-    alone = steps.Batch(*(part[:5] for part in batch))
-    found = numpy_gradients(network, params, batch_stats, batch)
-    expected = numpy_gradients(network, params, batch_stats, alone)
-    assert found.loss == pytest.approx(expected.loss, rel=1e-5)
-    assert_close(found.params, expected.params, 1e-4)
-    assert_close(found.batch_stats, expected.batch_stats, 1e-5)
 
 
 def test_a_learning_rate_may_follow_the_steps() -> None:
@@ -450,15 +435,9 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "labels": (
         lambda: steps.loss_and_gradients(
-            models.BaselineCNN(), PARAMS, {}, IMAGES, np.zeros(3, int), np.ones(2, bool)
+            models.BaselineCNN(), PARAMS, {}, IMAGES, np.zeros(3, int)
         ),
         r"expected labels of shape \[2\] for images \[2, 16, 16, 1\], got \[3\]",
-    ),
-    "mask": (
-        lambda: steps.loss_and_gradients(
-            models.BaselineCNN(), PARAMS, {}, IMAGES, np.zeros(2, int), np.ones((2, 1), bool)
-        ),
-        r"expected mask of shape \[2\] for images \[2, 16, 16, 1\], got \[2, 1\]",
     ),
     "trees of other names": (
         lambda: map_tree(np.add, {"a": {"b": np.ones(2)}}, {"a": {"c": np.ones(2)}}),

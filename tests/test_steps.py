@@ -1,4 +1,4 @@
-"""The steps are pure, compile once, and do not see how a batch is filled up or divided."""
+"""The steps are pure, compile once, and do not see how a batch is divided."""
 
 from __future__ import annotations
 
@@ -34,22 +34,16 @@ def still(key: jax.Array, images: jax.Array) -> jax.Array:
     return images
 
 
-def batch_of(n: int, filled: int = 0, seed: int = 0) -> Batch:
+def batch_of(n: int, seed: int = 0) -> Batch:
     rng = np.random.default_rng(seed)
     images = rng.integers(0, 255, (n, SIZE, SIZE), dtype=np.uint8)
-    labels = rng.integers(0, 2, n).astype(np.int32)
-    more = rng.integers(0, 255, (filled, SIZE, SIZE), dtype=np.uint8)
-    return Batch(
-        jnp.asarray(np.concatenate([images, more])),
-        jnp.asarray(np.concatenate([labels, np.ones(filled, np.int32)])),
-        jnp.asarray(np.arange(n + filled) < n),
-    )
+    return Batch(jnp.asarray(images), jnp.asarray(rng.integers(0, 2, n), jnp.int32))
 
 
 @functools.cache
 def variables_of(model: nn.Module) -> Any:
     """The model's initial variables, in host memory: compiling an initialiser takes seconds."""
-    new = jax.jit(model.init, compiler_options=devices.once("cpu"))
+    new = jax.jit(model.init, compiler_options=dict(devices.TRAITS["cpu"].once))
     return jax.device_get(new(KEY, np.zeros((1, SIZE, SIZE, 1), np.float32)))
 
 
@@ -79,8 +73,7 @@ def test_loss_falls_and_nothing_is_traced_twice(model: nn.Module) -> None:
     step, state = started(model, augment=augment)
     losses = []
     for i in range(30):
-        # Full and partly filled batches alternate, as at the end of an epoch.
-        state, sums = step(state, batch_of(8) if i % 2 else batch_of(6, 2), KEY)
+        state, sums = step(state, batch_of(8, seed=i % 2), KEY)
         losses.append(float(sums.loss) / int(sums.images))
     assert losses[-1] < 0.8 * losses[1]
     assert len(traced) == 1
@@ -106,19 +99,6 @@ BOTH = [
     pytest.param(BaselineCNN(), id="baseline", marks=pytest.mark.slow),
     pytest.param(ResNet(width=4, stages=2), id="resnet"),
 ]
-
-
-@pytest.mark.parametrize("model", BOTH)
-def test_rows_that_fill_up_change_nothing(model: nn.Module) -> None:
-    augment = make_augment(AugmentConfig())
-    step, state = started(model, augment=augment)
-    _, other = started(model)
-    noise = batch_of(6, 2)
-    black = noise._replace(images=noise.images.at[6:].set(0), labels=noise.labels.at[6:].set(0))
-    after_noise, sums = step(state, noise, KEY)
-    after_black, sums_black = step(other, black, KEY)
-    close(after_noise, after_black)
-    close(sums, sums_black)
 
 
 @pytest.mark.parametrize("model", BOTH)
@@ -158,7 +138,7 @@ def test_the_logit_is_the_mean_over_views(count: int) -> None:
         assert np.abs(np.asarray(found) - np.asarray(other)).max() > 1e-4
 
 
-def test_sums_and_gradient_are_those_of_the_mean_over_valid_rows() -> None:
+def test_sums_and_gradient_are_those_of_the_mean_loss() -> None:
     model = BaselineCNN()
     weights, smoothing = (2.0, 0.6), 0.1
     step, state = started(
@@ -167,9 +147,9 @@ def test_sums_and_gradient_are_those_of_the_mean_over_valid_rows() -> None:
         class_weights=weights,
         label_smoothing=smoothing,
     )
-    batch = batch_of(6, 2)
-    images = np.asarray(batch.images)[:6, ..., None].astype(np.float32) / 255
-    labels = np.asarray(batch.labels)[:6]
+    batch = batch_of(6)
+    images = np.asarray(batch.images)[..., None].astype(np.float32) / 255
+    labels = np.asarray(batch.labels)
 
     def loss(params: Any) -> tuple[jax.Array, jax.Array]:
         logits = model.apply({"params": params}, images)
@@ -206,18 +186,18 @@ def test_the_second_head_learns_from_the_images_that_it_is_told_of(
     head = variables_of(both)["params"][AUXILIARY]
     assert jax.tree.map(jnp.shape, head)["kernel"][1] == 1
     config = TrainConfig(optimizer="sgd", learning_rate=0.1)
-    batch = batch_of(6, 2)
-    viral = np.array([1, 0, -1, -1, 1, 0, 0, 1], np.int32)  # the last two fill up
+    batch = batch_of(6)
+    viral = np.array([1, 0, -1, -1, 1, 0], np.int32)
 
     def step_of(weight: float, viral: np.ndarray) -> tuple[TrainState, float]:
         step, state = started(both, config, class_weights=(3.0, 0.5), auxiliary=weight)
-        after, sums = step(state, batch._replace(viral=jnp.asarray(viral)), KEY)
+        after, sums = step(state, batch._replace(auxiliary=jnp.asarray(viral)), KEY)
         return jax.device_get(after), float(sums.loss)
 
     step, _ = started(plain, config, class_weights=(3.0, 0.5))
     state = state_of(without_head(variables_of(both)), make_optimizer(config, 10)[0])
     alone, alone_sums = step(state, batch, KEY)
-    untold, loss = step_of(1.0, np.full(8, -1, np.int32))
+    untold, loss = step_of(1.0, np.full(6, -1, np.int32))
     close(without_head({"params": untold.params})["params"], alone.params)
     close(untold.params[AUXILIARY], head)
 
@@ -228,11 +208,11 @@ def test_the_second_head_learns_from_the_images_that_it_is_told_of(
         assert reported == pytest.approx(float(alone_sums.loss), rel=1e-5)
     # The head starts with no bias: its bias moves by the mean of weight times error.
     apply = functools.partial(both.apply, train=True, mutable=[AUXILIARY, "batch_stats"])
-    _, changed = jax.jit(apply)(variables_of(both), to_float(batch.images), mask=batch.mask)
+    _, changed = jax.jit(apply)(variables_of(both), to_float(batch.images))
     (logits,) = changed[AUXILIARY]["logits"]
     weight = np.where(batch.labels == 1, 0.5, 3.0)
     error = weight * (1 / (1 + np.exp(-np.asarray(logits))) - viral)
-    error = np.where((viral >= 0) & batch.mask, error, 0)
+    error = np.where(viral >= 0, error, 0)
     np.testing.assert_allclose(told.params[AUXILIARY]["bias"], -0.19 * error.sum() / 6, rtol=1e-3)
     # The rest of the network hears of it too.
     first = "conv1" if model is BaselineCNN else "stem"
@@ -249,41 +229,20 @@ def without_head(variables: Any) -> Any:
     return jax.tree.map(jnp.array, {**variables, "params": params})
 
 
-def test_rows_that_fill_up_change_no_mixture() -> None:
-    """As on other numbers of devices."""
-    rng = np.random.default_rng(0)
-    pixels = rng.integers(0, 256, (8, 16, 16), dtype=np.uint8)
-    labels = rng.integers(0, 2, 8).astype(np.int32)
-    model = ResNet(width=2, stages=1)
-    losses = []
-    for rows in (8, 9, 12):
-        fill = rows - 8
-        batch = Batch(
-            jnp.asarray(np.pad(pixels, ((0, fill), (0, 0), (0, 0)))),
-            jnp.asarray(np.pad(labels, (0, fill))),
-            jnp.asarray(np.arange(rows) < 8),
-        )
-        step, state = started(model, TrainConfig(optimizer="sgd", learning_rate=0.1), mixup=0.4)
-        losses.append(float(step(state, batch, jax.random.key(7))[1].loss))
-    np.testing.assert_allclose(losses, losses[0], rtol=1e-5)
-
-
 def test_mixup_is_a_mix_of_images_labels_and_weights() -> None:
     """Against the gradient of the mixed loss, written out, with the shares that the images tell."""
     seen: list[jax.Array] = []
 
     class Linear(nn.Module):
         @nn.compact
-        def __call__(
-            self, images: jax.Array, *, train: bool, mask: jax.Array | None = None
-        ) -> jax.Array:
+        def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
             jax.debug.callback(lambda x: seen.append(np.asarray(x)), images)
             return nn.Dense(1)(images.reshape(len(images), -1))[:, 0]
 
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (6, 4, 4), dtype=np.uint8)
     labels = np.array([0, 1, 1, 0, 1, 0], np.int32)
-    batch = Batch(jnp.asarray(pixels), jnp.asarray(labels), jnp.arange(6) < 5)
+    batch = Batch(jnp.asarray(pixels), jnp.asarray(labels))
     optimizer = optax.sgd(1.0)
     state = state_of(
         Linear().init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)), train=True), optimizer
@@ -295,23 +254,48 @@ def test_mixup_is_a_mix_of_images_labels_and_weights() -> None:
     after, sums = step(state, batch, jax.random.key(7))
     jax.effects_barrier()
     flat = pixels.reshape(6, -1) / 255
-    partner = np.array([1, 2, 3, 4, 0])  # the next that counts
-    mixed = seen[0].reshape(6, -1)[:5]
-    way = flat[partner] - flat[:5]
-    share = ((mixed - flat[:5]) * way).sum(1) / (way**2).sum(1)
-    np.testing.assert_allclose(mixed, flat[:5] + share[:, None] * way, atol=1e-5)
+    partner = np.array([1, 2, 3, 4, 5, 0])  # the next
+    mixed = seen[0].reshape(6, -1)
+    way = flat[partner] - flat
+    share = ((mixed - flat) * way).sum(1) / (way**2).sum(1)
+    np.testing.assert_allclose(mixed, flat + share[:, None] * way, atol=1e-5)
     assert (share >= -1e-6).all()
     assert (share <= 0.5 + 1e-6).all()
     assert len(np.unique(share.round(3))) > 2
     weight = np.where(labels == 1, 0.5, 3.0)
-    target = labels[:5] + share * (labels[partner] - labels[:5])
-    weights = weight[:5] + share * (weight[partner] - weight[:5])
+    target = labels + share * (labels[partner] - labels)
+    weights = weight + share * (weight[partner] - weight)
     logits = mixed @ before["Dense_0"]["kernel"][:, 0] + before["Dense_0"]["bias"]
-    error = weights * (1 / (1 + np.exp(-logits)) - target) / 5
+    error = weights * (1 / (1 + np.exp(-logits)) - target) / 6
     found = before["Dense_0"]["kernel"] - np.asarray(after.params["Dense_0"]["kernel"])
     np.testing.assert_allclose(found[:, 0], mixed.T @ error, atol=1e-5)
     losses = weights * (np.logaddexp(0, logits) - target * logits)
     assert float(sums.loss) == pytest.approx(losses.sum(), rel=1e-5)
+
+
+@pytest.mark.parametrize("what", ["image", "gradient"])
+def test_a_step_that_is_not_finite_is_rejected(what: str) -> None:
+    """The state stays as it was, and the metrics say so."""
+
+    def broken(key: jax.Array, images: jax.Array) -> jax.Array:
+        return images.at[2, 3, 4].set(jnp.nan) if what == "image" else images
+
+    class Steep(nn.Module):
+        @nn.compact
+        def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+            x = nn.Dense(1)(images.reshape(len(images), -1))[:, 0]
+            return x + jnp.sqrt(jnp.abs(x - x))  # its value is finite, its derivative is not
+
+    model = ResNet(width=4, stages=2) if what == "image" else Steep()
+    optimizer = optax.sgd(0.1)
+    images = jnp.zeros((1, SIZE, SIZE, 1))
+    variables = variables_of(model) if what == "image" else model.init(KEY, images, train=True)
+    state = state_of(jax.tree.map(jnp.array, variables), optimizer, ema=True)
+    before = jax.device_get(state)
+    step = make_train_step(model, optimizer, broken, ema_decay=0.9)
+    after, sums = step(state, batch_of(8), KEY)
+    assert bool(sums.rejected)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(after), before)
 
 
 def test_cross_entropy_is_stable() -> None:

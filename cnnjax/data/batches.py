@@ -1,8 +1,8 @@
 """(seed, step) -> batch: no iterator, no state, so that any step can be the next.
 
-The order of an epoch is a function of the run's key and the epoch's number. A data set that fits
-lives on the device as a whole and a batch is gathered there, inside the compiled step; a larger one
-is read from the memory-mapped cache, a few batches ahead.
+The order of the images is a function of the run's key and the number of the step. A data set that
+fits lives on the device as a whole and a batch is gathered there, inside the compiled step; a
+larger one is read from the memory-mapped cache, a few batches ahead.
 """
 
 from __future__ import annotations
@@ -30,24 +30,34 @@ class Resident(NamedTuple):
     """uint8 [n, height, width]."""
     labels: jax.Array
     """int32 [n]."""
-    viral: jax.Array | None = None
+    auxiliary: jax.Array | None = None
     """int32 [n], see `cnnjax.objectives.Batch`."""
 
 
-def epoch_rows(key: jax.Array, epoch: int, rows: np.ndarray, batch: int) -> np.ndarray:
-    """Returns which image stands where in each step of an epoch.
+def step_rows(key: jax.Array, steps: range, rows: np.ndarray, batch: int) -> np.ndarray:
+    """Returns which image stands where in each of some steps.
+
+    Training reads one endless stream: a permutation of the images, then another, and so on. Step s
+    takes the images from s * batch on, so every batch is full, and no image is seen twice more
+    often than another.
 
     Args:
         key: the run's key for the order of images.
-        epoch: its number.
+        steps: their numbers, counted from the run's first step, 0.
         rows: int [n], the images to train on, by their place in the data set.
         batch: images per step.
 
     Returns:
-        int32 [steps, batch], each image once; -1 fills up the last step.
+        int32 [len(steps), batch].
     """
-    order = jax.random.permutation(jax.random.fold_in(key, epoch), len(rows))
-    return in_batches(rows[np.asarray(order)].astype(np.int32), batch)
+    first, last = steps.start * batch // len(rows), (steps.stop * batch - 1) // len(rows)
+    orders = [
+        np.asarray(jax.random.permutation(jax.random.fold_in(key, k), len(rows)))
+        for k in range(first, last + 1)
+    ]
+    start = steps.start * batch - first * len(rows)
+    stream = np.concatenate([np.zeros(0, np.int32), *orders])[start:][: len(steps) * batch]
+    return rows[stream].astype(np.int32).reshape(len(steps), batch)
 
 
 def in_batches(rows: np.ndarray, batch: int) -> np.ndarray:
@@ -67,8 +77,7 @@ def load(data: Resident | None, feed: Batch | jax.Array) -> Batch:
         return feed
     assert data is not None
     at = jnp.maximum(feed, 0)
-    images, labels, viral = jax.tree.map(lambda x: x.at[at].get(mode="promise_in_bounds"), data)
-    return Batch(images, labels, feed >= 0, viral)
+    return Batch(*jax.tree.map(lambda x: x.at[at].get(mode="promise_in_bounds"), tuple(data)))
 
 
 class Feeder:
@@ -80,7 +89,7 @@ class Feeder:
         mesh: the devices.
         resident_mib: up to this size, in MiB, the data set is put on each device whole; below 0
             never.
-        viral: int32 [n], see `cnnjax.objectives.Batch`; None to leave it out.
+        auxiliary: int32 [n], see `cnnjax.objectives.Batch`; None to leave it out.
 
     Attributes:
         mesh: the devices.
@@ -94,21 +103,22 @@ class Feeder:
         labels: np.ndarray,
         mesh: Mesh,
         resident_mib: int,
-        viral: np.ndarray | None = None,
+        auxiliary: np.ndarray | None = None,
     ) -> None:
         self.mesh, self.side = mesh, images.shape[1]
-        self._set = images, labels, viral
+        self._set = images, labels, auxiliary
         self._by_row = divided(mesh)
         self.data: Resident | None = None
         if images.nbytes <= resident_mib * 2**20:
-            whole = np.asarray(images), labels, viral
+            whole = np.asarray(images), labels, auxiliary
             self.data = Resident(*jax.device_put(whole, replicated(mesh)))
 
     def feed(self, rows: np.ndarray) -> Iterator[Batch | jax.Array]:
         """Yields what `load` turns into the batch of each step.
 
         Args:
-            rows: int32 [steps, batch]: which image stands where; -1 fills up.
+            rows: int32 [steps, batch]: which image stands where; -1 for any, to fill up the batch
+                of an evaluation.
         """
         rows = self._even(rows)
         if self.data is not None:
@@ -144,5 +154,4 @@ class Feeder:
 
     def _read(self, rows: np.ndarray) -> Batch:
         at = np.maximum(rows, 0)
-        images, labels, viral = jax.tree.map(lambda x: x[at], self._set)
-        return Batch(*jax.device_put((images, labels, rows >= 0, viral), self._by_row))
+        return Batch(*jax.device_put(jax.tree.map(lambda x: x[at], self._set), self._by_row))

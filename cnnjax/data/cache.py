@@ -127,6 +127,11 @@ def load(
     return Decoded(kept.images, whole, quarantine, fingerprint)
 
 
+def decoded_of(images: np.ndarray, examples: tuple[Example, ...]) -> Decoded:
+    """Returns images that are decoded already, uint8 [n, size, size], as a `Decoded`."""
+    return Decoded(images, examples, (), _fingerprint(examples, (), checksum(images)))
+
+
 class _Kept(NamedTuple):
     """What lies in a folder of the cache."""
 

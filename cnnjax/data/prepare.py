@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from cnnjax.config import DataConfig
 from cnnjax.data import cache, framing
 from cnnjax.data.files import no_cache, sweep
-from cnnjax.data.index import Index, read_index
+from cnnjax.data.index import Example, Index, read_index
 from cnnjax.data.patients import block_folds, grouped_folds, in_several_splits
 from cnnjax.errors import InputError
 from cnnjax.machine import cache_folder
@@ -29,8 +29,13 @@ class TrainingData:
     decoded: cache.Decoded
     held_out: np.ndarray
     """bool [n], true where the image validates."""
-    classes: tuple[str, str]
-    """Names of labels 0 and 1."""
+    classes: tuple[str, ...]
+    """Names of the labels, 0 and up."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int32 [n], of all images."""
+        return self.decoded.labels
 
     @property
     def train(self) -> np.ndarray:
@@ -41,6 +46,50 @@ class TrainingData:
     def validation(self) -> np.ndarray:
         """int64 [n_validation], rows of the held-out images."""
         return np.flatnonzero(self.held_out)
+
+
+def data_of(
+    images: np.ndarray,
+    labels: np.ndarray,
+    held_out: np.ndarray,
+    classes: tuple[str, ...],
+    *,
+    patients: Sequence[str] | None = None,
+    names: Sequence[str] | None = None,
+) -> TrainingData:
+    """Returns arrays as the data of a run, for `cnnjax.fit(config, data=...)`.
+
+    Args:
+        images: uint8 [n, size, size], of the size that the config says.
+        labels: int [n], 0 and up.
+        held_out: bool [n], true where the image validates; patients on one side each.
+        classes: names of the labels.
+        patients: whom each image shows; by default each another one.
+        names: of the images; by default their numbers.
+
+    Raises:
+        InputError: the arrays do not fit together, or a side lacks a class.
+    """
+    n = len(images)
+    names = [f"image-{i:07}" for i in range(n)] if names is None else names
+    patients = names if patients is None else patients
+    if images.dtype != np.uint8 or images.shape[1:] != images.shape[1:2] * 2:
+        raise InputError(
+            f"images must be uint8 [n, size, size], got {images.dtype} {list(images.shape)}"
+        )
+    if {len(part) for part in (labels, held_out, patients, names)} != {n}:
+        raise InputError(f"labels, held_out, patients and names must each be of {n} images")
+    held_out = np.asarray(held_out, bool)
+    for side in (~held_out, held_out):
+        if set(np.asarray(labels)[side].tolist()) != set(range(len(classes))):
+            raise InputError(f"training and held-out images must each show all of {classes}")
+    shared = {p for p, h in zip(patients, held_out, strict=True) if h}
+    shared &= {p for p, h in zip(patients, held_out, strict=True) if not h}
+    if shared:
+        raise InputError(f"patient {min(shared)} is both trained on and held out")
+    each = zip(names, np.asarray(labels).tolist(), patients, strict=True)
+    examples = tuple(Example(name, "train", label, patient) for name, label, patient in each)
+    return TrainingData(cache.decoded_of(images, examples), held_out, classes)
 
 
 def open_index(config: DataConfig, say: Say) -> Index:

@@ -345,8 +345,8 @@ class BatchNormCache(NamedTuple):
     """x^, the input less the mean in units of the standard deviation."""
     gain: np.ndarray
     """[channels], gamma / sqrt(var + epsilon)."""
-    counted: np.ndarray | slice | None
-    """Rows that the statistics were taken of; None where the running ones were used."""
+    train: bool
+    """Whether the statistics were those of this batch."""
 
 
 def batch_norm_forward(
@@ -357,7 +357,6 @@ def batch_norm_forward(
     var: np.ndarray,
     *,
     train: bool,
-    mask: np.ndarray | None = None,
     momentum: float = 0.9,
     epsilon: float = 1e-5,
 ) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray], BatchNormCache]:
@@ -367,8 +366,8 @@ def batch_norm_forward(
 
         x^ = (x - mu) / sqrt(v + epsilon),    y = gamma x^ + beta.
 
-    In training mu and v are those of this batch, over the m pixels of all images that count, and
-    the running ones follow, running <- momentum running + (1 - momentum) batch. In evaluation the
+    In training mu and v are those of this batch, over the m pixels of all its images, and the
+    running ones follow, running <- momentum running + (1 - momentum) batch. In evaluation the
     running ones are used, and an image's result does not depend on its neighbours (Ioffe and
     Szegedy, arXiv:1502.03167).
 
@@ -379,7 +378,6 @@ def batch_norm_forward(
         mean: running mean, [channels].
         var: running variance, [channels].
         train: whether to use and to follow this batch's statistics.
-        mask: bool [batch], false on rows that do not count in them; None where all do.
         momentum: of the running statistics.
         epsilon: keeps a channel of no variance from a division by zero.
 
@@ -387,25 +385,16 @@ def batch_norm_forward(
         y, the running (mean, var) after this batch, and the cache.
 
     Raises:
-        ValueError: the shapes do not fit, or no row counts in training.
+        ValueError: the shapes do not fit.
     """
     expect("x", x.shape, ("batch", *(["size"] * (x.ndim - 2)), "channels"))
     channels, because = x.shape[-1:], f"for x of shape {show(x.shape)}"
     for name, value in (("scale", scale), ("bias", bias), ("mean", mean), ("var", var)):
         expect(name, value.shape, channels, because)
-    counted: np.ndarray | slice | None = None
     if train:
-        counted = slice(None)
-        if mask is not None:
-            expect("mask", mask.shape, x.shape[:1], because)
-            # Indexing with an array copies, which full batches need not pay for.
-            counted = counted if mask.all() else mask
-        valid = x[counted]
-        pixels = valid.size // x.shape[-1]
-        if pixels == 0:
-            raise ValueError(f"expected a row that counts, got none {because}")
-        batch_mean = _sum_channels(valid) / pixels
-        batch_var = _sum_channels((valid - batch_mean) ** 2) / pixels
+        pixels = x.size // x.shape[-1]
+        batch_mean = _sum_channels(x) / pixels
+        batch_var = _sum_channels((x - batch_mean) ** 2) / pixels
         running = (
             momentum * mean + (1 - momentum) * batch_mean,
             momentum * var + (1 - momentum) * batch_var,
@@ -415,7 +404,7 @@ def batch_norm_forward(
         running = mean, var
     deviation = np.sqrt(var + epsilon)
     normal = (x - mean) / deviation
-    return normal * scale + bias, running, BatchNormCache(normal, scale / deviation, counted)
+    return normal * scale + bias, running, BatchNormCache(normal, scale / deviation, train)
 
 
 def batch_norm_backward(
@@ -428,7 +417,7 @@ def batch_norm_backward(
         dL/dgamma = sum_p delta_p x^_p,    dL/dbeta = sum_p delta_p.
 
     In evaluation mu and v are constants and dL/dx = gamma delta / sqrt(v + epsilon). In training a
-    pixel q that counts also moves mu = sum_p x_p / m and v = sum_p (x_p - mu)^2 / m, by
+    pixel q also moves mu = sum_p x_p / m and v = sum_p (x_p - mu)^2 / m, by
 
         dmu/dx_q = 1 / m,    dv/dx_q = 2 (x_q - mu) / m
 
@@ -442,20 +431,14 @@ def batch_norm_backward(
         dL/dx_q = gamma / sqrt(v + epsilon) [delta_q - dL/dbeta / m - x^_q dL/dgamma / m]:
 
     what is left of delta once its mean and its part along x^ are taken away, because a shift or a
-    scaling of the whole batch does not change y. Rows that do not count keep the first term alone.
+    scaling of the whole batch does not change y.
     """
-    normal, gain, counted = cache
+    normal, gain, train = cache
     expect("dy", dy.shape, normal.shape, "like batch norm's output")
     dscale, dbias = _sum_channels(dy * normal), _sum_channels(dy)
-    if counted is None:
-        return gain * dy, dscale, dbias
-    if isinstance(counted, slice):
-        pixels = dy.size // dy.shape[-1]
-        return gain * (dy - (dbias + normal * dscale) / pixels), dscale, dbias
-    dx = dy.copy()
-    valid = normal[counted]
-    dx[counted] -= (dbias + valid * dscale) / (valid.size // dy.shape[-1])
-    return gain * dx, dscale, dbias
+    if train:
+        dy = dy - (dbias + normal * dscale) / (dy.size // dy.shape[-1])
+    return gain * dy, dscale, dbias
 
 
 def _seen_at(x: np.ndarray, window: Pair, stride: Pair) -> Iterator[tuple[int, int, np.ndarray]]:

@@ -37,7 +37,6 @@ class Network(Protocol):
         images: np.ndarray,
         *,
         train: bool = False,
-        mask: np.ndarray | None = None,
     ) -> tuple[np.ndarray, Any, Tree]:
         """Returns logits [batch] of images [batch, height, width, 1], cache and statistics.
 
@@ -46,7 +45,6 @@ class Network(Protocol):
             batch_stats: likewise.
             images: float in [0, 1].
             train: whether batch norm uses and follows this batch's statistics.
-            mask: bool [batch], false on rows that do not count in them.
 
         Raises:
             ValueError: shapes or names do not fit.
@@ -121,7 +119,6 @@ class BaselineCNN:
         images: np.ndarray,
         *,
         train: bool = False,
-        mask: np.ndarray | None = None,
     ) -> tuple[np.ndarray, BaselineCache, Tree]:
         """Returns logits, cache and statistics; see `Network`."""
         _expect_names(params, {"conv1", "conv2", "dense1", "dense2"})
@@ -250,23 +247,26 @@ class ResNet:
         images: np.ndarray,
         *,
         train: bool = False,
-        mask: np.ndarray | None = None,
     ) -> tuple[np.ndarray, ResNetCache, Tree]:
         """Returns logits, cache and statistics; see `Network`."""
         names = {name for name, _, _ in self._blocks()}
         _expect_names(params, {"stem", "stem_norm", "head"} | names)
         _expect_names(batch_stats, {"stem_norm"} | names)
-        rows = _Rows(train, mask)
         x = _prepared(images, self)
         x, stem_stats, stem = _conv_norm_forward(
-            x, params["stem"], params["stem_norm"], batch_stats["stem_norm"], rows, stride=self.stem
+            x,
+            params["stem"],
+            params["stem_norm"],
+            batch_stats["stem_norm"],
+            train,
+            stride=self.stem,
         )
         stats = {"stem_norm": stem_stats}
         x, relu = layers.relu_forward(x)
         blocks = {}
         for name, _, stride in self._blocks():
             x, stats[name], blocks[name] = _block_forward(
-                x, params[name], batch_stats[name], rows, stride=stride
+                x, params[name], batch_stats[name], train, stride=stride
             )
         x, pool = layers.global_average_pool_forward(x)
         x, head = layers.dense_forward(x, **params["head"])
@@ -292,13 +292,6 @@ class ResNet:
                 yield f"stage{stage + 1}_block{block + 1}", self.width * 2**stage, stride
 
 
-class _Rows(NamedTuple):
-    """How batch norm is to treat the rows of a batch."""
-
-    train: bool
-    mask: np.ndarray | None
-
-
 def _conv_pool_forward(
     x: np.ndarray, kernel: np.ndarray, bias: np.ndarray
 ) -> tuple[np.ndarray, ConvPoolCache]:
@@ -320,10 +313,10 @@ def _conv_pool_backward(dy: np.ndarray, cache: ConvPoolCache) -> tuple[np.ndarra
 
 
 def _conv_norm_forward(
-    x: np.ndarray, conv: Tree, norm: Tree, stats: Tree, rows: _Rows, *, stride: int = 1
+    x: np.ndarray, conv: Tree, norm: Tree, stats: Tree, train: bool, *, stride: int = 1
 ) -> tuple[np.ndarray, Tree, ConvNormCache]:
     x, conv_cache = layers.conv_forward(x, **conv, stride=stride)
-    x, (mean, var), norm_cache = layers.batch_norm_forward(x, **norm, **stats, **rows._asdict())
+    x, (mean, var), norm_cache = layers.batch_norm_forward(x, **norm, **stats, train=train)
     return x, {"mean": mean, "var": var}, ConvNormCache(conv_cache, norm_cache)
 
 
@@ -334,7 +327,7 @@ def _conv_norm_backward(dy: np.ndarray, cache: ConvNormCache) -> tuple[np.ndarra
 
 
 def _block_forward(
-    x: np.ndarray, params: Tree, stats: Tree, rows: _Rows, *, stride: int
+    x: np.ndarray, params: Tree, stats: Tree, train: bool, *, stride: int
 ) -> tuple[np.ndarray, Tree, BlockCache]:
     """Returns relu(x + BN(conv(relu(BN(conv(x))))) of He et al., arXiv:1512.03385, figure 2.
 
@@ -345,7 +338,7 @@ def _block_forward(
     def conv_norm(x: np.ndarray, k: int, stride: int) -> tuple[np.ndarray, ConvNormCache]:
         conv, norm = params[f"conv{k}"], params[f"norm{k}"]
         x, after[f"norm{k}"], cache = _conv_norm_forward(
-            x, conv, norm, stats[f"norm{k}"], rows, stride=stride
+            x, conv, norm, stats[f"norm{k}"], train, stride=stride
         )
         return x, cache
 

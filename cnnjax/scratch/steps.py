@@ -19,14 +19,12 @@ from cnnjax.scratch.trees import Tree
 
 
 class Batch(NamedTuple):
-    """The images of one step, filled up to a fixed size."""
+    """The images of one step."""
 
     images: np.ndarray
     """uint8 [batch, height, width]."""
     labels: np.ndarray
     """int [batch], 1 for the positive class."""
-    mask: np.ndarray
-    """bool [batch], false on rows that only fill up the batch."""
 
 
 class TrainState(NamedTuple):
@@ -40,7 +38,7 @@ class TrainState(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """Sums over the rows that count, so that batches of any size add up."""
+    """Sums over a batch, so that batches of any size add up."""
 
     loss: float
     """Sum of the loss, class weights included."""
@@ -54,7 +52,7 @@ class Gradients(NamedTuple):
     """What `loss_and_gradients` returns."""
 
     loss: float
-    """Mean over the rows that count."""
+    """Mean over the batch."""
     logits: np.ndarray
     """float [batch]."""
     batch_stats: Tree
@@ -85,15 +83,14 @@ def loss_and_gradients(
     batch_stats: Tree,
     images: np.ndarray,
     labels: np.ndarray,
-    mask: np.ndarray,
     *,
     class_weights: tuple[float, float] = (1.0, 1.0),
     label_smoothing: float = 0.0,
 ) -> Gradients:
     """Walks the network forward to the loss and back to the gradient by every parameter.
 
-    The loss is the mean over the n rows that count, L = sum_i m_i l_i / n with m_i = 1 on those and
-    0 on others, so that the way back starts with dL/dl_i = m_i / n.
+    The loss is the mean over the n images of the batch, L = sum_i l_i / n, so that the way back
+    starts with dL/dl_i = 1 / n.
 
     Args:
         model: the network.
@@ -101,7 +98,6 @@ def loss_and_gradients(
         batch_stats: its running statistics, empty where it has no batch norm.
         images: float [batch, height, width, 1] in [0, 1].
         labels: int [batch], 0 or 1.
-        mask: bool [batch], false on rows that do not count.
         class_weights: of labels 0 and 1.
         label_smoothing: s turns labels into s / 2 and 1 - s / 2.
 
@@ -109,15 +105,11 @@ def loss_and_gradients(
         ValueError: shapes do not fit.
     """
     expect("labels", labels.shape, images.shape[:1], f"for images {list(images.shape)}")
-    expect("mask", mask.shape, images.shape[:1], f"for images {list(images.shape)}")
-    logits, cache, batch_stats = model.forward(params, batch_stats, images, train=True, mask=mask)
+    logits, cache, batch_stats = model.forward(params, batch_stats, images, train=True)
     losses, loss_cache = cross_entropy_forward(logits, labels, class_weights, label_smoothing)
-    counted = max(int(mask.sum()), 1)
-    dlosses = mask.astype(losses.dtype) / counted
+    dlosses = np.full_like(losses, 1 / len(losses))
     gradients = model.backward(cross_entropy_backward(dlosses, loss_cache), cache)
-    # Indexed rather than multiplied: what stands in rows that do not count may be infinite.
-    loss = float(losses[mask].sum()) / counted
-    return Gradients(loss, logits, batch_stats, gradients)
+    return Gradients(float(losses.mean()), logits, batch_stats, gradients)
 
 
 def make_train_step(
@@ -146,13 +138,12 @@ def make_train_step(
             state.batch_stats,
             to_float(batch.images, _dtype(state.params)),
             batch.labels,
-            batch.mask,
             class_weights=class_weights,
             label_smoothing=label_smoothing,
         )
         params, opt_state = optimizer.update(found.params, state.opt_state, state.params)
-        images = int(batch.mask.sum())
-        correct = ((found.logits >= 0) == (batch.labels == 1)) & batch.mask
+        images = len(batch.labels)
+        correct = (found.logits >= 0) == (batch.labels == 1)
         metrics = Metrics(found.loss * images, int(correct.sum()), images)
         return TrainState(state.step + 1, params, found.batch_stats, opt_state), metrics
 
@@ -160,7 +151,7 @@ def make_train_step(
 
 
 def make_eval_step(model: Network) -> EvalStep:
-    """Returns the pure step (state, batch) -> logits float [batch]; fill rows get some too."""
+    """Returns the pure step (state, batch) -> logits float [batch]."""
 
     def eval_step(state: TrainState, batch: Batch) -> np.ndarray:
         images = to_float(batch.images, _dtype(state.params))

@@ -19,9 +19,8 @@ import filelock
 import jax
 import numpy as np
 import pytest
-from PIL import Image
 
-from cnnjax import checkpoint, loop, programs
+from cnnjax import checkpoint, devices, train
 from cnnjax.cli import guarded
 from cnnjax.config import (
     Config,
@@ -32,11 +31,10 @@ from cnnjax.config import (
     TrainConfig,
 )
 from cnnjax.data.prepare import training_data
-from cnnjax.devices import make_mesh
-from cnnjax.errors import InputError
-from cnnjax.loop import fit
+from cnnjax.errors import InputError, TrainingError
 from cnnjax.steps import TrainState
-from cnnjax.workdir import Workdir, append_line, claim, read_lines
+from cnnjax.train import fit
+from cnnjax.workdir import append_line, claim, read_lines
 
 EPOCHS = 4
 
@@ -97,7 +95,7 @@ def test_a_stopped_run_ends_with_the_same_bytes(
     tree: Path, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     config = config_for(tree, tmp_path / "run")
-    append, write = loop.append_line, checkpoint.Checkpoints._write
+    append, write = train.append_line, checkpoint.Checkpoints._write
     calls = {"append": 0}
     best = max(line["epoch"] for line in read_metrics(finished) if line["best"])
 
@@ -116,7 +114,7 @@ def test_a_stopped_run_ends_with_the_same_bytes(
         write(self, kind, epoch, state)
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "append_line", stopping_append)
+        patched.setattr(train, "append_line", stopping_append)
         patched.setattr(checkpoint.Checkpoints, "_write", stopping_write)
         with pytest.raises(KeyboardInterrupt):
             fit(config)
@@ -140,7 +138,7 @@ def test_steps_taken_together_are_the_same_steps(
     tree: Path, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU: 4 of the 6 steps of an epoch in one call, and 2 by themselves."""
-    monkeypatch.setitem(programs.TOGETHER, "cpu", 4)
+    monkeypatch.setitem(devices.TRAITS, "cpu", replace(devices.TRAITS["cpu"], steps=4))
     fit(config_for(tree, tmp_path / "run"))
     ours, theirs = (read_metrics(run) for run in (tmp_path / "run", finished))
     for ours_epoch, theirs_epoch in zip(ours, theirs, strict=True):
@@ -265,20 +263,27 @@ def test_a_workdir_in_use_is_refused(tree: Path, tmp_path: Path) -> None:
         fit(config_for(tree, tmp_path))
 
 
-def test_a_diverging_run_says_so(tree: Path, tmp_path: Path) -> None:
+def test_a_diverging_run_says_where(tree: Path, tmp_path: Path) -> None:
+    config = config_for(tree, tmp_path / "run", learning_rate=1e30, optimizer="sgd")
     with pytest.raises(
-        InputError,
-        match=r"run: the loss is .* in epoch \d; begin another run \(--workdir\) with a lower",
+        TrainingError,
+        match=r"run: loss, gradient or batch statistics are not finite at step \d \(epoch 1\),"
+        r" which was not applied; its images: train/.*\. The checkpoint of epoch 0 is kept;"
+        r" begin another run \(--workdir\) with a lower --train\.learning-rate",
     ):
-        fit(config_for(tree, tmp_path / "run", learning_rate=1e30, optimizer="sgd"))
+        fit(config)
+
+    def run() -> int:
+        fit(config)
+        return 0
+
+    assert guarded(run) == 1
 
 
 def test_a_network_that_an_epochs_last_step_breaks_is_not_kept(tree: Path, tmp_path: Path) -> None:
     """The loss of the only step is that of the network before it."""
     config = config_for(tree, tmp_path / "run", learning_rate=1e30, optimizer="sgd", batch=96)
-    with pytest.raises(
-        InputError, match=r"the loss is (nan|inf) in epoch 1; begin another .* --train\.clip-norm$"
-    ):
+    with pytest.raises(TrainingError, match=r"not finite after epoch 1; begin .*clip-norm$"):
         fit(config)
     assert not (config.workdir / "metrics.jsonl").exists()
     assert not list((config.workdir / "checkpoints").glob("*/*"))
@@ -384,7 +389,7 @@ def test_resnet_with_every_option_resumes_on_other_devices(tree: Path, tmp_path:
         model=ModelConfig("resnet", width=4),
     )
     whole = fit(config).summary["last"]
-    append = loop.append_line
+    append = train.append_line
 
     def stop(path: Path, values: Any) -> None:
         append(path, values)
@@ -393,116 +398,11 @@ def test_resnet_with_every_option_resumes_on_other_devices(tree: Path, tmp_path:
 
     other = replace(config, workdir=tmp_path / "b")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(loop, "append_line", stop)
+        patched.setattr(train, "append_line", stop)
         with pytest.raises(KeyboardInterrupt):
             fit(other)
     resumed = fit(replace(other, device=DeviceConfig(count=3))).summary["last"]
     assert resumed["brier"]["value"] == pytest.approx(whole["brier"]["value"], abs=0.02)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "devices", "folds"),
-    [
-        ("baseline", 3, (0, 2)),  # two of the devices take a member each
-        ("resnet", 2, (0, 1, 2)),  # one of the two computes one member, and another once more
-    ],
-)
-def test_members_trained_together_are_those_trained_alone(
-    tree: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    name: str,
-    devices: int,
-    folds: tuple[int, ...],
-) -> None:
-    """Folds and seeds in one step by vmap, a few steps a call, against one after another."""
-    monkeypatch.setitem(programs.TOGETHER, "cpu", 4)
-
-    def configs(where: str) -> list[Config]:
-        return [
-            Config(
-                workdir=tmp_path / where / f"member{fold}",
-                seed=fold,
-                data=DataConfig(root=str(tree), size=20, folds=3, fold=fold),
-                model=ModelConfig(name, width=4, stages=2),  # type: ignore[arg-type]
-                train=TrainConfig(epochs=2, batch=10, ema=0.9, learning_rate=1e-3, auxiliary=0.3),
-                device=DeviceConfig(count=devices),
-            )
-            for fold in folds
-        ]
-
-    together = loop.fit_all(configs("together"), together=True)
-    alone = loop.fit_all(configs("alone"), together=False)
-    for a, b in zip(together, alone, strict=True):
-        assert a.last.auc.value == pytest.approx(b.last.auc.value, abs=0.02)
-    for fold in folds:
-        for file in ("split.csv", "summary.json", "operating.json"):
-            assert (tmp_path / "together" / f"member{fold}" / file).exists()
-        one, other = (
-            np.loadtxt(
-                tmp_path / where / f"member{fold}" / "validation.csv",
-                delimiter=",",
-                skiprows=1,
-                usecols=(4,),
-            )
-            for where in ("together", "alone")
-        )
-        np.testing.assert_allclose(one, other, atol=5e-3)
-
-
-@pytest.mark.slow
-def test_members_killed_apart_catch_up(tree: Path, tmp_path: Path) -> None:
-    """One member is an epoch behind, as when the process dies between the two checkpoints."""
-
-    def configs(where: str, epochs: int = 3) -> list[Config]:
-        return [
-            Config(
-                workdir=tmp_path / where / str(seed),
-                seed=seed,
-                data=DataConfig(root=str(tree), size=20),
-                train=TrainConfig(epochs=epochs, batch=16),
-                device=DeviceConfig(count=1),
-            )
-            for seed in (0, 1)
-        ]
-
-    loop.fit_all(configs("whole"), together=True)
-    write = checkpoint.Checkpoints._write
-    with pytest.MonkeyPatch.context() as patch:
-
-        def dying(self: checkpoint.Checkpoints, kind: Any, epoch: int, state: Any) -> None:
-            if epoch == 2 and kind == "latest" and "/1/" in str(self.folder):
-                raise KeyboardInterrupt
-            write(self, kind, epoch, state)
-
-        patch.setattr(checkpoint.Checkpoints, "_write", dying)
-        with pytest.raises(KeyboardInterrupt):
-            loop.fit_all(configs("killed"), together=True)
-    loop.fit_all(configs("killed"), together=True)
-    for seed in ("0", "1"):
-        lines = (tmp_path / "killed" / seed / "metrics.jsonl").read_text().splitlines()
-        assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]
-        one, other = (
-            json.loads((tmp_path / where / seed / "summary.json").read_text())["last"]["auc"]
-            for where in ("whole", "killed")
-        )
-        assert one["value"] == pytest.approx(other["value"], abs=0.02)
-
-
-def test_members_on_devices_of_their_own_exchange_nothing(tree: Path, tmp_path: Path) -> None:
-    config = config_for(tree, tmp_path / "run", precision="float32")
-    data = training_data(config.data, config.seed, lambda _: None)
-    tasks = [programs.Task(replace(config, seed=seed), data) for seed in range(5)]
-    together = programs.Together(tasks, make_mesh(DeviceConfig(count=4)))
-    states = together.start()
-    first = jax.tree.leaves(states.params)[0]
-    assert first.shape[0] == 6  # two on each of three devices; one fills up
-    assert len(first.sharding.device_set) == 3
-    order = np.stack([task.order(1)[0] for task in (*tasks, tasks[0])])
-    lowered = together._one.lower(states, together._data, order, together._keys, together._weights)
-    for exchange in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
-        assert exchange not in lowered.compile().as_text()
 
 
 def test_folds_share_a_compiled_program(tree: Path, tmp_path: Path) -> None:
@@ -510,26 +410,18 @@ def test_folds_share_a_compiled_program(tree: Path, tmp_path: Path) -> None:
     config = config_for(tree, tmp_path / "run", precision="float32")
     data = training_data(config.data, config.seed, lambda _: None)
     held_out = data.held_out.copy()
-    labels = data.decoded.labels
-    held_out[np.flatnonzero(held_out & (labels == 0))[0]] = False
-    held_out[np.flatnonzero(~held_out & (labels == 1))[0]] = True
-    tasks = [programs.Task(config, each) for each in (data, replace(data, held_out=held_out))]
-    assert tasks[0].class_weights != tasks[1].class_weights
-    lowered = set()
-    for task in tasks:
-        alone = programs.Alone(task, make_mesh(config.device))
-        state = jax.eval_shape(task.new_state, task.init_key)
-        step = alone._steps.one.lower(state, alone._feeder.data, task.order(1)[0], alone._key)
-        lowered.add(step.as_text())
+    held_out[np.flatnonzero(held_out & (data.labels == 0))[0]] = False
+    held_out[np.flatnonzero(~held_out & (data.labels == 1))[0]] = True
+    lowered, weights = set(), set()
+    for i, each in enumerate((data, replace(data, held_out=held_out))):
+        with train.open_run(replace(config, workdir=tmp_path / f"run{i}"), each) as run:
+            step = train.compile_steps(run.mesh, run.train_step).one
+            state = jax.eval_shape(run.new_state, run.key(0))
+            given = (run.key(2), run.objective)
+            lowered.add(step.lower(state, run.feeder().data, run.order(1)[0], given).as_text())
+            weights.add(run.objective.class_weights)
+    assert len(weights) == 2
     assert len(lowered) == 1
-
-
-def test_members_may_differ_by_seed_and_fold_alone(tree: Path, tmp_path: Path) -> None:
-    config = Config(workdir=tmp_path / "a", data=DataConfig(root=str(tree), size=20))
-    with pytest.raises(ValueError, match="workdir, seed and fold alone"):
-        loop.fit_all([config, replace(config, train=TrainConfig(batch=8), workdir=tmp_path / "b")])
-    with pytest.raises(ValueError, match="a workdir of its own"):
-        loop.fit_all([config, replace(config, seed=1)])
 
 
 def test_a_refused_config_leaves_the_workdir_free(tree: Path, tmp_path: Path) -> None:
@@ -727,29 +619,6 @@ def test_a_run_without_its_checkpoints_or_its_images_says_so(
     (run / "data.json").unlink()
     with pytest.raises(InputError, match=r"data\.json cannot be read"):
         fit(config_for(tree, run))
-
-
-def test_folds_that_cannot_all_serve_leave_their_workdirs_free(tmp_path: Path) -> None:
-    """Of blocks of the numbering, where one patient has nearly all normal images."""
-    root = tmp_path / "tree"
-    for patient, images in enumerate((1, 1, 16, 1, 1)):
-        for i in range(images):
-            for name in (f"NORMAL/IM-{patient:04}-{i}", f"PNEUMONIA/person{i}_virus_{patient}"):
-                path = root / "train" / f"{name}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.new("L", (20, 20), 10 * patient + i).save(path)
-    folds = [
-        Config(
-            workdir=tmp_path / f"fold{fold}",
-            data=DataConfig(root=str(root), size=20, validation="blocks", fold=fold),
-        )
-        for fold in range(5)
-    ]
-    with pytest.raises(
-        InputError, match=r"--data\.fold 1, validation lacks a class; choose others"
-    ):
-        loop.fit_all(folds)
-    assert not Workdir(folds[0].workdir).begun
 
 
 def test_a_line_that_was_left_unfinished_is_dropped(tmp_path: Path) -> None:

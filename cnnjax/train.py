@@ -1,0 +1,692 @@
+"""Training, from a config to a run on disk: read `fit` from top to bottom.
+
+Everything that decides the outcome is a function of (config, data, seed), and of the parts that a
+caller may give beside the config. The loop holds no state but `state` and the history in
+`metrics.jsonl`, so that a run that is stopped and started again goes on as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from cnnjax import devices, metrics, parts
+from cnnjax.augment import make_augment
+from cnnjax.checkpoint import KINDS, Checkpoints, template_of
+from cnnjax.config import Config, TrainConfig
+from cnnjax.data.batches import Feeder, Resident, load, step_rows
+from cnnjax.data.cache import write_quarantine
+from cnnjax.data.files import write_atomically, write_rows
+from cnnjax.data.patients import write_split
+from cnnjax.data.prepare import TrainingData, training_data
+from cnnjax.errors import InputError, TrainingError, first_line
+from cnnjax.events import Events
+from cnnjax.logits import make_logits
+from cnnjax.models import model_of
+from cnnjax.objectives import Batch, Binary, Objective
+from cnnjax.operating import fit_operating_point, points_to_json
+from cnnjax.steps import (
+    Metrics,
+    TrainState,
+    init_state,
+    make_optimizer,
+    make_train_step,
+    state_of,
+    variables_of,
+)
+from cnnjax.workdir import Workdir, append_line, claim, write_json
+
+PyTree = Any
+
+# One key each; a new purpose takes the next number and never a used one.
+_INIT, _ORDER, _STEP = range(3)
+
+_NAMED = 10  # images named in an error
+
+_ADVICE = (
+    "begin another run (--workdir) with a lower --train.learning-rate or with --train.clip-norm"
+)
+
+_LOOK = 16  # steps between looks at the loss, each of which waits for the step of the last look
+
+
+@dataclass(frozen=True)
+class Result:
+    """Results of a finished run; `summary.json` holds the same."""
+
+    classes: tuple[str, ...]
+    """Names of the labels, 0 and up."""
+    summary: dict[str, Any]
+    evaluations: dict[str, metrics.Evaluation]
+    """Of the `best` and the `latest` checkpoint; empty for objectives other than
+    `cnnjax.objectives.Binary`, whose figures are in `summary`."""
+
+    @property
+    def best(self) -> metrics.Evaluation:
+        """The best checkpoint on the images that chose it, so a little optimistic."""
+        return self.evaluations["best"]
+
+    @property
+    def last(self) -> metrics.Evaluation:
+        """The last epoch on the same images, which did not choose it (but for --train.patience)."""
+        return self.evaluations["latest"]
+
+
+def fit(
+    config: Config,
+    *,
+    data: TrainingData | None = None,
+    network: Any = None,
+    objective: Objective | None = None,
+    init: PyTree = None,
+) -> Result:
+    """Trains a network, or goes on where the run in the config's workdir stopped.
+
+    Prints what it uses and a line for each epoch; leaves in the workdir what
+    `cnnjax.workdir.Workdir` lists.
+
+    Args:
+        config: all that decides the run, but for the parts below.
+        data: the images and what they are for; by default as `config.data` says.
+        network: any Linen module that is called as `apply(variables, images, train=..., rngs=...)`
+            with float32 images [batch, size, size, 1] in [0, 1] and returns what the objective
+            takes; by default the one that `config.model` describes.
+        objective: the loss and what an epoch reports, see `cnnjax.objectives.Objective`; by default
+            `Binary` as `config.train` says.
+        init: Flax variables to start from; by default drawn from the seed.
+
+    Raises:
+        InputError: the data, the devices or the workdir cannot serve, or a run in the workdir was
+            given other parts.
+        TrainingError: a loss, a gradient or a batch statistic is not finite.
+    """
+    with open_run(config, data, network, objective, init) as run:
+        config, data, mesh = run.config, run.data, run.mesh
+        steps = compile_steps(mesh, run.train_step)
+        given = jax.device_put((run.key(_STEP), run.objective), devices.replicated(mesh))
+        feeder = run.feeder()
+        outputs_of = make_logits(run.network, mesh)
+        state = run.restored("latest") if run.done else run.first_state(init)
+        bar = tqdm(
+            total=config.train.epochs * len(data.train),
+            initial=run.done * len(data.train),
+            unit="image",
+            unit_scale=True,
+            disable=None,
+            dynamic_ncols=True,
+        )
+        with bar:
+            for epoch in range(run.done + 1, config.train.epochs + 1):
+                if run.out_of_patience:
+                    patience = config.train.patience
+                    bar.write(f"no better checkpoint in {patience} epochs: stopping early")
+                    break
+                start = time.perf_counter()
+                bar.set_description(f"epoch {epoch}/{config.train.epochs}")
+                with run.profiled(epoch), run.named(epoch):
+                    order = run.order(epoch)
+                    state, trained = take_epoch(state, steps, feeder, order, given, bar)
+                middle = time.perf_counter()
+                outputs = outputs_of(state, feeder, data.validation)
+                seconds = middle - start, time.perf_counter() - middle
+                bar.write(run.record(state, trained, outputs, seconds))
+        return run.conclude()
+
+
+class Run:
+    """A run while it is trained: its parts, the epochs so far, and the folder that keeps them.
+
+    Attributes:
+        config: of the run, with its precision settled.
+        data: the images and what they are for.
+        workdir: where everything is kept.
+        mesh: the devices: as many as divide a batch.
+        network: a Linen module.
+        objective: the loss and what an epoch reports.
+        steps_per_epoch: how many batches the training images fill, rounded up.
+        train_step: (state, batch, (key, objective)) -> (state, metrics), for `compile_steps`.
+        done: the number of epochs behind it.
+        history: the lines of `metrics.jsonl`, one for each of them.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        data: TrainingData,
+        workdir: Workdir,
+        mesh: Mesh,
+        network: Any,
+        objective: Objective | None,
+    ) -> None:
+        train = config.train
+        self.config, self.data, self.workdir, self.mesh = config, data, workdir, mesh
+        self.network = model_of(config) if network is None else network
+        self.steps_per_epoch = math.ceil(len(data.train) / train.batch)
+        self.objective = objective or Binary(
+            class_weights_of(data.labels[data.train]) if train.class_weights else _EQUAL,
+            train.label_smoothing,
+            train.mixup,
+            train.auxiliary,
+        )
+        self._optimizer, self._learning_rate = make_optimizer(train, self.steps_per_epoch)
+        augment = make_augment(config.augment)
+
+        def train_step(
+            state: TrainState, batch: Batch, given: tuple[jax.Array, Objective]
+        ) -> tuple[TrainState, Metrics]:
+            # The objective is an argument, so that class weights are no constants: other folds and
+            # seeds find the program compiled.
+            key, objective = given
+            step = make_train_step(
+                self.network, self._optimizer, augment, objective, ema_decay=train.ema
+            )
+            return step(state, batch, key)
+
+        self.train_step = train_step
+        self._checkpoints = Checkpoints(workdir.checkpoints)
+        self.done = self._checkpoints.epoch("latest") or 0
+        self.history = workdir.read_history(self.done)
+        self._profiled_epoch = min(self.done + 2, train.epochs)
+        self._events = Events(workdir.events, self.history) if config.tensorboard else None
+
+    def key(self, purpose: int) -> jax.Array:
+        """Returns the run's key for a purpose."""
+        return jax.random.fold_in(jax.random.key(self.config.seed), purpose)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Returns int32 [steps, batch], the rows of each step of an epoch."""
+        last = epoch * self.steps_per_epoch
+        steps = range(last - self.steps_per_epoch, last)
+        return step_rows(self.key(_ORDER), steps, self.data.train, self.config.train.batch)
+
+    @property
+    def resident(self) -> bool:
+        """Whether the images live on the device."""
+        return self.data.decoded.images.nbytes <= self.config.data.resident_mib * 2**20
+
+    def feeder(self) -> Feeder:
+        """Returns what brings the images to the devices."""
+        auxiliary = self.data.decoded.viral if self.config.train.auxiliary else None
+        limit = self.config.data.resident_mib
+        return Feeder(self.data.decoded.images, self.data.labels, self.mesh, limit, auxiliary)
+
+    def new_state(self, key: jax.Array) -> TrainState:
+        """Returns the state before the first step, drawn at random; pure, for jit."""
+        ema, size = bool(self.config.train.ema), self.config.data.size
+        return init_state(self.network, self._optimizer, key, size, ema=ema)
+
+    def first_state(self, init: PyTree = None) -> TrainState:
+        """Returns the state before the first step, on the devices.
+
+        Raises:
+            InputError: `init` is of another network.
+        """
+        placed: Any = {
+            "out_shardings": devices.replicated(self.mesh),
+            "compiler_options": dict(devices.traits(self.mesh).once),
+        }
+        if init is None:
+            state: TrainState = jax.jit(self.new_state, **placed)(self.key(_INIT))
+            return state
+        template = self.template()
+        wanted = {"params": template.params, "batch_stats": template.batch_stats}
+        given = {"params": init["params"], "batch_stats": init.get("batch_stats", {})}
+        _expect_fit(given, wanted)
+        ema = bool(self.config.train.ema)
+        state = jax.jit(lambda v: state_of(v, self._optimizer, ema=ema), **placed)(given)
+        return state  # noqa: RET504
+
+    def template(self) -> TrainState:
+        """Returns shapes, dtypes and placement of the state."""
+        shapes = jax.eval_shape(self.new_state, self.key(_INIT))
+        return template_of(shapes, devices.replicated(self.mesh))
+
+    def restored(self, kind: Any) -> TrainState:
+        """Returns the state of a checkpoint, on the devices."""
+        return self._checkpoints.restore(kind, self.template())
+
+    @property
+    def best(self) -> int:
+        """The number of the best epoch; 0 before there is one."""
+        return max((line["epoch"] for line in self.history if line["best"]), default=0)
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether it has gone on for too long without a better checkpoint."""
+        patience = self.config.train.patience
+        return bool(patience and self.done - self.best >= patience)
+
+    def mend(self) -> None:
+        """Writes the best state where the process died when it had written it as the latest."""
+        if self.done and self.best == self.done != self._checkpoints.epoch("best"):
+            latest = jax.device_get(self.restored("latest"))
+            self._checkpoints.save(("best",), self.done, latest)
+
+    def record(
+        self,
+        state: TrainState,
+        trained: dict[str, float],
+        outputs: np.ndarray,
+        seconds: tuple[float, float],
+    ) -> str:
+        """Writes down an epoch, begins to write its state, and returns the line to show.
+
+        Args:
+            state: after the epoch; on the devices, or fetched.
+            trained: what `take_epoch` returned.
+            outputs: of the network for the held-out images.
+            seconds: what training and validation took.
+
+        Raises:
+            TrainingError: an output is not finite.
+        """
+        epoch, config, rows = self.done + 1, self.config.train, self.data.validation
+        if not np.isfinite(outputs).all():  # the last step may have been the first to break it
+            raise TrainingError(
+                f"{self.workdir.root}: outputs of the network are not finite after epoch {epoch};"
+                f" {_ADVICE}"
+            )
+        figures = self.objective.figures(outputs, self.data.labels[rows])
+        score = _score(figures, config)
+        line = {
+            "epoch": epoch,
+            "step": epoch * self.steps_per_epoch,
+            "learning_rate": float(self._learning_rate(epoch * self.steps_per_epoch - 1)),
+            "train": trained,
+            "validation": figures,
+            "best": all(score > _score(past["validation"], config) for past in self.history),
+        }
+        self.history.append(line)
+        # First the line, then the states: a line without its state is dropped on a resume.
+        append_line(self.workdir.metrics, line)
+        # A copy: the next step is given the buffers, which on a CPU are what is fetched.
+        fetched = jax.tree.map(np.array, jax.device_get(state))
+        self._checkpoints.save(("latest", "best") if line["best"] else ("latest",), epoch, fetched)
+        self.done = epoch
+        if self._events:
+            self._events.add(line)
+        speed = self.steps_per_epoch * config.batch / seconds[0]
+        times = {"epoch": epoch, "train_seconds": seconds[0], "validation_seconds": seconds[1]}
+        append_line(self.workdir.throughput, times | {"images_per_second": speed})
+        return _epoch_line(line, config, speed)
+
+    def conclude(self) -> Result:
+        """Evaluates the best and the last state, and writes what remains of the run."""
+        config, data, workdir = self.config, self.data, self.workdir
+        labels, feeder = data.labels[data.validation], self.feeder()
+        states = {kind: self.restored(kind) for kind in KINDS}
+        each: dict[int, dict[str, np.ndarray]] = {}
+        for views in config.augment.looks:
+            outputs_of = make_logits(self.network, self.mesh, views, config.augment)
+            each[views] = {
+                kind: outputs_of(state, feeder, data.validation) for kind, state in states.items()
+            }
+        outputs = each[config.augment.views]
+        summary: dict[str, Any] = {
+            "protocol": _protocol(config),
+            "train_images": len(data.train),
+            "validation_images": len(data.validation),
+            "parameters": self.parameters,
+            "epochs": self.history[-1]["epoch"],
+            "views": config.augment.views,
+            "best_epoch": self.best,
+        }
+        workdir.write_config(config)
+        if not isinstance(self.objective, Binary):
+            figures = {kind: self.objective.figures(out, labels) for kind, out in outputs.items()}
+            summary |= {"best": figures["best"], "last": figures["latest"]}
+            write_json(workdir.summary, summary)
+            return Result(data.classes, summary, {})
+        points: dict[str, Any] = {
+            kind: points_to_json(
+                {
+                    views: fit_operating_point(out[kind], labels, config.operating)
+                    for views, out in each.items()
+                }
+            )
+            for kind in KINDS
+        }
+        held_out = [data.decoded.examples[i] for i in data.validation]
+        patients = [e.patient for e in held_out]
+        judged: dict[str, metrics.Evaluation] = {
+            kind: metrics.evaluate(out, labels, patients) for kind, out in outputs.items()
+        }
+        with write_atomically(workdir.validation) as file:
+            write_rows(file, [["image", "patient", "label", "logit_best", "logit_last"]])
+            for e, a, b in zip(held_out, outputs["best"], outputs["latest"], strict=True):
+                write_rows(file, [[e.name, e.patient, e.label, float(a), float(b)]])
+        summary |= {
+            "best": judged["best"].to_json(),
+            "last": judged["latest"].to_json(),
+            "rules": _trivial_rules(data),
+        }
+        write_json(workdir.operating, points)
+        write_json(workdir.summary, summary)
+        return Result(data.classes, summary, judged)
+
+    @property
+    def parameters(self) -> int:
+        """The number of parameters that an evaluation takes, so without an auxiliary head's."""
+        return sum(p.size for p in jax.tree.leaves(variables_of(self.template())["params"]))
+
+    @contextlib.contextmanager
+    def profiled(self, epoch: int) -> Iterator[None]:
+        """Writes a trace of the run's second epoch in this process, if `--profile` asks for it."""
+        folder = self.config.profile
+        if folder is None or epoch != self._profiled_epoch:
+            yield
+            return
+        jax.profiler.start_trace(str(folder))
+        try:
+            yield
+        finally:
+            try:
+                jax.profiler.stop_trace()
+            except (OSError, RuntimeError) as error:
+                raise InputError(
+                    f"--profile {folder} cannot be written ({first_line(error)})"
+                ) from None
+
+    @contextlib.contextmanager
+    def named(self, epoch: int) -> Iterator[None]:
+        """Says of a step of the block that came to nothing finite which step and images it had."""
+        try:
+            yield
+        except _NotFinite as error:
+            step = (epoch - 1) * self.steps_per_epoch + error.step
+            names = [self.data.decoded.examples[i].name for i in error.rows]
+            shown = ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
+            raise TrainingError(
+                f"{self.workdir.root}: loss, gradient or batch statistics are not finite at step"
+                f" {step} (epoch {epoch}), which was not applied; its images: {shown}."
+                f" The checkpoint of epoch {self.done} is kept; {_ADVICE}"
+            ) from None
+
+    def describe(self) -> None:
+        """Prints what is trained on what."""
+        config, data = self.config, self.data
+        size = config.data.size
+        place = "on the device" if self.resident else "streamed from the cache"
+        print(f"split     {_protocol(config)}")
+        for name, rows in (("train", data.train), ("validate", data.validation)):
+            counts = np.bincount(data.labels[rows], minlength=len(data.classes))
+            shown = (f"{n:,} {c}" for n, c in zip(counts, data.classes, strict=True))
+            print(f"  {name:<8} {', '.join(shown)}")
+        if config.train.auxiliary:
+            viral = data.decoded.viral[data.train]
+            known = f"{(viral == 0).sum():,} bacterial, {(viral == 1).sum():,} viral"
+            both = {0, 1} <= set(viral)
+            idle = "" if both else ": --train.auxiliary has nothing to tell apart"
+            print(f"  by name  {known}{idle}")
+        print(f"images    {size} x {size}, {data.decoded.images.nbytes / 2**20:,.0f} MiB, {place}")
+        name = type(self.network).__name__
+        print(f"network   {name}, {self.parameters:,} parameters")
+        print(f"workdir   {config.workdir}")
+        if self.done:
+            print(f"resuming after epoch {self.done}")
+
+    def close(self) -> None:
+        """Releases the files that it writes to."""
+        self._checkpoints.close()
+        if self._events:
+            self._events.close()
+
+
+@contextlib.contextmanager
+def open_run(
+    config: Config,
+    data: TrainingData | None = None,
+    network: Any = None,
+    objective: Objective | None = None,
+    init: PyTree = None,
+) -> Iterator[Run]:
+    """Claims a workdir, reads the data, writes down what is trained on what; see `fit`."""
+    _expect_writable(config.profile)
+    mesh = devices.make_mesh(config.device)
+    config = _with_precision(config, mesh)
+    with contextlib.ExitStack() as stack:
+        workdir = stack.enter_context(claim(config))
+        print(f"cnnjax    {version('cnnjax')} on jax {jax.__version__}, flax {version('flax')}")
+        mesh, whole = devices.dividing(mesh, config.train.batch), mesh
+        some = f", of {whole.size}: a batch is divided evenly" if mesh.size < whole.size else ""
+        print(f"devices   {devices.describe(mesh)}{some}")
+        if data is None:
+            data = training_data(config.data, config.seed, print, mesh)
+        workdir.claim_data(data.decoded.fingerprint, data.classes)
+        given = {
+            "network": None if network is None else parts.described(network),
+            "objective": None if objective is None else parts.described(objective),
+            "init": None if init is None else parts.fingerprint(init),
+        }
+        workdir.claim_parts(given)
+        write_split(workdir.split, data.decoded.examples, data.held_out)
+        write_quarantine(workdir.quarantine, data.decoded.quarantine)
+        names = ("cnnjax", "jax", "jaxlib", "flax", "optax", "numpy")
+        versions = {name: version(name) for name in names}
+        append_line(workdir.sessions, {"devices": devices.describe(mesh), "versions": versions})
+        run = Run(config, data, workdir, mesh, network, objective)
+        stack.callback(run.close)
+        run.describe()
+        run.mend()
+        yield run
+
+
+class Steps(NamedTuple):
+    """The compiled train step, (state, data, feed, given) -> (state, metrics)."""
+
+    one: Any
+    many: Any
+    """The same for a feed of `together` steps at once."""
+    together: int
+
+
+def compile_steps(
+    mesh: Mesh, train_step: Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]
+) -> Steps:
+    """Returns what the loop calls: the step on a mesh, with the batch fetched inside it.
+
+    Args:
+        mesh: the devices.
+        train_step: (state, batch, given) -> (state, metrics); `given`, the same at each step, may
+            be any arrays.
+    """
+
+    def one(
+        state: TrainState, data: Resident | None, feed: Batch | jax.Array, given: Any
+    ) -> tuple[TrainState, Metrics]:
+        return train_step(state, load(data, feed), given)
+
+    def many(
+        state: TrainState, data: Resident, feeds: jax.Array, given: Any
+    ) -> tuple[TrainState, Metrics]:
+        return jax.lax.scan(lambda state, feed: one(state, data, feed, given), state, feeds)
+
+    options: Any = {"donate_argnames": "state", "out_shardings": devices.replicated(mesh)}
+    together = devices.traits(mesh).steps
+    return Steps(jax.jit(one, **options), jax.jit(many, **options), together)
+
+
+def take_epoch(
+    state: TrainState, steps: Steps, feeder: Feeder, order: np.ndarray, given: Any, bar: tqdm[Any]
+) -> tuple[TrainState, dict[str, float]]:
+    """Takes the steps of one epoch; returns the state and the mean loss and accuracy over it.
+
+    Args:
+        state: before the epoch; its buffers are given away.
+        steps: of `compile_steps`.
+        feeder: of the images.
+        order: int32 [steps, batch], see `cnnjax.data.batches.step_rows`.
+        given: what the train step takes beside state and batch.
+        bar: is moved on by the images seen.
+
+    Raises:
+        TrainingError: a step came to something that is not finite.
+    """
+    sums: list[Metrics] = []
+    taken = looked = shown = 0
+    waiting: Metrics | None = None
+
+    def show(last: Metrics, until: int) -> None:
+        """Moves the bar on, with the loss of the last call; waits for that."""
+        found = jax.device_get(last)
+        _expect_finite(jax.device_get(sums) if np.any(found.rejected) else [], order)
+        loss = np.sum(found.loss) / np.sum(found.images)
+        bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        bar.update(order[shown:until].size)
+
+    for step, feed in calls(steps, feeder, order):
+        state, step_sums = step(state, feeder.data, feed, given)
+        sums.append(step_sums)
+        taken += step_sums.loss.size
+        if taken - looked >= _LOOK:
+            # What the device came to a look ago: it has work while this is fetched.
+            if waiting is not None:
+                show(waiting, looked)
+                shown = looked
+            waiting, looked = step_sums, taken
+    show(sums[-1], len(order))
+    fetched = jax.device_get(sums)
+    _expect_finite(fetched, order)
+    return state, means(fetched)
+
+
+class _NotFinite(TrainingError):
+    """A step was rejected: its number in the epoch, and the rows of its images."""
+
+    def __init__(self, step: int, rows: np.ndarray) -> None:
+        super().__init__(f"step {step} of the epoch is not finite")
+        self.step, self.rows = step, rows
+
+
+def _expect_finite(sums: Sequence[Metrics], order: np.ndarray) -> None:
+    """Raises _NotFinite for the first step that was rejected."""
+    rejected = np.concatenate([np.zeros(0, bool), *(np.ravel(s.rejected) for s in sums)])
+    if rejected.any():
+        step = int(np.argmax(rejected))
+        raise _NotFinite(step, order[step])
+
+
+def calls(
+    steps: Steps, feeder: Feeder, order: np.ndarray
+) -> Iterator[tuple[Any, Batch | jax.Array]]:
+    """Yields what to call for the steps of an order, and each call's feed: many at once, if any.
+
+    Args:
+        steps: of `compile_steps`.
+        feeder: of the images.
+        order: int32 [steps, batch], see `cnnjax.data.batches.step_rows`.
+    """
+    resident = feeder.data is not None and steps.together > 1
+    fused = len(order) // steps.together * steps.together if resident else 0
+    for feeds in feeder.feed_together(order[:fused], steps.together):
+        yield steps.many, feeds
+    for feed in feeder.feed(order[fused:]):
+        yield steps.one, feed
+
+
+def means(sums: Sequence[Metrics]) -> dict[str, float]:
+    """Returns mean loss and accuracy over the images of many steps' sums."""
+    loss, correct, images, _ = (
+        np.sum([np.sum(x, dtype=np.float64) for x in part]) for part in zip(*sums, strict=True)
+    )
+    return {"loss": float(loss / images), "accuracy": float(correct / images)}
+
+
+_EQUAL = (1.0, 1.0)
+
+
+def class_weights_of(labels: np.ndarray) -> tuple[float, float]:
+    """Returns n / (2 n_c) for each label c, so that both classes weigh the same in sum."""
+    n = len(labels)
+    positive = int(labels.sum())
+    return n / (2 * (n - positive)), n / (2 * positive)
+
+
+def _with_precision(config: Config, mesh: Mesh) -> Config:
+    """Settles `--train.precision auto`: a run keeps what it began with, on whatever device."""
+    if config.train.precision != "auto":
+        return config
+    workdir = Workdir(config.workdir)
+    begun = workdir.read_config().train.precision if workdir.begun else None
+    precision = begun or devices.traits(mesh).precision
+    return replace(config, train=replace(config.train, precision=precision))
+
+
+def _expect_writable(folder: Path | None) -> None:
+    """Raises InputError where a trace could not be written, before anything is trained."""
+    if folder is not None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            reason = error.strerror or error
+            raise InputError(f"--profile {folder} cannot be written ({reason})") from None
+
+
+def _expect_fit(given: PyTree, wanted: PyTree) -> None:
+    """Raises InputError where variables to start from are not those of the network."""
+    shapes = [
+        {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (given, wanted))
+    ]
+    ours, theirs = shapes
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            raise InputError(
+                f"init does not fit the network: {name} has shape"
+                f" {ours.get(name, 'none')}, the network's has {theirs.get(name, 'none')}"
+            )
+
+
+def _score(figures: dict[str, float], config: TrainConfig) -> float:
+    """Returns the number that is highest at the best epoch."""
+    chosen = config.best if config.best in figures else "loss"
+    return -figures["loss"] if chosen == "loss" else figures[chosen]
+
+
+def _trivial_rules(data: TrainingData) -> dict[str, float]:
+    """Returns what needs no network: accuracy of the larger class, AUC of mean brightness."""
+    labels = data.labels
+    brightness = np.array([image.mean() for image in data.decoded.images])
+
+    def area(rows: np.ndarray) -> float:
+        return metrics.auc(brightness[rows], labels[rows]) or 0.0
+
+    # Whether brighter means positive is for the training images to say.
+    validated = area(data.validation)
+    return {
+        "majority_accuracy": float(
+            np.mean(labels[data.validation] == labels[data.train].mean().round())
+        ),
+        "brightness_auc": validated if area(data.train) >= 0.5 else 1 - validated,
+    }
+
+
+def _protocol(config: Config) -> str:
+    if config.data.validation == "official":
+        return f"official val folder, seed {config.seed}"
+    kind = {
+        "patients": "patient-grouped and class-stratified",
+        "blocks": "blocks of the file numbering",
+    }[config.data.validation]
+    return f"fold {config.data.fold} of {config.data.folds}, {kind}, seed {config.seed}"
+
+
+def _epoch_line(line: dict[str, Any], config: TrainConfig, speed: float) -> str:
+    figures = "  ".join(f"{name} {value:.4f}" for name, value in line["validation"].items())
+    return (
+        f"epoch {line['epoch']:>3}/{config.epochs}  loss {line['train']['loss']:.4f}"
+        f"  validation: {figures}  {speed:,.0f} images/s{'  *' if line['best'] else ''}"
+    )

@@ -31,7 +31,7 @@ from cnnjax.augment import make_augment
 from cnnjax.cli import guarded
 from cnnjax.config import AugmentConfig, DeviceConfig, TrainConfig
 from cnnjax.data import cache, phantom
-from cnnjax.data.batches import Feeder, epoch_rows
+from cnnjax.data.batches import Feeder, step_rows
 from cnnjax.data.decode import decode
 from cnnjax.data.index import Example, read_index
 from cnnjax.data.names import IMAGE_SUFFIXES
@@ -49,14 +49,14 @@ from cnnjax.data.rerender import (
 from cnnjax.errors import InputError
 from cnnjax.models import LungFinder
 from cnnjax.objectives import Segmentation
-from cnnjax.programs import compile_steps, take_epoch
 from cnnjax.release import flatten
 from cnnjax.steps import init_state, make_optimizer, make_train_step, variables_of
+from cnnjax.train import compile_steps, take_epoch
 from cnnjax.workdir import write_json
 
 AUGMENT = AugmentConfig(
     shear=4,
-    zoom=0.4,
+    zoom=0.5,
     rotate=10,
     shift=0.08,
     flip=True,
@@ -126,7 +126,8 @@ def train(options: Options) -> None:
     )
     model = LungFinder(options.width)
     every = np.arange(len(images))
-    optimizer, _ = make_optimizer(config, -(-len(every) // config.batch))
+    steps_per_epoch = -(-len(every) // config.batch)
+    optimizer, _ = make_optimizer(config, steps_per_epoch)
     step = make_train_step(
         model, optimizer, make_augment(AUGMENT), Segmentation(), ema_decay=config.ema
     )
@@ -142,7 +143,8 @@ def train(options: Options) -> None:
     print(f"{size:,} parameters, {len(every):,} pictures")
     with tqdm(total=options.epochs * len(every), unit="image", disable=None) as bar:
         for epoch in range(options.epochs):
-            order = epoch_rows(order_key, epoch, every, config.batch)
+            numbers = range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch)
+            order = step_rows(order_key, numbers, every, config.batch)
             state, sums = take_epoch(state, steps, feeder, order, step_key, bar)
             bar.write(f"epoch {epoch + 1:>3}  loss {sums['loss']:.4f}  Dice {sums['accuracy']:.3f}")
 

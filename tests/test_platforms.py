@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cnnjax import devices, predict, programs, steps
+from cnnjax import devices, logits, steps, train
 from cnnjax.augment import make_augment
 from cnnjax.config import AugmentConfig, ModelConfig, TrainConfig
 from cnnjax.data.batches import Feeder, Resident
@@ -38,7 +38,7 @@ def lowered(network: str, platform: str) -> str:
     data = Resident(jax.ShapeDtypeStruct((8, SIZE, SIZE), jnp.uint8), numbers, numbers)
     by_row = NamedSharding(mesh, PartitionSpec(None, devices.AXIS))
     feeds = jax.ShapeDtypeStruct((MANY, BATCH), jnp.int32, sharding=by_row)
-    traced = programs.compile_steps(mesh, step).many.trace(state, data, feeds, key)
+    traced = train.compile_steps(mesh, step).many.trace(state, data, feeds, key)
     return traced.lower(lowering_platforms=(platform,)).as_text()
 
 
@@ -68,6 +68,6 @@ def test_accelerators_judge_in_full_float32(
 
     state = steps.TrainState(jnp.zeros((), jnp.int32), {}, {}, (), None)
     feeder = Feeder(np.full((3, 4, 4), 255, np.uint8), np.zeros(3, np.int32), mesh, 1)
-    found = predict.make_logits(Probe(), mesh)(state, feeder, np.arange(3))
+    found = logits.make_logits(Probe(), mesh)(state, feeder, np.arange(3))
     np.testing.assert_allclose(found, 1)
     assert seen == [expected]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -14,12 +17,16 @@ from typing import Any, Literal
 import jax
 import orbax.checkpoint as ocp
 
+from cnnjax.data.files import write_atomically
 from cnnjax.errors import InputError, first_line
 from cnnjax.models import AUXILIARY
 from cnnjax.steps import TrainState
 
-Kind = Literal["latest", "best"]
+Kind = Literal["latest", "best", "within"]
+"""After the last epoch, after the best one, and after some steps of an unfinished one."""
 KINDS: tuple[Kind, ...] = ("latest", "best")
+
+_BESIDE, _CHECKSUMS = "beside.json", "checksums.json"  # in the folder of a checkpoint
 
 _FULL = errno.ENOSPC, errno.EDQUOT  # which Orbax tells in the text of a ValueError
 
@@ -28,7 +35,9 @@ class Checkpoints:
     """Saves and restores under `folder`, one checkpoint of each kind.
 
     A checkpoint appears whole or not at all, and goes likewise, when the disk has the one after it.
-    If both are there, the newer may not have reached the disk before a power cut: the older counts.
+    Its files' SHA-256 checksums stand beside them and are verified before it is used. Of `latest`
+    the one before is kept too: where the newest is damaged, or had not reached the disk before a
+    power cut, a run goes on from that.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -36,8 +45,11 @@ class Checkpoints:
         self._managers: dict[Kind, ocp.CheckpointManager] = {}
         self._writer = ThreadPoolExecutor(1, "checkpoints")
         self._writing: Future[None] | None = None
+        self._whole: dict[tuple[Kind, int], bool] = {}
 
-    def save(self, kinds: Sequence[Kind], epoch: int, state: TrainState) -> None:
+    def save(
+        self, kinds: Sequence[Kind], epoch: int, state: TrainState, beside: Any = None
+    ) -> None:
         """Begins to write the state after `epoch` epochs, as one kind after the other.
 
         What goes wrong is raised by the next call of any method but `close`. An interrupt, Ctrl-C,
@@ -45,25 +57,28 @@ class Checkpoints:
 
         Args:
             kinds: one or both.
-            epoch: its number; a checkpoint of the same epoch is replaced.
+            epoch: its number, for `within` that of the step; one of the same number is replaced.
             state: of NumPy arrays, which nobody changes any more. (Orbax writes them in half the
                 time that it takes for JAX's.)
+            beside: JSON to keep beside the state.
         """
         self.wait()
-        self._writing = self._writer.submit(self._write_each, kinds, epoch, state)
+        self._writing = self._writer.submit(self._write_each, kinds, epoch, state, beside)
 
     def wait(self) -> None:
         """Returns when what was begun has been written; raises what went wrong with it."""
         if self._writing is not None:
             self._writing.result()
 
-    def _write_each(self, kinds: Sequence[Kind], epoch: int, state: TrainState) -> None:
+    def _write_each(
+        self, kinds: Sequence[Kind], epoch: int, state: TrainState, beside: Any
+    ) -> None:
         for kind in kinds:
-            self._write(kind, epoch, state)
+            self._write(kind, epoch, state, beside)
 
-    def _write(self, kind: Kind, epoch: int, state: TrainState) -> None:
+    def _write(self, kind: Kind, epoch: int, state: TrainState, beside: Any = None) -> None:
         manager = self._manager(kind)
-        before = list(manager.all_steps())
+        before = sorted(manager.all_steps())
         for step in before:
             if step >= epoch:  # Orbax would save nothing before them
                 self._remove(kind, step)
@@ -74,17 +89,41 @@ class Checkpoints:
             if full is None:
                 raise
             raise OSError(full, os.strerror(full), str(self.folder)) from None
-        _sync(self.folder / kind / str(epoch))
-        for step in before:
-            if step < epoch:
-                self._remove(kind, step)
+        home = self.folder / kind / str(epoch)
+        with write_atomically(home / _BESIDE) as file:
+            json.dump(beside, file)
+        with write_atomically(home / _CHECKSUMS) as file:
+            json.dump(_checksums(home), file)
+        _sync(home)
+        self._whole[kind, epoch] = True
+        older = [step for step in before if step < epoch]
+        for step in older[:-1] if kind == "latest" else older:
+            self._remove(kind, step)
 
     def epoch(self, kind: Kind) -> int | None:
-        """Returns the number of epochs after which the checkpoint was written; None without one."""
+        """Returns the number of epochs after which the newest undamaged checkpoint was written.
+
+        It is None without one. Of a damaged one, a line on standard error tells.
+        """
         self.wait()
         if not (self.folder / kind).exists():  # nor is it made
             return None
-        return min(self._manager(kind).all_steps(), default=None)
+        steps = sorted(self._manager(kind).all_steps(), reverse=True)
+        return next((step for step in steps if self._is_whole(kind, step)), None)
+
+    def _is_whole(self, kind: Kind, epoch: int) -> bool:
+        """Verifies a checkpoint's checksums, once."""
+        if (kind, epoch) not in self._whole:
+            home = self.folder / kind / str(epoch)
+            try:
+                kept = json.loads((home / _CHECKSUMS).read_text("utf-8"))
+                whole = kept == _checksums(home)
+            except (OSError, ValueError):
+                whole = False
+            if not whole:
+                print(f"{home} is damaged and is not used", file=sys.stderr)
+            self._whole[kind, epoch] = whole
+        return self._whole[kind, epoch]
 
     def restore(self, kind: Kind, template: TrainState) -> TrainState:
         """Returns the saved state, on the devices that the template names.
@@ -102,13 +141,20 @@ class Checkpoints:
     def _read(self, kind: Kind, template: TrainState | None) -> Any:
         epoch = self.epoch(kind)
         if epoch is None:
-            raise InputError(f"{self.folder / kind} holds no checkpoint; has the run been trained?")
+            state = "undamaged " if any((self.folder / kind).glob("*/")) else ""
+            raise InputError(
+                f"{self.folder / kind} holds no {state}checkpoint; has the run been trained?"
+            )
         manager = self._manager(kind)
         try:
             return manager.restore(epoch, args=ocp.args.StandardRestore(template))
         except (ValueError, KeyError, OSError) as error:
             where = manager.directory / str(epoch)
             raise InputError(f"{where} cannot be read ({first_line(error)})") from None
+
+    def beside(self, kind: Kind) -> Any:
+        """Returns the JSON that was saved beside the newest undamaged state."""
+        return json.loads((self.folder / kind / str(self.epoch(kind)) / _BESIDE).read_text("utf-8"))
 
     def variables(self, kind: Kind) -> dict[str, Any]:
         """Returns the Flax variables that a saved state is evaluated with, as NumPy arrays.
@@ -120,6 +166,11 @@ class Checkpoints:
         params = saved.get("ema") or saved["params"]
         evaluated = {name: value for name, value in params.items() if name != AUXILIARY}
         return {"params": evaluated, "batch_stats": saved.get("batch_stats") or {}}
+
+    def drop(self, kind: Kind) -> None:
+        """Takes the checkpoints of a kind away."""
+        self.wait()
+        shutil.rmtree(self.folder / kind, ignore_errors=True)
 
     def close(self) -> None:
         """Waits for what is being written, and releases what Orbax holds."""
@@ -151,12 +202,22 @@ class Checkpoints:
     def _remove(self, kind: Kind, epoch: int) -> None:
         """Takes a checkpoint away at once, and then its files; Orbax deletes one by one."""
         self._sweep(kind)
+        self._whole.pop((kind, epoch), None)
         going = self.folder / f"{kind}.{time.time_ns()}.old"  # another's may be in use and stay
         (self.folder / kind / str(epoch)).replace(going)
         _sync_one(self.folder / kind)
         _sync_one(self.folder)
         self._sweep(kind)
         self._manager(kind).reload()
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """Returns the SHA-256 of each file of a checkpoint, by its name in the folder."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != _CHECKSUMS
+    }
 
 
 def _sync(folder: Path) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import io
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -457,8 +458,8 @@ def guarded(command: Callable[[], int]) -> int:
     except TrainingError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        return _stopped()
+    except KeyboardInterrupt as error:
+        return _stopped(getattr(error, "number", signal.SIGINT))
     except BrokenPipeError:
         # The reader of our output has left, as `head` does; it wants no traceback.
         sys.stdout = None
@@ -492,9 +493,9 @@ def guarded(command: Callable[[], int]) -> int:
         return 2
 
 
-def _stopped() -> int:
+def _stopped(number: int = signal.SIGINT) -> int:
     print("\nstopped; a training goes on when its command is given again", file=sys.stderr)
-    return 130
+    return 128 + number
 
 
 @contextlib.contextmanager

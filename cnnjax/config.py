@@ -193,6 +193,8 @@ class TrainConfig:
     """The validation metric that chooses the best checkpoint."""
     patience: int = 0
     """Stop after this many epochs without a better checkpoint; 0 never stops early."""
+    save_every: float = 15.0
+    """Minutes between checkpoints within an epoch; 0 saves at the end of epochs alone."""
     precision: Precision = "auto"
     """What the network computes in; weights and batch statistics are float32 in any case. `auto`
     is bfloat16 on GPU and TPU, float32 on CPU, and what the run began with on a resume. (On GPU and
@@ -221,6 +223,7 @@ class TrainConfig:
         )
         _require(self.auxiliary >= 0, "--train.auxiliary", "be at least 0", self.auxiliary)
         _require(self.patience >= 0, "--train.patience", "be at least 0", self.patience)
+        _require(self.save_every >= 0, "--train.save-every", "be at least 0", self.save_every)
 
 
 @dataclass(frozen=True)
@@ -273,6 +276,8 @@ class Config:
     """Write a trace of the second epoch to this folder, for Perfetto or XProf."""
     tensorboard: bool = False
     """Also write TensorBoard's event files to the workdir's `tensorboard`."""
+    other_versions: bool = False
+    """Resume a run that was begun with other versions of cnnjax or jax."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -295,10 +300,12 @@ _INCIDENTAL = {
     "--workdir",
     "--profile",
     "--tensorboard",
+    "--other-versions",
     "--data.root",
     "--data.cache",
     "--data.strict",
     "--data.resident-mib",
+    "--train.save-every",
     "--device.platform",
     "--device.count",
     # What is made of the logits once training has ended; it is made anew by each start.

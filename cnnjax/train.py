@@ -22,9 +22,9 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from cnnjax import devices, metrics, parts
+from cnnjax import devices, metrics, parts, signals
 from cnnjax.augment import make_augment
-from cnnjax.checkpoint import KINDS, Checkpoints, template_of
+from cnnjax.checkpoint import KINDS, Checkpoints, Kind, template_of
 from cnnjax.config import Config, TrainConfig
 from cnnjax.data.batches import Feeder, Resident, load, step_rows
 from cnnjax.data.cache import write_quarantine
@@ -111,6 +111,8 @@ def fit(
         InputError: the data, the devices or the workdir cannot serve, or a run in the workdir was
             given other parts.
         TrainingError: a loss, a gradient or a batch statistic is not finite.
+        KeyboardInterrupt: a signal asked the process to end; the state is saved
+            (`cnnjax.signals.Ended` says which).
     """
     with open_run(config, data, network, objective, init) as run:
         config, data, mesh = run.config, run.data, run.mesh
@@ -118,16 +120,16 @@ def fit(
         given = jax.device_put((run.key(_STEP), run.objective), devices.replicated(mesh))
         feeder = run.feeder()
         outputs_of = make_logits(run.network, mesh)
-        state = run.restored("latest") if run.done else run.first_state(init)
+        state, sums = run.first_state(init) if run.is_new else run.restored_latest()
         bar = tqdm(
-            total=config.train.epochs * len(data.train),
-            initial=run.done * len(data.train),
+            total=config.train.epochs * run.steps_per_epoch * config.train.batch,
+            initial=run.steps_done * config.train.batch,
             unit="image",
             unit_scale=True,
             disable=None,
             dynamic_ncols=True,
         )
-        with bar:
+        with bar, signals.held() as held:
             for epoch in range(run.done + 1, config.train.epochs + 1):
                 if run.out_of_patience:
                     patience = config.train.patience
@@ -136,12 +138,15 @@ def fit(
                 start = time.perf_counter()
                 bar.set_description(f"epoch {epoch}/{config.train.epochs}")
                 with run.profiled(epoch), run.named(epoch):
-                    order = run.order(epoch)
-                    state, trained = take_epoch(state, steps, feeder, order, given, bar)
+                    state, trained = take_epoch(
+                        state, steps, feeder, run.order(epoch), given, bar, sums, run.saver(held)
+                    )
+                sums = None
                 middle = time.perf_counter()
                 outputs = outputs_of(state, feeder, data.validation)
                 seconds = middle - start, time.perf_counter() - middle
                 bar.write(run.record(state, trained, outputs, seconds))
+                held.end()
         return run.conclude()
 
 
@@ -158,6 +163,7 @@ class Run:
         steps_per_epoch: how many batches the training images fill, rounded up.
         train_step: (state, batch, (key, objective)) -> (state, metrics), for `compile_steps`.
         done: the number of epochs behind it.
+        steps_done: the number of steps behind it, some of an unfinished epoch among them.
         history: the lines of `metrics.jsonl`, one for each of them.
     """
 
@@ -198,6 +204,10 @@ class Run:
         self._checkpoints = Checkpoints(workdir.checkpoints)
         self.done = self._checkpoints.epoch("latest") or 0
         self.history = workdir.read_history(self.done)
+        # A checkpoint within an epoch counts where that epoch is the next.
+        within = (self._checkpoints.epoch("within") or 0) - self.done * self.steps_per_epoch
+        self._within = within if 0 < within <= self.steps_per_epoch else 0
+        self.steps_done = self.done * self.steps_per_epoch + self._within
         self._profiled_epoch = min(self.done + 2, train.epochs)
         self._events = Events(workdir.events, self.history) if config.tensorboard else None
 
@@ -227,7 +237,50 @@ class Run:
         ema, size = bool(self.config.train.ema), self.config.data.size
         return init_state(self.network, self._optimizer, key, size, ema=ema)
 
-    def first_state(self, init: PyTree = None) -> TrainState:
+    @property
+    def is_new(self) -> bool:
+        """Whether no step is behind it."""
+        return not self.steps_done
+
+    def restored_latest(self) -> tuple[TrainState, Metrics | None]:
+        """Returns the latest state, and the sums of the steps of an unfinished epoch behind it."""
+        if not self._within:
+            return self.restored("latest"), None
+        kept = self._checkpoints.beside("within")
+        each: Any = {
+            "loss": np.array(kept["loss"], np.float32),
+            "correct": np.array(kept["correct"], np.int32),
+            "images": np.array(kept["images"], np.int32),
+            "rejected": np.zeros(self._within, bool),
+        }
+        return self.restored("within"), Metrics(**each)
+
+    def saver(self, held: signals.Held) -> Callable[[TrainState, list[Metrics]], None]:
+        """Returns what saves the state within an epoch, for `take_epoch`.
+
+        It does so when a signal asks the process to end, which it then raises, and every
+        `--train.save-every` minutes.
+        """
+        saved, pause = time.monotonic(), 60 * self.config.train.save_every
+
+        def save(state: TrainState, sums: list[Metrics]) -> None:
+            nonlocal saved
+            if not held.asked and not (pause and time.monotonic() - saved > pause):
+                return
+            found = jax.device_get(sums)
+            _expect_finite(found, self.order(self.done + 1))
+            each = {
+                name: np.concatenate([np.ravel(getattr(x, name)) for x in found]).tolist()
+                for name in ("loss", "correct", "images")
+            }
+            step = self.done * self.steps_per_epoch + len(each["loss"])
+            self._checkpoints.save(("within",), step, _fetched(state), each)
+            saved = time.monotonic()
+            held.end()
+
+        return save
+
+    def first_state(self, init: PyTree = None) -> tuple[TrainState, None]:
         """Returns the state before the first step, on the devices.
 
         Raises:
@@ -238,22 +291,20 @@ class Run:
             "compiler_options": dict(devices.traits(self.mesh).once),
         }
         if init is None:
-            state: TrainState = jax.jit(self.new_state, **placed)(self.key(_INIT))
-            return state
+            return jax.jit(self.new_state, **placed)(self.key(_INIT)), None
         template = self.template()
         wanted = {"params": template.params, "batch_stats": template.batch_stats}
         given = {"params": init["params"], "batch_stats": init.get("batch_stats", {})}
         _expect_fit(given, wanted)
         ema = bool(self.config.train.ema)
-        state = jax.jit(lambda v: state_of(v, self._optimizer, ema=ema), **placed)(given)
-        return state  # noqa: RET504
+        return jax.jit(lambda v: state_of(v, self._optimizer, ema=ema), **placed)(given), None
 
     def template(self) -> TrainState:
         """Returns shapes, dtypes and placement of the state."""
         shapes = jax.eval_shape(self.new_state, self.key(_INIT))
         return template_of(shapes, devices.replicated(self.mesh))
 
-    def restored(self, kind: Any) -> TrainState:
+    def restored(self, kind: Kind) -> TrainState:
         """Returns the state of a checkpoint, on the devices."""
         return self._checkpoints.restore(kind, self.template())
 
@@ -311,10 +362,9 @@ class Run:
         self.history.append(line)
         # First the line, then the states: a line without its state is dropped on a resume.
         append_line(self.workdir.metrics, line)
-        # A copy: the next step is given the buffers, which on a CPU are what is fetched.
-        fetched = jax.tree.map(np.array, jax.device_get(state))
-        self._checkpoints.save(("latest", "best") if line["best"] else ("latest",), epoch, fetched)
-        self.done = epoch
+        kinds: tuple[Kind, ...] = ("latest", "best") if line["best"] else ("latest",)
+        self._checkpoints.save(kinds, epoch, _fetched(state))
+        self.done, self._within = epoch, 0
         if self._events:
             self._events.add(line)
         speed = self.steps_per_epoch * config.batch / seconds[0]
@@ -344,6 +394,7 @@ class Run:
             "best_epoch": self.best,
         }
         workdir.write_config(config)
+        self._checkpoints.drop("within")
         if not isinstance(self.objective, Binary):
             figures = {kind: self.objective.figures(out, labels) for kind, out in outputs.items()}
             summary |= {"best": figures["best"], "last": figures["latest"]}
@@ -434,8 +485,9 @@ class Run:
         name = type(self.network).__name__
         print(f"network   {name}, {self.parameters:,} parameters")
         print(f"workdir   {config.workdir}")
-        if self.done:
-            print(f"resuming after epoch {self.done}")
+        if self.steps_done:
+            within = f" and {self._within} steps" if self._within else ""
+            print(f"resuming after epoch {self.done}{within}")
 
     def close(self) -> None:
         """Releases the files that it writes to."""
@@ -519,7 +571,14 @@ def compile_steps(
 
 
 def take_epoch(
-    state: TrainState, steps: Steps, feeder: Feeder, order: np.ndarray, given: Any, bar: tqdm[Any]
+    state: TrainState,
+    steps: Steps,
+    feeder: Feeder,
+    order: np.ndarray,
+    given: Any,
+    bar: tqdm[Any],
+    before: Metrics | None = None,
+    after_step: Callable[[TrainState, list[Metrics]], None] | None = None,
 ) -> tuple[TrainState, dict[str, float]]:
     """Takes the steps of one epoch; returns the state and the mean loss and accuracy over it.
 
@@ -530,12 +589,14 @@ def take_epoch(
         order: int32 [steps, batch], see `cnnjax.data.batches.step_rows`.
         given: what the train step takes beside state and batch.
         bar: is moved on by the images seen.
+        before: the sums of the epoch's first steps, where those are behind the state.
+        after_step: called with the state and the sums so far after each call of a step.
 
     Raises:
         TrainingError: a step came to something that is not finite.
     """
-    sums: list[Metrics] = []
-    taken = looked = shown = 0
+    sums: list[Metrics] = [] if before is None else [before]
+    taken = looked = shown = sum(x.loss.size for x in sums)
     waiting: Metrics | None = None
 
     def show(last: Metrics, until: int) -> None:
@@ -546,7 +607,7 @@ def take_epoch(
         bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
         bar.update(order[shown:until].size)
 
-    for step, feed in calls(steps, feeder, order):
+    for step, feed in calls(steps, feeder, order[taken:]):
         state, step_sums = step(state, feeder.data, feed, given)
         sums.append(step_sums)
         taken += step_sums.loss.size
@@ -556,6 +617,8 @@ def take_epoch(
                 show(waiting, looked)
                 shown = looked
             waiting, looked = step_sums, taken
+        if after_step is not None:
+            after_step(state, sums)
     show(sums[-1], len(order))
     fetched = jax.device_get(sums)
     _expect_finite(fetched, order)
@@ -598,10 +661,11 @@ def calls(
 
 def means(sums: Sequence[Metrics]) -> dict[str, float]:
     """Returns mean loss and accuracy over the images of many steps' sums."""
+    # Exactly rounded sums: the same however the steps were called, and where they were resumed.
     loss, correct, images, _ = (
-        np.sum([np.sum(x, dtype=np.float64) for x in part]) for part in zip(*sums, strict=True)
+        math.fsum(np.concatenate([np.ravel(x) for x in part])) for part in zip(*sums, strict=True)
     )
-    return {"loss": float(loss / images), "accuracy": float(correct / images)}
+    return {"loss": loss / images, "accuracy": correct / images}
 
 
 _EQUAL = (1.0, 1.0)
@@ -612,6 +676,12 @@ def class_weights_of(labels: np.ndarray) -> tuple[float, float]:
     n = len(labels)
     positive = int(labels.sum())
     return n / (2 * (n - positive)), n / (2 * positive)
+
+
+def _fetched(state: TrainState) -> TrainState:
+    """Returns a copy on the host: the next step is given the buffers, which a CPU fetches as is."""
+    copy: TrainState = jax.tree.map(np.array, jax.device_get(state))
+    return copy
 
 
 def _with_precision(config: Config, mesh: Mesh) -> Config:

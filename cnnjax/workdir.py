@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -183,6 +184,21 @@ class Workdir:
                 " restore them or choose another --workdir"
             )
 
+    def expect_versions(self) -> None:
+        """Raises InputError where the run was last trained with other versions.
+
+        Those of cnnjax and jax count, by their first two numbers, which tell what may change the
+        outcome by more than rounding.
+        """
+        lines = read_lines(self.sessions) if self.sessions.exists() else []
+        for name in ("cnnjax", "jax") if lines else ():
+            before, now = lines[-1]["versions"][name], version(name)
+            if before.split(".")[:2] != now.split(".")[:2]:
+                raise InputError(
+                    f"{self.root} was trained with {name} {before}, and this is {now}; install"
+                    f" that, or give --other-versions to go on with this one"
+                )
+
     def read_history(self, epochs: int) -> list[dict[str, Any]]:
         """Returns the first `epochs` lines of `metrics.jsonl`, and drops what follows from it.
 
@@ -236,6 +252,11 @@ def claim(config: Config) -> Iterator[Workdir]:
             f"--workdir {workdir.root} cannot be written ({error.strerror or error})"
         ) from None
     try:
+        if not workdir.config.exists() and workdir.checkpoints.exists():
+            raise InputError(
+                f"{workdir.root} has checkpoints but no config.json, which tells what they are of;"
+                " restore it, or choose another --workdir"
+            )
         expect_effect(config, resumed=workdir.begun)
         if workdir.begun:
             changed = differences(config, workdir.read_config())
@@ -244,6 +265,8 @@ def claim(config: Config) -> Iterator[Workdir]:
                     f"{workdir.root} belongs to another config: {', '.join(changed)};"
                     " give the same flags to resume it, or choose another --workdir"
                 )
+            if not config.other_versions:
+                workdir.expect_versions()
         else:
             workdir.write_config(config)
         yield workdir

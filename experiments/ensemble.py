@@ -75,8 +75,11 @@ def fit_together(configs: Sequence[Config]) -> list[Result]:
     with contextlib.ExitStack() as stack:
         runs = [stack.enter_context(open_run(config)) for config in configs]
         first = runs[0]
-        shared = {(run.data.decoded.fingerprint, run.steps_per_epoch, run.done) for run in runs}
-        if len(shared) == 1 and all(run.resident for run in runs):
+        shared = {
+            (run.data.decoded.fingerprint, run.steps_per_epoch, run.steps_done) for run in runs
+        }
+        whole = not first.steps_done % first.steps_per_epoch
+        if len(shared) == 1 and whole and all(run.resident for run in runs):
             _train(runs, mesh)
         elif {run.data.decoded.fingerprint for run in runs} != {first.data.decoded.fingerprint}:
             raise InputError("members of an ensemble are trained on the same images")
@@ -122,7 +125,7 @@ def _train(runs: list[Run], mesh: Mesh) -> None:
     given = keys, stacked(objectives)
     states = stacked(
         [
-            jax.device_get(run.restored("latest") if run.done else run.first_state())
+            jax.device_get(run.restored("latest") if run.done else run.first_state()[0])
             for run in filled
         ]
     )

@@ -82,10 +82,10 @@ def test_members_killed_apart_catch_up(ensemble: Any, tree: Path, tmp_path: Path
     write = checkpoint.Checkpoints._write
     with pytest.MonkeyPatch.context() as patch:
 
-        def dying(self: checkpoint.Checkpoints, kind: Any, epoch: int, state: Any) -> None:
+        def dying(self: checkpoint.Checkpoints, kind: Any, epoch: int, *rest: Any) -> None:
             if epoch == 2 and kind == "latest" and "/member1/" in str(self.folder):
                 raise KeyboardInterrupt
-            write(self, kind, epoch, state)
+            write(self, kind, epoch, *rest)
 
         patch.setattr(checkpoint.Checkpoints, "_write", dying)
         with pytest.raises(KeyboardInterrupt):

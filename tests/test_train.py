@@ -106,12 +106,12 @@ def test_a_stopped_run_ends_with_the_same_bytes(
                 raise KeyboardInterrupt
         append(path, values)
 
-    def stopping_write(self: Any, kind: Any, epoch: int, state: Any) -> None:
+    def stopping_write(self: Any, kind: Any, epoch: int, *rest: Any) -> None:
         if where == "after the line" and epoch == 2:
             raise KeyboardInterrupt
         if where == "after the latest state" and epoch == best and kind == "best":
             raise KeyboardInterrupt
-        write(self, kind, epoch, state)
+        write(self, kind, epoch, *rest)
 
     with monkeypatch.context() as patched:
         patched.setattr(train, "append_line", stopping_append)
@@ -168,11 +168,11 @@ def test_a_best_state_that_is_ahead_of_the_latest_is_written_again(
     run = tmp_path / "run"
     write = checkpoint.Checkpoints._write
 
-    def killed(self: Any, kind: Any, epoch: int, state: Any) -> None:
+    def killed(self: Any, kind: Any, epoch: int, *rest: Any) -> None:
         if epoch == 2:
-            write(self, "best", epoch, state)
+            write(self, "best", epoch, *rest)
             raise KeyboardInterrupt
-        write(self, kind, epoch, state)
+        write(self, kind, epoch, *rest)
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(checkpoint.Checkpoints, "_write", killed)
@@ -436,19 +436,76 @@ def test_a_refused_config_leaves_the_workdir_free(tree: Path, tmp_path: Path) ->
     assert kept.value is not None
 
 
-def test_of_two_checkpoints_the_older_counts(tree: Path, tmp_path: Path, finished: Path) -> None:
-    """As after a power cut between a save and the removal of the one before."""
+@pytest.mark.parametrize("damage", ["a bit", "a file cut short", "a file gone", "no checksums"])
+def test_a_damaged_latest_checkpoint_gives_way_to_the_one_before(
+    tree: Path, tmp_path: Path, finished: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    """As after a power cut, or on a failing disk."""
     run = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(checkpoint.Checkpoints, "_remove", stop)
+        save = checkpoint.Checkpoints.save
+
+        def stopping(self: Any, kinds: Any, epoch: int, state: Any) -> None:
+            save(self, kinds, epoch, state)
+            if epoch == 3:
+                raise KeyboardInterrupt
+
+        patched.setattr(checkpoint.Checkpoints, "save", stopping)
         with pytest.raises(KeyboardInterrupt):
             fit(config_for(tree, run))
-    (both,) = (kind for kind in (run / "checkpoints").iterdir() if len(list(kind.iterdir())) == 2)
-    for path in (both / "2").rglob("*"):
-        if path.is_file():
-            path.write_bytes(b"")  # it never reached the disk
+    latest = run / "checkpoints" / "latest"
+    assert sorted(path.name for path in latest.iterdir()) == ["2", "3"]
+    largest = max((latest / "3").rglob("*"), key=lambda path: path.is_file() * path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    if damage == "a bit":
+        content[len(content) // 2] ^= 1
+        largest.write_bytes(content)
+    elif damage == "a file cut short":
+        largest.write_bytes(content[: len(content) // 2])
+    elif damage == "a file gone":
+        largest.unlink()
+    else:
+        (latest / "3" / "checksums.json").unlink()
+    capsys.readouterr()
     fit(config_for(tree, run))
+    told = capsys.readouterr()
+    assert "latest/3 is damaged and is not used" in told.err
+    assert "resuming after epoch 2" in told.out
     assert outcome(run) == outcome(finished)
+
+
+def test_a_damaged_best_checkpoint_is_no_silent_answer(
+    tree: Path, tmp_path: Path, finished: Path
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints" / "best").glob("*/checksums.json"):
+        path.write_text("{}")
+    with pytest.raises(InputError, match=r"best holds no undamaged checkpoint"):
+        fit(config_for(tree, tmp_path / "run"))
+
+
+def test_checkpoints_without_a_config_are_refused(
+    tree: Path, tmp_path: Path, finished: Path
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "config.json").unlink()
+    with pytest.raises(InputError, match=r"has checkpoints but no config\.json"):
+        fit(config_for(tree, tmp_path / "run"))
+
+
+def test_other_versions_are_refused_or_asked_for(
+    tree: Path, tmp_path: Path, finished: Path
+) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    (line,) = read_lines(run / "sessions.jsonl")[-1:]
+    line["versions"]["jax"] = "0.4.1"
+    append_line(run / "sessions.jsonl", line)
+    with pytest.raises(
+        InputError, match=r"was trained with jax 0\.4\.1, and this is .*--other-ver"
+    ):
+        fit(config_for(tree, run))
+    fit(replace(config_for(tree, run), other_versions=True))
+    fit(config_for(tree, run))
 
 
 def stop(*_: object) -> None:
@@ -530,8 +587,62 @@ def test_an_interrupt_waits_for_a_checkpoint(tree: Path, tmp_path: Path, finishe
         with pytest.raises(KeyboardInterrupt):
             fit(config_for(tree, run))
     assert written[-1] == 2
-    assert [path.name for path in (run / "checkpoints" / "latest").iterdir()] == ["2"]
+    assert sorted(path.name for path in (run / "checkpoints" / "latest").iterdir()) == ["1", "2"]
     fit(config_for(tree, run))
+    assert outcome(run) == outcome(finished)
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_signal_saves_within_a_step(
+    tree: Path, tmp_path: Path, finished: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """And the run that goes on ends with the same bytes."""
+    run, number, calls = tmp_path / "run", getattr(signal, name), []
+    order = train.calls
+
+    def signalled(*arguments: Any) -> Iterator[Any]:
+        for each in order(*arguments):
+            calls.append(1)
+            if len(calls) == 9:  # the third step of the second epoch
+                signal.raise_signal(number)
+            yield each
+
+    def command() -> int:
+        fit(config_for(tree, run))
+        return 0
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(train, "calls", signalled)
+        assert guarded(command) == 128 + number
+    assert len(calls) == 9
+    assert "a training goes on when its command is given again" in capsys.readouterr().err
+    assert [path.name for path in (run / "checkpoints" / "within").iterdir()] == ["9"]
+    assert guarded(command) == 0
+    assert "resuming after epoch 1 and 3 steps" in capsys.readouterr().out
+    assert outcome(run) == outcome(finished)
+    assert not (run / "checkpoints" / "within").exists()
+
+
+def test_a_long_epoch_is_saved_on_its_way(tree: Path, tmp_path: Path, finished: Path) -> None:
+    """Killed after a step, with no chance to save: what was saved some minutes ago is there."""
+    run, calls = tmp_path / "run", []
+    order = train.calls
+
+    def killed(*arguments: Any) -> Iterator[Any]:
+        for each in order(*arguments):
+            calls.append(1)
+            if len(calls) == 11:
+                raise RuntimeError("killed")
+            yield each
+
+    config = config_for(tree, run, save_every=1e-9)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(train, "calls", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            fit(config)
+    assert [path.name for path in (run / "checkpoints" / "within").iterdir()] == ["10"]
+    fit(config)
     assert outcome(run) == outcome(finished)
 
 
@@ -545,7 +656,7 @@ def test_so_does_one_that_comes_while_it_closes(
         closing.set()
         wait(futures)
 
-    def slow(self: Any, kind: Any, epoch: int, state: Any) -> None:
+    def slow(self: Any, kind: Any, epoch: int, *rest: Any) -> None:
         assert closing.wait(60)
         signal.raise_signal(signal.SIGINT)
         time.sleep(0.2)

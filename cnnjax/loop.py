@@ -26,6 +26,7 @@ from cnnjax import devices, metrics
 from cnnjax.checkpoint import KINDS, Checkpoints
 from cnnjax.config import Config, Precision, TrainConfig
 from cnnjax.data.cache import write_quarantine
+from cnnjax.data.duplicates import write_duplicates
 from cnnjax.data.files import write_atomically, write_rows
 from cnnjax.data.patients import write_split
 from cnnjax.data.prepare import TrainingData, training_data
@@ -248,6 +249,7 @@ def _begin(
     workdir.claim_data(data.decoded.fingerprint, data.classes)
     write_split(workdir.split, data.decoded.examples, data.held_out)
     write_quarantine(workdir.quarantine, data.decoded.quarantine)
+    write_duplicates(workdir.duplicates, data.duplicates)
     versions = {
         name: version(name) for name in ("cnnjax", "jax", "jaxlib", "flax", "optax", "numpy")
     }

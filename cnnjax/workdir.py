@@ -38,7 +38,8 @@ class Workdir:
         config: `config.json`, all that decides the run.
         data: `data.json`, the fingerprint of the images it was trained on, and the class names.
         split: `split.csv`, each image's patient, label and role.
-        quarantine: `quarantine.csv`, files that could not be decoded.
+        quarantine: `quarantine.csv`, files that are left out, each with the reason.
+        duplicates: `duplicates.csv`, images that show the film of an earlier one.
         sessions: `sessions.jsonl`, versions and devices of each start.
         metrics: `metrics.jsonl`, an object for each epoch.
         throughput: `throughput.jsonl`, wall time for each epoch; the only file with times in it.
@@ -55,6 +56,7 @@ class Workdir:
         self.data = root / "data.json"
         self.split = root / "split.csv"
         self.quarantine = root / "quarantine.csv"
+        self.duplicates = root / "duplicates.csv"
         self.sessions = root / "sessions.jsonl"
         self.metrics = root / "metrics.jsonl"
         self.throughput = root / "throughput.jsonl"

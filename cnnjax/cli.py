@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
@@ -444,7 +445,8 @@ def train(default: Config, description: str, arguments: Sequence[str] | None = N
         page = report.write(config.workdir, devices.make_mesh(config.device))
         print(
             f"\nwritten to {config.workdir}, the story in {page}; judge it on a test split with\n"
-            f"  cnnjax evaluate --run {config.workdir} --data {config.data.root} --split test"
+            f"  cnnjax evaluate --run {quote(str(config.workdir))}"
+            f" --data {quote(config.data.root)} --split test"
         )
         return 0
 

@@ -15,7 +15,7 @@ import filelock
 import numpy as np
 
 from cnnjax.config import Config, differences, expect_effect, from_json, to_json
-from cnnjax.data.files import write_atomically
+from cnnjax.data.files import read_cell, write_atomically
 from cnnjax.errors import InputError
 from cnnjax.operating import OperatingPoint, Points, points_from_json
 
@@ -228,14 +228,17 @@ def claim(config: Config) -> Iterator[Workdir]:
 
 
 def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """Returns the rows of a CSV file as `write_atomically` writes it.
+    """Returns the rows of a CSV file as `cnnjax.data.files.write_rows` writes it.
 
     Raises:
         InputError: it is not there, or lacks one of the columns in a row.
     """
     try:
         with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-            rows = list(csv.DictReader(file))
+            rows = [
+                {name: cell and read_cell(cell) for name, cell in row.items() if name is not None}
+                for row in csv.DictReader(file)
+            ]
     except (OSError, csv.Error) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise InputError(f"{path} cannot be read ({reason}); restore it") from None

@@ -7,6 +7,7 @@ import csv
 import glob
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -58,8 +59,27 @@ def write_rows(file: IO[str], rows: Iterable[Sequence[Any]]) -> None:
 
     Fields with a carriage return are quoted as those with a line feed are: Python's writer quotes
     only what its own line terminator holds, and its reader ends a line at either.
+
+    Text that a spreadsheet would run as a formula gets an apostrophe before it; `read_cell` takes
+    it off. Numbers stay as they are, and so does a lone sign, as predict's `-`.
     """
-    csv.writer(_Lines(file)).writerows(rows)
+    csv.writer(_Lines(file)).writerows([_as_text(cell) for cell in row] for row in rows)
+
+
+def read_cell(cell: str) -> str:
+    """Returns what `write_rows` was given for a cell of text."""
+    return cell[1:] if _WRITTEN.match(cell) else cell
+
+
+def _as_text(cell: Any) -> Any:
+    runs = isinstance(cell, str) and _FORMULA.match(cell) and not _NUMBER.fullmatch(cell)
+    return f"'{cell}" if runs else cell
+
+
+# An apostrophe before such a text is doubled, as it could not be told from one of ours.
+_FORMULA = re.compile(r"'*[=+\-@\t\r\n].", re.DOTALL)
+_WRITTEN = re.compile(r"'+[=+\-@\t\r\n].", re.DOTALL)
+_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 
 
 class _Lines:

@@ -103,7 +103,7 @@ def test_a_thousand_copies_are_one_film_and_take_no_square_of_memory() -> None:
 
 
 def test_in_the_published_films_only_known_pairs_are_found() -> None:
-    root = Path(__file__).parents[2] / "shared" / "data" / "chest_xray"
+    root = Path(__file__).parents[3] / "shared" / "data" / "chest_xray"
     if not root.is_dir():
         pytest.skip("no radiographs at ../shared/data")
     from cnnjax.data.decode import decode

@@ -12,7 +12,6 @@ cold start a recipe's held-out AUC first passes some values.
 
 from __future__ import annotations
 
-import csv
 import json
 import random
 import shutil
@@ -40,6 +39,7 @@ from measure import (
 from cnnjax.cli import guarded
 from cnnjax.data.index import read_index
 from cnnjax.errors import InputError
+from cnnjax.workdir import Workdir
 
 HERE = Path(__file__).resolve().parent
 
@@ -128,13 +128,12 @@ def theirs(options: Options, folder: Path, epochs: int, on: str) -> float:
 
 def split_folder(root: Path, run: Path, target: Path) -> None:
     """Links a run's training and held-out images as Keras wants them: train/CLASS, val/CLASS."""
-    with (run / "split.csv").open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            path = root / row["image"]
-            side = "train" if row["role"] == "train" else "val"
-            to = target / side / path.parent.name / path.name
-            to.parent.mkdir(parents=True, exist_ok=True)
-            to.symlink_to(path.resolve())
+    for row in Workdir(run).read_split():
+        path = root / row["image"]
+        side = "train" if row["role"] == "train" else "val"
+        to = target / side / path.parent.name / path.name
+        to.parent.mkdir(parents=True, exist_ok=True)
+        to.symlink_to(path.resolve())
 
 
 def measure(options: Options, scratch: Path, on: str) -> dict[str, Any]:

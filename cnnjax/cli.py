@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
-import json
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
+from shlex import quote
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import tyro
@@ -22,10 +21,10 @@ from tqdm import tqdm
 from cnnjax import __version__
 from cnnjax.config import Config, DataConfig, DeviceConfig
 from cnnjax.errors import InputError, TrainingError, first_line
-from cnnjax.machine import cpu_cores
 from cnnjax.operating import OperatingPoint
 
 if TYPE_CHECKING:
+    from cnnjax.lungs import Framed
     from cnnjax.predict import Predictor
 
 # Modules that import JAX are imported where they are used: `cnnjax --help` answers at once, and
@@ -64,7 +63,7 @@ class Evaluate:
 
     def __call__(self) -> int:
         """Prints the metrics with their intervals; returns the exit status."""
-        from cnnjax import devices, lungs, metrics, release
+        from cnnjax import devices, lungs, metrics, outputs, release
         from cnnjax.data import framing
         from cnnjax.data.files import write_atomically
         from cnnjax.data.prepare import open_index
@@ -142,7 +141,8 @@ class Evaluate:
                 )
             ]
             with _writing(self.csv, "--csv"), write_atomically(self.csv) as file:
-                _write_csv(file, rows, _JUDGED)
+                file.write(outputs.Csv(_JUDGED).head())
+                file.write(outputs.Csv(_JUDGED).body(rows))
         return 0
 
 
@@ -167,10 +167,11 @@ class Predict:
     views: int | None = None
     """How many views of each image to judge: as many as the recipe says (the default), or 1, the
     image as it is, which takes less time."""
-    format: Literal["auto", "table", "jsonl", "csv"] = "auto"
+    format: Literal["auto", "table", "jsonl", "json", "csv"] = "auto"
     """What is printed: `auto` is a table on a terminal, else an object a line (JSON Lines)."""
     json: Path | None = None
-    """Also write the predictions to this file, an object a line."""
+    """Also write the predictions to this file: as one JSON array if its name ends in .json, else an
+    object a line. Like all outputs it is written as the predictions come."""
     csv: Path | None = None
     """Also write the predictions to this file as a table."""
     heatmap: Path | None = None
@@ -180,84 +181,95 @@ class Predict:
 
     def __call__(self) -> int:
         """Prints the predictions; returns the exit status."""
-        from cnnjax import devices, films
-        from cnnjax.data import dicom
-        from cnnjax.data.decode import DecodeError, decode
-        from cnnjax.data.files import write_atomically
-        from cnnjax.predict import Predictor
+        from cnnjax import devices, films, outputs
+        from cnnjax.predict import FEW, Predictor
 
         _check_probabilities(self.threshold, self.prevalence)
         _expect_place(self.json, "--json")
         _expect_place(self.csv, "--csv")
         given = films.find(self.paths)
+        for path, flag in ((self.json, "--json"), (self.csv, "--csv")):
+            films.expect_none_of(path, flag, given)
         if self.heatmap is not None:
             films.expect_apart(self.heatmap, given, self.paths)
         mesh = devices.make_mesh(self.device)
         predictor = Predictor.open(self.run, mesh, self.checkpoint, self.views)
         _tell_uncalibrated(predictor)
-        point, threshold = predictor.operating, self.threshold
+        threshold = self.threshold
         if threshold is None:
-            threshold = point.probability_threshold(self.prevalence)
-
-        def read(film: films.Film) -> tuple[np.ndarray | None, dict[str, Any]]:
-            row: dict[str, Any] = {"path": film.name}
-            try:
-                encoded = film.read()
-                image = decode(encoded, predictor.size)
-            except (DecodeError, OSError) as error:
-                reason = error.strerror if isinstance(error, OSError) else None
-                return None, row | {"error": reason or str(error)}
-            if dicom.is_dicom(encoded) and (doubts := dicom.doubts(encoded)):
-                row["warning"] = "; ".join(doubts)
-            return image, row
-
-        with ThreadPoolExecutor(cpu_cores()) as pool:
-            bar = tqdm(pool.map(read, given), "decoding", len(given), unit="image", disable=None)
-            decoded = list(bar)
-        rows = [row for _, row in decoded]
-        good = [i for i, (image, _) in enumerate(decoded) if image is not None]
-        images = np.stack([decoded[i][0] for i in good]) if good else None
-        if images is not None:
-            framed = predictor.frame(images)
-            probabilities = point.probabilities(predictor.logits(framed), self.prevalence)
-            blank = images.min((1, 2)) == images.max((1, 2))
-            for i, probability, lungs, empty in zip(
-                good, probabilities.tolist(), framed.found.tolist(), blank.tolist(), strict=True
-            ):
-                if predictor.framed:
-                    rows[i]["lungs"] = lungs
-                if empty or not lungs:
-                    doubt = _NO_LUNGS if not empty else "all pixels have the same gray level"
-                    rows[i]["warning"] = "; ".join(filter(None, (rows[i].get("warning"), doubt)))
-                    continue
-                positive = probability >= threshold
-                rows[i] |= {
-                    "probability": probability,
-                    "class": predictor.classes[int(positive)],
-                    "confidence": probability if positive else 1 - probability,
-                }
-        for row in rows:
-            for kind in ("error", "warning"):
-                if kind in row:
-                    print(f"{row['path']}: {kind}: {row[kind]}", file=sys.stderr)
+            threshold = predictor.operating.probability_threshold(self.prevalence)
         form = self.format
         if form == "auto":
             form = "table" if sys.stdout.isatty() else "jsonl"
-        if form == "table":
-            print(_table(rows, predictor.classes[1], threshold))
-        else:
-            (_write_lines if form == "jsonl" else _write_csv)(sys.stdout, rows)
-        if self.json is not None:
-            with _writing(self.json, "--json"), write_atomically(self.json) as file:
-                _write_lines(file, rows)
-        if self.csv is not None:
-            with _writing(self.csv, "--csv"), write_atomically(self.csv) as file:
-                _write_csv(file, rows)
-        if self.heatmap is not None and images is not None:
-            with _writing(self.heatmap, "--heatmap"):
-                heat = predictor.heat(framed)
-                films.write_heat(self.heatmap, [given[i] for i in good], heat, framed.boxes)
-        return 2 if len(good) < len(given) else 0
+        forms: dict[str, outputs.Form] = {
+            "table": outputs.Table(
+                predictor.classes, threshold, max(len(film.name) for film in given)
+            ),
+            "jsonl": outputs.Lines(),
+            "json": outputs.Array(),
+            "csv": outputs.Csv(),
+        }
+        heat_names = films.heat_names(given)
+        # A few steps at a time, so that memory does not grow with the films.
+        step = devices.traits(mesh).evaluated_at(predictor.side)
+        chunks = films.in_chunks(given, step * -(-_TOGETHER // step), FEW)
+        judged = unread = 0
+        with contextlib.ExitStack() as stack:
+            printed = outputs.Output(sys.stdout, forms[form])
+            lines = outputs.json_form(self.json) if self.json else outputs.Lines()
+            files = [
+                stack.enter_context(outputs.opened(self.json, lines, "--json")),
+                stack.enter_context(outputs.opened(self.csv, outputs.Csv(), "--csv")),
+            ]
+            bar = stack.enter_context(tqdm(total=len(given), unit="image", disable=None))
+            for rows, images in films.decoded(chunks, predictor.size):
+                good = [i for i, row in enumerate(rows) if "error" not in row]
+                if images is not None:
+                    framed = predictor.frame(images)
+                    self._judge(predictor, [rows[i] for i in good], images, framed, threshold)
+                with tqdm.external_write_mode():
+                    _tell_doubts(rows)
+                    printed.write(rows)
+                for file in files:
+                    if file is not None:
+                        file.write(rows)
+                if self.heatmap is not None and images is not None:
+                    with _writing(self.heatmap, "--heatmap"):
+                        some = [(given[judged + i], heat_names[judged + i]) for i in good]
+                        films.write_heat(self.heatmap, some, predictor.heat(framed), framed.boxes)
+                judged += len(rows)
+                unread += len(rows) - len(good)
+                bar.update(len(rows))
+        printed.close()
+        return 2 if unread else 0
+
+    def _judge(
+        self,
+        predictor: Predictor,
+        rows: Sequence[dict[str, Any]],
+        images: np.ndarray,
+        framed: Framed,
+        threshold: float,
+    ) -> None:
+        """Adds to the rows of images what the network says of them, or why it says nothing."""
+        point = predictor.operating
+        probabilities = point.probabilities(predictor.logits(framed), self.prevalence)
+        blank = images.min((1, 2)) == images.max((1, 2))
+        for row, probability, lungs, empty in zip(
+            rows, probabilities.tolist(), framed.found.tolist(), blank.tolist(), strict=True
+        ):
+            if predictor.framed:
+                row["lungs"] = lungs
+            if empty or not lungs:
+                doubt = _NO_LUNGS if not empty else "all pixels have the same gray level"
+                row["warning"] = "; ".join(filter(None, (row.get("warning"), doubt)))
+                continue
+            positive = probability >= threshold
+            row |= {
+                "probability": probability,
+                "class": predictor.classes[int(positive)],
+                "confidence": probability if positive else 1 - probability,
+            }
 
 
 @dataclass(frozen=True)
@@ -434,7 +446,8 @@ def train(default: Config, description: str, arguments: Sequence[str] | None = N
         page = report.write(config.workdir, devices.make_mesh(config.device))
         print(
             f"\nwritten to {config.workdir}, the story in {page}; judge it on a test split with\n"
-            f"  cnnjax evaluate --run {config.workdir} --data {config.data.root} --split test"
+            f"  cnnjax evaluate --run {quote(str(config.workdir))}"
+            f" --data {quote(config.data.root)} --split test"
         )
         return 0
 
@@ -540,41 +553,13 @@ def _check_probabilities(threshold: float | None, prevalence: float | None) -> N
 
 
 _NO_LUNGS = "no lungs found: is this a frontal chest radiograph?"
-_PREDICTED = ("path", "probability", "class", "confidence", "lungs", "warning", "error")
+_TOGETHER = 64  # images that are judged at a time, or a few more
 _JUDGED = ("image", "patient", "truth", "probability", "class", "lungs")
 
 
-def _write_lines(file: TextIO, rows: Sequence[dict[str, Any]]) -> None:
-    file.writelines(json.dumps(row) + "\n" for row in rows)
-
-
-def _write_csv(
-    file: TextIO, rows: Sequence[dict[str, Any]], columns: Sequence[str] = _PREDICTED
-) -> None:
-    from cnnjax.data.files import write_rows
-
-    write_rows(file, [columns, *([row.get(column, "") for column in columns] for row in rows)])
-
-
-def _table(rows: Sequence[dict[str, Any]], positive: str, threshold: float) -> str:
-    """Returns the predictions as aligned lines, for a person."""
-    lines = [("image", f"P({positive})", "class", "confidence")]
+def _tell_doubts(rows: Sequence[dict[str, Any]]) -> None:
+    """Tells on standard error which images could not be read, and what to doubt of others."""
     for row in rows:
-        if "error" in row:
-            lines.append((row["path"], "", "not read", ""))
-        elif "class" not in row:
-            lines.append((row["path"], "", "nothing found", ""))
-        else:
-            sure = f"{100 * row['confidence']:.1f} %"
-            lines.append((row["path"], f"{row['probability']:.4f}", row["class"], sure))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    shown = [
-        f"{name:<{widths[0]}}  {p:>{widths[1]}}  {label:<{widths[2]}}  {sure:>{widths[3]}}"
-        for name, p, label, sure in lines
-    ]
-    shown.append(
-        f"{positive} from probability {threshold:.3f} on; confidence is the calibrated"
-        " probability of the class it is called, below 50 % where the threshold decides"
-        " against the likelier class."
-    )
-    return "\n".join(shown)
+        for kind in ("error", "warning"):
+            if kind in row:
+                print(f"{row['path']}: {kind}: {row[kind]}", file=sys.stderr)

@@ -42,7 +42,7 @@ class DataConfig:
     fold: int = 0
     """Which fold is held out for validation, counted from 0."""
     strict: bool = False
-    """Stop at a file that cannot be decoded instead of leaving it out."""
+    """Stop at a file that cannot be decoded, or is in both classes, instead of leaving it out."""
     cache: Path | None = None
     """Folder of the decoded images; by default the user's cache folder."""
     resident_mib: int = 1024

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 from cnnjax.data import dicom
 from cnnjax.data.bounds import read_file, read_stream
-from cnnjax.data.decode import decode
+from cnnjax.data.decode import DecodeError, decode
 from cnnjax.data.names import IMAGE_SUFFIXES, SUFFIXES, may_be_dicom, walk
 from cnnjax.errors import InputError
 from cnnjax.explain import normalized, overlay
+from cnnjax.machine import cpu_cores
 
 _SHOWN = 512  # pixels: side of the pictures of heat
 
@@ -58,12 +62,85 @@ def expect_apart(folder: Path, films: Sequence[Film], given: Sequence[Path]) -> 
             )
 
 
-def write_heat(folder: Path, films: Sequence[Film], heat: np.ndarray, boxes: np.ndarray) -> None:
+def expect_none_of(path: Path | None, flag: str, films: Sequence[Film]) -> None:
+    """Raises InputError where an output would be written over one of the films."""
+    if path is None or not path.is_file():
+        return
+    status = path.stat()
+    for film in films:
+        with contextlib.suppress(OSError):
+            if film.name != "-" and os.path.samestat(Path(film.name).stat(), status):
+                raise InputError(f"{flag} {path} is one of the images; name another file")
+
+
+def in_chunks(films: Sequence[Film], size: int, few: int) -> list[Sequence[Film]]:
+    """Cuts films into chunks of `size`; up to `few` that would be left go with those before."""
+    ends = list(range(size, len(films), size))
+    if ends and len(films) - ends[-1] <= few:
+        ends.pop()
+    return [films[a:b] for a, b in itertools.pairwise([0, *ends, len(films)])]
+
+
+def decoded(
+    chunks: Sequence[Sequence[Film]], size: int
+) -> Iterator[tuple[list[dict[str, Any]], np.ndarray | None]]:
+    """Decodes chunks of films on all cores, each while the one before is judged.
+
+    Args:
+        chunks: the films.
+        size: side of the squares, in pixels.
+
+    Yields:
+        For each chunk a row for each film, with its `path`, an `error` where it cannot be decoded,
+        and a `warning` where its tags give one; and uint8 [n, size, size] of those that can be
+        decoded, None where there are none.
+    """
+    with ThreadPoolExecutor(cpu_cores()) as pool:
+        waiting: deque[list[Future[_Read]]] = deque()
+        try:
+            for chunk in (*chunks, ()):
+                waiting.append([pool.submit(_read, film, size) for film in chunk])
+                if len(waiting) > 1:
+                    done = [future.result() for future in waiting.popleft()]
+                    images = [image for image, _ in done if image is not None]
+                    yield [row for _, row in done], np.stack(images) if images else None
+        finally:
+            for future in itertools.chain.from_iterable(waiting):
+                future.cancel()
+
+
+_Read = tuple[np.ndarray | None, dict[str, Any]]
+
+
+def _read(film: Film, size: int) -> _Read:
+    row: dict[str, Any] = {"path": film.name}
+    try:
+        encoded = film.read()
+        image = decode(encoded, size)
+    except (DecodeError, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else None
+        return None, row | {"error": reason or str(error)}
+    if dicom.is_dicom(encoded) and (doubts := dicom.doubts(encoded)):
+        row["warning"] = "; ".join(doubts)
+    return image, row
+
+
+def heat_names(films: Sequence[Film]) -> list[str]:
+    """Returns the names of the films' pictures without suffix; numbered where two are alike."""
+    names = ["stdin" if film.name == "-" else Path(film.name).stem for film in films]
+    if len(set(names)) < len(names):  # so that none is written over another
+        names = [f"{name}-{i}" for i, name in enumerate(names)]
+    return names
+
+
+def write_heat(
+    folder: Path, films: Sequence[tuple[Film, str]], heat: np.ndarray, boxes: np.ndarray
+) -> None:
     """Writes a PNG for each image, brightest where it has most evidence.
 
     Args:
         folder: where to; made where it is not there.
-        films: n images that can be decoded.
+        films: n images that can be decoded, each with the name of its picture.
         heat: float [n, size, size], evidence for the positive class.
         boxes: float [n, 4], what the network saw of each image: left, top, right and bottom, as
             parts of the side; the edge of a part is drawn.
@@ -72,12 +149,7 @@ def write_heat(folder: Path, films: Sequence[Film], heat: np.ndarray, boxes: np.
         OSError: the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    names = [Path(film.name).stem for film in films]
-    names = ["stdin" if name == "-" else name for name in names]
-    if len(set(names)) < len(names):  # numbered, so that none is written over another
-        names = [f"{name}-{i}" for i, name in enumerate(names)]
-    pairs = zip(names, films, normalized(heat), boxes, strict=True)
-    for name, film, one, box in tqdm(pairs, "heat maps", len(films), disable=None):
+    for (film, name), one, box in zip(films, normalized(heat), boxes, strict=True):
         large = Image.fromarray(one).resize((_SHOWN, _SHOWN), Image.Resampling.BICUBIC)
         shown = overlay(decode(film.read(), _SHOWN), np.clip(np.asarray(large), 0, 1))
         picture = Image.fromarray(shown)

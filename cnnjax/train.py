@@ -28,6 +28,7 @@ from cnnjax.checkpoint import KINDS, Checkpoints, Kind, template_of
 from cnnjax.config import Config, TrainConfig
 from cnnjax.data.batches import Feeder, Resident, load, step_rows
 from cnnjax.data.cache import write_quarantine
+from cnnjax.data.duplicates import write_duplicates
 from cnnjax.data.files import write_atomically, write_rows
 from cnnjax.data.patients import write_split
 from cnnjax.data.prepare import TrainingData, training_data
@@ -525,6 +526,7 @@ def open_run(
         workdir.claim_parts(given)
         write_split(workdir.split, data.decoded.examples, data.held_out)
         write_quarantine(workdir.quarantine, data.decoded.quarantine)
+        write_duplicates(workdir.duplicates, data.duplicates)
         names = ("cnnjax", "jax", "jaxlib", "flax", "optax", "numpy")
         versions = {name: version(name) for name in names}
         append_line(workdir.sessions, {"devices": devices.describe(mesh), "versions": versions})

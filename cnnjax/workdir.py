@@ -16,7 +16,7 @@ import filelock
 import numpy as np
 
 from cnnjax.config import Config, differences, expect_effect, from_json, to_json
-from cnnjax.data.files import write_atomically
+from cnnjax.data.files import read_cell, write_atomically
 from cnnjax.errors import InputError
 from cnnjax.operating import OperatingPoint, Points, points_from_json
 
@@ -40,7 +40,8 @@ class Workdir:
         data: `data.json`, the fingerprint of the images it was trained on, and the class names.
         parts: `parts.json`, what `fit` was given beside the config, if anything (`cnnjax.parts`).
         split: `split.csv`, each image's patient, label and role.
-        quarantine: `quarantine.csv`, files that could not be decoded.
+        quarantine: `quarantine.csv`, files that are left out, each with the reason.
+        duplicates: `duplicates.csv`, images that show the film of an earlier one.
         sessions: `sessions.jsonl`, versions and devices of each start.
         metrics: `metrics.jsonl`, an object for each epoch.
         throughput: `throughput.jsonl`, wall time for each epoch; the only file with times in it.
@@ -58,6 +59,7 @@ class Workdir:
         self.parts = root / "parts.json"
         self.split = root / "split.csv"
         self.quarantine = root / "quarantine.csv"
+        self.duplicates = root / "duplicates.csv"
         self.sessions = root / "sessions.jsonl"
         self.metrics = root / "metrics.jsonl"
         self.throughput = root / "throughput.jsonl"
@@ -275,14 +277,17 @@ def claim(config: Config) -> Iterator[Workdir]:
 
 
 def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """Returns the rows of a CSV file as `write_atomically` writes it.
+    """Returns the rows of a CSV file as `cnnjax.data.files.write_rows` writes it.
 
     Raises:
         InputError: it is not there, or lacks one of the columns in a row.
     """
     try:
         with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-            rows = list(csv.DictReader(file))
+            rows = [
+                {name: cell and read_cell(cell) for name, cell in row.items() if name is not None}
+                for row in csv.DictReader(file)
+            ]
     except (OSError, csv.Error) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise InputError(f"{path} cannot be read ({reason}); restore it") from None

@@ -17,6 +17,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import baseline
@@ -226,7 +227,7 @@ def write_release(
         options.release,
     )
     print(f"\nwritten to {options.release}; judge it on a test split with")
-    print(f"  cnnjax evaluate --run {options.release} --data DIR --split test")
+    print(f"  cnnjax evaluate --run {quote(str(options.release))} --data DIR --split test")
 
 
 def main() -> int:

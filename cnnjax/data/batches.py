@@ -124,6 +124,9 @@ class Feeder:
         if self.data is not None:
             yield from jax.device_put(list(rows), self._by_row)
             return
+        if len(rows) == 1:  # nothing to read ahead; each new thread may cost a heap of its own
+            yield self._read(rows[0])
+            return
         with ThreadPoolExecutor(1) as pool:
             waiting: deque[Future[Batch]] = deque()
             for step in rows:

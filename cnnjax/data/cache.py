@@ -8,12 +8,14 @@ is damaged is made anew.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
 import os
+import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from cnnjax.data import duplicates
 from cnnjax.data.decode import DecodeError, MissingDecoder, decode
 from cnnjax.data.files import (
     checksum,
@@ -52,7 +55,7 @@ class Decoded:
     examples: tuple[Example, ...]
     """The n examples that could be decoded."""
     quarantine: tuple[tuple[str, str], ...]
-    """(name, reason) of each file that could not."""
+    """(name, reason) of each file that could not, or is left out as one film of both classes."""
     fingerprint: str
     """SHA-256 over names under the root, labels, patients and pixels; a copy has the same. Files
     that cannot be decoded count too, as folds are drawn over them."""
@@ -63,6 +66,8 @@ class Decoded:
     """float32 [n, 4], where in the films: left, top, right, bottom, as parts of the side."""
     found: np.ndarray | None = None
     """bool [n], whether lungs were found."""
+    thumbnails: np.ndarray | None = None
+    """uint8 [n, 32, 32], of `cnnjax.data.duplicates`, of whole images."""
 
     @property
     def labels(self) -> np.ndarray:
@@ -83,6 +88,7 @@ def load(
     folder: Path | None = None,
     strict: bool = False,
     progress: bool = True,
+    known: Mapping[str, np.ndarray] | None = None,
 ) -> Decoded:
     """Returns the decoded images, from the cache if it has them, else decoding them into it.
 
@@ -93,6 +99,7 @@ def load(
         folder: where the cache lies; `cnnjax.machine.cache_folder()` when None.
         strict: raise at a file that cannot be decoded, instead of leaving it out.
         progress: show a bar on a terminal.
+        known: images by name that need not be decoded, uint8 [size, size].
 
     Raises:
         InputError: no image could be decoded, one could not and `strict`, or the cache folder
@@ -107,7 +114,7 @@ def load(
             print(f"{home} is damaged and is made anew", file=sys.stderr)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _decode_into(home, examples, source, size, progress)
+            _decode_into(home, examples, source, size, progress, known or {})
         except OSError as error:
             raise no_cache(folder, error) from None
         kept = _read(home)
@@ -124,7 +131,8 @@ def load(
         name, reason = quarantine[0]
         raise InputError(f"none of the {len(examples)} images can be decoded: {name}: {reason}")
     fingerprint = _fingerprint(examples, quarantine, kept.pixels)
-    return Decoded(kept.images, whole, quarantine, fingerprint)
+    small = _thumbnails(home, kept)
+    return Decoded(kept.images, whole, quarantine, fingerprint, thumbnails=small)
 
 
 def decoded_of(images: np.ndarray, examples: tuple[Example, ...]) -> Decoded:
@@ -157,7 +165,7 @@ def _read(home: Path) -> _Kept | None:
 
 
 def write_quarantine(path: Path, quarantine: Sequence[tuple[str, str]]) -> None:
-    """Writes `quarantine.csv`: a line for each file that could not be decoded, with the reason."""
+    """Writes `quarantine.csv`: a line for each file that is left out, with the reason."""
     with write_atomically(path) as file:
         write_rows(file, [("image", "reason"), *quarantine])
 
@@ -176,8 +184,37 @@ def _fingerprint(
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
+def _thumbnails(home: Path, kept: _Kept) -> np.ndarray:
+    """Returns the images' thumbnails, from the folder of the cache if it has them."""
+    path, told = home / "thumbnails.npy", home / "thumbnails.json"
+    try:
+        small = np.load(path, allow_pickle=False)
+        # Of these images, in this way, and whole.
+        made_from = [duplicates.SIDE, kept.pixels, checksum(small)]
+        if json.loads(told.read_text("utf-8")) == made_from and len(small) == len(kept.images):
+            return small
+    except (OSError, EOFError, ValueError):
+        pass
+    small = duplicates.thumbnails(kept.images)
+    with contextlib.suppress(OSError):  # a cache that can only be read serves all the same
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        try:
+            save_array(partial, small)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        with write_atomically(told) as file:
+            json.dump([duplicates.SIDE, kept.pixels, checksum(small)], file)
+    return small
+
+
 def _decode_into(
-    home: Path, examples: Sequence[Example], source: Source, size: int, progress: bool
+    home: Path,
+    examples: Sequence[Example],
+    source: Source,
+    size: int,
+    progress: bool,
+    known: Mapping[str, np.ndarray],
 ) -> None:
     passing = []  # files that may be readable the next time
 
@@ -188,6 +225,8 @@ def _decode_into(
         return [decode_one(example) for example in examples[start : start + turn]]
 
     def decode_one(example: Example) -> np.ndarray | str:
+        if example.name in known:
+            return known[example.name]
         try:
             return decode(source.read(example.name), size)
         except DecodeError as error:

@@ -7,6 +7,7 @@ import csv
 import glob
 import hashlib
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -14,13 +15,13 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 import numpy as np
 
 from cnnjax.errors import InputError
 
-_NAMES = "surrogateescape"  # a file name that is no UTF-8 is written as it is
+SURROGATES = "surrogateescape"  # a file name that is no UTF-8 is written as it is
 
 
 @contextlib.contextmanager
@@ -34,13 +35,13 @@ def write_atomically(path: Path) -> Iterator[TextIO]:
     if special or path.parent == Path("/dev"):
         sys.stdout.flush()  # what was printed before stands before it, should it be the same place
         # To append: /dev/stdout may be a file, by >.
-        with path.open("a", encoding="utf-8", newline="", errors=_NAMES) as file:
+        with path.open("a", encoding="utf-8", newline="", errors=SURROGATES) as file:
             yield file
         return
     asked, path = path, path.resolve()
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     with _named(asked):
-        opened = partial.open("x", encoding="utf-8", newline="", errors=_NAMES)
+        opened = partial.open("x", encoding="utf-8", newline="", errors=SURROGATES)
     try:
         with opened as file:
             yield file
@@ -53,19 +54,38 @@ def write_atomically(path: Path) -> Iterator[TextIO]:
         raise
 
 
-def write_rows(file: TextIO, rows: Iterable[Sequence[Any]]) -> None:
+def write_rows(file: IO[str], rows: Iterable[Sequence[Any]]) -> None:
     r"""Writes the rows of a CSV file, each ended by one \n.
 
     Fields with a carriage return are quoted as those with a line feed are: Python's writer quotes
     only what its own line terminator holds, and its reader ends a line at either.
+
+    Text that a spreadsheet would run as a formula gets an apostrophe before it; `read_cell` takes
+    it off. Numbers stay as they are, and so does a lone sign, as predict's `-`.
     """
-    csv.writer(_Lines(file)).writerows(rows)
+    csv.writer(_Lines(file)).writerows([_as_text(cell) for cell in row] for row in rows)
+
+
+def read_cell(cell: str) -> str:
+    """Returns what `write_rows` was given for a cell of text."""
+    return cell[1:] if _WRITTEN.match(cell) else cell
+
+
+def _as_text(cell: Any) -> Any:
+    runs = isinstance(cell, str) and _FORMULA.match(cell) and not _NUMBER.fullmatch(cell)
+    return f"'{cell}" if runs else cell
+
+
+# An apostrophe before such a text is doubled, as it could not be told from one of ours.
+_FORMULA = re.compile(r"'*[=+\-@\t\r\n].", re.DOTALL)
+_WRITTEN = re.compile(r"'+[=+\-@\t\r\n].", re.DOTALL)
+_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 
 
 class _Lines:
     r"""A file that is given lines ended by \r\n, each whole, and ends them by \n."""
 
-    def __init__(self, file: TextIO) -> None:
+    def __init__(self, file: IO[str]) -> None:
         self.file = file
 
     def write(self, line: str) -> int:

@@ -42,9 +42,15 @@ def load(
     Raises:
         InputError: see `cnnjax.data.cache.load`.
     """
-    side = config.size if config.frame == "whole" else lungs.FILM
-    decoded = cache.load(examples, source, side, folder=config.cache, strict=config.strict)
+    decoded = cache.load(
+        examples, source, decoded_size(config), folder=config.cache, strict=config.strict
+    )
     return decoded if config.frame == "whole" else framed(decoded, config, mesh)
+
+
+def decoded_size(config: DataConfig) -> int:
+    """Returns the side, in pixels, at which a config's images are decoded and kept."""
+    return config.size if config.frame == "whole" else lungs.FILM
 
 
 def framed(films: Decoded, config: DataConfig, mesh: Mesh | None = None) -> Decoded:

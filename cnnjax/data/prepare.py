@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from jax.sharding import Mesh
 
 from cnnjax.config import DataConfig
-from cnnjax.data import cache, framing
+from cnnjax.data import cache, duplicates, framing
 from cnnjax.data.files import no_cache, sweep
 from cnnjax.data.index import Example, Index, read_index
-from cnnjax.data.patients import block_folds, grouped_folds, in_several_splits
+from cnnjax.data.patients import block_folds, group_of, grouped_folds, in_several_splits
 from cnnjax.errors import InputError
 from cnnjax.machine import cache_folder
 
@@ -31,6 +31,8 @@ class TrainingData:
     """bool [n], true where the image validates."""
     classes: tuple[str, ...]
     """Names of the labels, 0 and up."""
+    duplicates: tuple[duplicates.Duplicate, ...] = ()
+    """Images that show the film of an earlier one, those that are left out included."""
 
     @property
     def labels(self) -> np.ndarray:
@@ -124,7 +126,8 @@ def training_data(
     """Returns the decoded images of train and val, and which of them validate.
 
     The split is drawn over every image of the index, so that a file which cannot be decoded changes
-    nothing for the others.
+    nothing for the others. Patients of whom images show the same film are then brought into one
+    fold, and films that are in both classes are left out (`cnnjax.data.duplicates`).
 
     Args:
         config: where from and how.
@@ -148,29 +151,116 @@ def training_data(
         index.split("train")
     examples = index.split("train", "val")
     if config.validation == "official":
-        validates = [e.split == "val" for e in examples]
+        folds = np.array([int(e.split != "val") for e in examples])
+        held_out_fold = 0
     elif config.validation == "blocks":
-        validates = list(block_folds(examples, config.folds) == config.fold)
+        folds, held_out_fold = block_folds(examples, config.folds), config.fold
     else:
-        validates = list(grouped_folds(examples, config.folds, seed) == config.fold)
+        folds, held_out_fold = grouped_folds(examples, config.folds, seed), config.fold
     _expect_both_classes(
         np.array([e.label for e in examples]),
-        np.array(validates),
+        folds == held_out_fold,
         f"{index.root}: with --data.validation {config.validation}, --data.folds {config.folds} and"
         f" --data.fold {config.fold},",
         "choose others",
     )
-    decoded = framing.load(examples, index.source, config, mesh)
+    _warn_of_copies(index, say)
+    decoded, folds, twice = _each_film_once(examples, folds, index, config)
     if decoded.quarantine:
-        say(f"  left out: {len(decoded.quarantine):,} that cannot be decoded, see quarantine.csv")
+        both = sum(reason.startswith(_BOTH) for _, reason in decoded.quarantine)
+        if broken := len(decoded.quarantine) - both:
+            say(f"  left out: {broken:,} that cannot be decoded, see quarantine.csv")
+        if both:
+            say(f"  left out: {both:,} of films that are in both classes, see quarantine.csv")
+    if twice:
+        say(_describe(twice))
+    if config.frame == "lungs":
+        decoded = framing.framed(decoded, config, mesh)
     if decoded.found is not None and (missed := int((~decoded.found).sum())):
         say(f"  no lungs found in {missed:,} images, which are taken whole")
-    role = {e.name: v for e, v in zip(examples, validates, strict=True)}
-    held_out = np.array([role[e.name] for e in decoded.examples])
+    held_out = folds == held_out_fold
     _expect_both_classes(
         decoded.labels, held_out, f"{index.root}: after decoding,", "fix the files"
     )
-    return TrainingData(decoded, held_out, index.classes)
+    return TrainingData(decoded, held_out, index.classes, twice)
+
+
+_BOTH = "in both classes"
+_SHOWN = 2  # duplicates named in a line; duplicates.csv has them all
+
+
+def _each_film_once(
+    examples: Sequence[Example], folds: np.ndarray, index: Index, config: DataConfig
+) -> tuple[cache.Decoded, np.ndarray, tuple[duplicates.Duplicate, ...]]:
+    """Decodes the images, and sees to those that show the same film.
+
+    Args:
+        examples: n images.
+        folds: int [n], as they were drawn.
+        index: that the images are of.
+        config: its data set's.
+
+    Returns:
+        The m images that can be decoded and are not in both classes, int [m], their folds, and the
+        duplicates among all.
+
+    Raises:
+        InputError: see `cache.load`; with `--data.strict`, also where a film is in both classes.
+    """
+    size, folder = framing.decoded_size(config), config.cache
+    decoded = cache.load(examples, index.source, size, folder=folder, strict=config.strict)
+    assert decoded.thumbnails is not None
+    drawn = {e.name: fold for e, fold in zip(examples, folds.tolist(), strict=True)}
+    before = np.array([drawn[e.name] for e in decoded.examples])
+    pairs = duplicates.find(decoded.thumbnails)
+    both = duplicates.contradicting(pairs, decoded.labels)
+    after = before
+    if config.validation != "official":
+        groups = [group_of(e.patient) for e in decoded.examples]
+        alike = [(groups[p.image], groups[p.like]) for p in pairs if not both[p.image]]
+        after = duplicates.shared_folds(before, groups, alike)
+    twice = duplicates.told(decoded.examples, pairs, both, before, after)
+    if not both.any():
+        return decoded, after, twice
+    film = duplicates.films(pairs, len(both))
+    reasons = {}
+    for row in np.flatnonzero(both):
+        others = np.flatnonzero((film == film[row]) & (decoded.labels != decoded.labels[row]))
+        other = decoded.examples[others[0]].name
+        reasons[decoded.examples[row].name] = f"{_BOTH}: the film of {other}"
+    if config.strict:
+        name, reason = next(iter(reasons.items()))
+        raise InputError(f"{name} is {reason}; remove the wrong one or drop --data.strict")
+    if both.all():
+        raise InputError(f"{index.root}: every film is in both classes; give each image one")
+    left = tuple(e for e in examples if e.name not in reasons)
+    known = dict(zip((e.name for e in decoded.examples), decoded.images, strict=True))
+    fewer = cache.load(left, index.source, size, folder=folder, progress=False, known=known)
+    quarantine = (*fewer.quarantine, *reasons.items())
+    return replace(fewer, quarantine=quarantine), after[~both], twice
+
+
+def _describe(twice: Sequence[duplicates.Duplicate]) -> str:
+    """Returns a line about images that show the same film."""
+    named = ", ".join(f"{d.image.name} as {d.like.name}" for d in twice[:_SHOWN])
+    more = ", ..." if len(twice) > _SHOWN else ""
+    moved = sum(" moved to " in d.done for d in twice)
+    apart = sum("both sides" in d.done for d in twice)
+    notes = f"; {moved:,} had their patient moved to the other's fold" if moved else ""
+    notes += f"; {apart:,} have the other on the other side" if apart else ""
+    return (
+        f"warning: {len(twice):,} images show a film that another shows{notes}, see duplicates.csv:"
+        f" {named}{more}"
+    )
+
+
+def _warn_of_copies(index: Index, say: Say) -> None:
+    """Tells of files of test that are files of train or val."""
+    found = duplicates.copies(index.examples, index.source)
+    if found:
+        named = ", ".join(f"{ours.name} is {theirs.name}" for ours, theirs in found[:_SHOWN])
+        more = ", ..." if len(found) > _SHOWN else ""
+        say(f"warning: {len(found):,} files of test are copies from train or val: {named}{more}")
 
 
 def _expect_both_classes(labels: np.ndarray, held_out: np.ndarray, when: str, do: str) -> None:

@@ -25,6 +25,7 @@ from cnnjax import metrics
 from cnnjax.augment import make_augment
 from cnnjax.config import Config, DataConfig, flags
 from cnnjax.data.cache import load
+from cnnjax.data.duplicates import COLUMNS
 from cnnjax.data.files import write_atomically
 from cnnjax.data.prepare import open_index, training_data
 from cnnjax.errors import InputError
@@ -180,6 +181,8 @@ def _render(
         split=_counts(rows, predictor.classes),
         shared=_shared(rows),
         quarantine=read_table(workdir.quarantine, ("image", "reason")),
+        # Runs of earlier versions did not look for them.
+        duplicates=read_table(workdir.duplicates, COLUMNS) if workdir.duplicates.exists() else None,
         classes=predictor.classes,
         summary=summary,
         rules=rules,

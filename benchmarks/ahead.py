@@ -34,13 +34,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from measure import circumstances, headline, print_table, recipe_of, write_json
 from peaks import count_flops, peak_of
 
-from cnnjax import devices, steps, train
+from cnnjax import steps, train
 from cnnjax.augment import make_augment
 from cnnjax.cli import guarded
 from cnnjax.config import DeviceConfig
 from cnnjax.data.batches import Resident
 from cnnjax.errors import InputError, first_line
-from cnnjax.models import make_model
+from cnnjax.machine import devices
+from cnnjax.networks import make_model
 from cnnjax.objectives import Binary
 
 Target = Literal["tpu-v5e", "h100"]

@@ -39,7 +39,7 @@ from measure import (
 from cnnjax.cli import guarded
 from cnnjax.data.index import read_index
 from cnnjax.errors import InputError
-from cnnjax.workdir import Workdir
+from cnnjax.run.workdir import Workdir
 
 HERE = Path(__file__).resolve().parent
 

@@ -46,7 +46,7 @@ from cnnjax.data import cache
 from cnnjax.data.batches import Feeder
 from cnnjax.data.index import read_index
 from cnnjax.errors import InputError
-from cnnjax.machine import cpu_cores
+from cnnjax.machine.host import cpu_cores
 from cnnjax.steps import TrainStep
 
 HERE = Path(__file__).resolve().parent

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from cnnjax import devices
 from cnnjax.cli import guarded
 from cnnjax.config import Config, DeviceConfig
 from cnnjax.errors import InputError
-from cnnjax.machine import cache_folder
+from cnnjax.machine import devices
+from cnnjax.machine.host import cache_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENTS = cache_folder() / "peers"  # each peer's, made by `peers.py --setup`

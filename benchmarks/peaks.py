@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cnnjax import layers
+from cnnjax.ops import layers
 
 # By jax.Device.device_kind: operations a second in bfloat16 and in float32 as XLA multiplies it by
 # default (TF32 on NVIDIA's tensor cores), without sparsity, and bytes a second of memory. From the

@@ -10,10 +10,11 @@ import numpy as np
 import optax
 from peer_worker import Problem, serve
 
-from cnnjax import devices, steps, train
+from cnnjax import steps, train
 from cnnjax.config import DeviceConfig, ModelConfig
 from cnnjax.data.batches import Feeder
-from cnnjax.models import make_model
+from cnnjax.machine import devices
+from cnnjax.networks import make_model
 from cnnjax.objectives import Batch
 
 

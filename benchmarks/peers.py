@@ -44,11 +44,11 @@ from measure import (
     write_json,
 )
 
-from cnnjax import devices
 from cnnjax.cli import guarded
 from cnnjax.config import DeviceConfig
 from cnnjax.errors import InputError
-from cnnjax.models import make_model
+from cnnjax.machine import devices
+from cnnjax.networks import make_model
 
 HERE = Path(__file__).resolve().parent
 

@@ -20,9 +20,9 @@ from typing import Any  # noqa: E402
 import jax  # noqa: E402
 
 from cnnjax import train  # noqa: E402
-from cnnjax.checkpoint import Checkpoints  # noqa: E402
 from cnnjax.logits import make_logits  # noqa: E402
-from cnnjax.workdir import append_line  # noqa: E402
+from cnnjax.run.checkpoint import Checkpoints  # noqa: E402
+from cnnjax.run.workdir import append_line  # noqa: E402
 
 
 class Phases:

@@ -26,14 +26,15 @@ import tyro
 from measure import call, circumstances_apart, headline, print_table, write_json
 from tqdm import tqdm
 
-from cnnjax import devices, steps, train
+from cnnjax import steps, train
 from cnnjax.augment import make_augment
 from cnnjax.cli import guarded
 from cnnjax.config import AugmentConfig, DeviceConfig, ModelConfig, TrainConfig
 from cnnjax.data import batches
 from cnnjax.data.batches import Feeder
 from cnnjax.errors import InputError
-from cnnjax.models import make_model
+from cnnjax.machine import devices
+from cnnjax.networks import make_model
 
 HERE = Path(__file__).resolve().parent
 _EPOCH = "epoch"  # first argument of a process that measures its memory

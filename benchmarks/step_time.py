@@ -35,13 +35,14 @@ from jax.sharding import Mesh
 from measure import circumstances, headline, in_turn, print_table, spread, write_json
 from peaks import Peak, called_bytes, count_flops, peak_of
 
-from cnnjax import devices, steps, train
+from cnnjax import steps, train
 from cnnjax.augment import make_augment
 from cnnjax.cli import guarded
 from cnnjax.config import AugmentConfig, DeviceConfig, ModelConfig, TrainConfig
 from cnnjax.data.batches import Feeder, load
 from cnnjax.errors import InputError
-from cnnjax.models import make_model
+from cnnjax.machine import devices
+from cnnjax.networks import make_model
 
 Network = Literal["baseline", "resnet"]
 Precision = Literal["float32", "bfloat16"]

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     )
     from cnnjax.data.decode import DecodeError, decode
     from cnnjax.errors import InputError, TrainingError
+    from cnnjax.evaluation.predict import Predictor
     from cnnjax.metrics import Evaluation, evaluate
     from cnnjax.operating import OperatingPoint
-    from cnnjax.predict import Predictor
     from cnnjax.train import Result, fit
 
 __version__ = "0.2.0rc1"
@@ -51,7 +51,7 @@ _HOMES = {
     "cnnjax.errors": ("InputError", "TrainingError"),
     "cnnjax.metrics": ("Evaluation", "evaluate"),
     "cnnjax.operating": ("OperatingPoint",),
-    "cnnjax.predict": ("Predictor",),
+    "cnnjax.evaluation.predict": ("Predictor",),
     "cnnjax.train": ("Result", "fit"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from cnnjax.augment import make_views
 from cnnjax.config import AugmentConfig
 from cnnjax.data.batches import Feeder, Resident, in_batches, load
-from cnnjax.devices import divided, full_float32, traits
+from cnnjax.machine.devices import divided, full_float32, traits
 from cnnjax.objectives import Batch
 from cnnjax.steps import TrainState, make_eval_step
 
@@ -40,7 +40,8 @@ def make_logits(
         mesh: the devices.
         views: how many of each image the logit is the mean of.
         augment: what several views differ by.
-        batch: images per step, at most; by default as `cnnjax.devices.Traits.evaluated` says.
+        batch: images per step, at most; by default as
+            `cnnjax.machine.devices.Traits.evaluated` says.
     """
     eval_step = make_eval_step(model, make_views(augment or AugmentConfig(), views))
 

@@ -2,8 +2,8 @@
 
 A classifier that sees whole films learns how they are framed, and framing differs between
 collections more than anything else does. Cutting every film to its lungs takes the frame away for
-all of them at once. The finder is `cnnjax.models.LungFinder`; `experiments/lungs.py` trains it, and
-its weights come with the package.
+all of them at once. The finder is `cnnjax.networks.LungFinder`; `experiments/lungs.py` trains it,
+and its weights come with the package.
 
 Everything up to `Framer` is a pure function, so that an exported program holds it too.
 """
@@ -23,10 +23,10 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from cnnjax import devices
 from cnnjax.errors import InputError
-from cnnjax.models import LungFinder
-from cnnjax.release import unflatten
+from cnnjax.machine import devices
+from cnnjax.networks import LungFinder
+from cnnjax.networks.variables import unflatten
 
 PyTree = Any
 

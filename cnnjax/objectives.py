@@ -17,7 +17,7 @@ from flax import struct
 
 from cnnjax import metrics
 from cnnjax.augment import Augment
-from cnnjax.models import AUXILIARY
+from cnnjax.networks import AUXILIARY
 
 PyTree = Any
 

@@ -12,7 +12,7 @@ from flax import struct
 
 from cnnjax.augment import Augment, Views, unchanged
 from cnnjax.config import TrainConfig
-from cnnjax.models import AUXILIARY
+from cnnjax.networks import AUXILIARY
 from cnnjax.objectives import Batch, Binary, Losses, Objective, to_float
 
 PyTree = Any

@@ -22,22 +22,25 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from cnnjax import devices, metrics, parts, signals
+from cnnjax import metrics
 from cnnjax.augment import make_augment
-from cnnjax.checkpoint import KINDS, Checkpoints, Kind, template_of
 from cnnjax.config import Config, TrainConfig
 from cnnjax.data.batches import Feeder, Resident, load, step_rows
 from cnnjax.data.cache import write_quarantine
 from cnnjax.data.duplicates import write_duplicates
-from cnnjax.data.files import write_atomically, write_rows
 from cnnjax.data.patients import write_split
 from cnnjax.data.prepare import TrainingData, training_data
 from cnnjax.errors import InputError, TrainingError, first_line
-from cnnjax.events import Events
 from cnnjax.logits import make_logits
-from cnnjax.models import model_of
+from cnnjax.machine import devices
+from cnnjax.machine.files import write_atomically, write_rows
+from cnnjax.networks import model_of
 from cnnjax.objectives import Batch, Binary, Objective
 from cnnjax.operating import fit_operating_point, points_to_json
+from cnnjax.run import parts, signals
+from cnnjax.run.checkpoint import KINDS, Checkpoints, Kind, template_of
+from cnnjax.run.events import Events
+from cnnjax.run.workdir import Workdir, append_line, claim, write_json
 from cnnjax.steps import (
     Metrics,
     TrainState,
@@ -47,7 +50,6 @@ from cnnjax.steps import (
     state_of,
     variables_of,
 )
-from cnnjax.workdir import Workdir, append_line, claim, write_json
 
 PyTree = Any
 
@@ -96,7 +98,7 @@ def fit(
     """Trains a network, or goes on where the run in the config's workdir stopped.
 
     Prints what it uses and a line for each epoch; leaves in the workdir what
-    `cnnjax.workdir.Workdir` lists.
+    `cnnjax.run.workdir.Workdir` lists.
 
     Args:
         config: all that decides the run, but for the parts below.
@@ -113,7 +115,7 @@ def fit(
             given other parts.
         TrainingError: a loss, a gradient or a batch statistic is not finite.
         KeyboardInterrupt: a signal asked the process to end; the state is saved
-            (`cnnjax.signals.Ended` says which).
+            (`cnnjax.run.signals.Ended` says which).
     """
     with open_run(config, data, network, objective, init) as run:
         config, data, mesh = run.config, run.data, run.mesh

@@ -24,14 +24,15 @@ import pneumonia
 import tyro
 from crossval import expect_no_patience
 
-from cnnjax import devices, shifted
 from cnnjax.cli import guarded
 from cnnjax.config import Config, DataConfig
-from cnnjax.data.rerender import GROUPS, read_facts
 from cnnjax.errors import InputError
-from cnnjax.predict import Predictor
+from cnnjax.evaluation import shifted
+from cnnjax.evaluation.predict import Predictor
+from cnnjax.evaluation.rerender import GROUPS, read_facts
+from cnnjax.machine import devices
+from cnnjax.run.workdir import write_json
 from cnnjax.train import fit
-from cnnjax.workdir import write_json
 
 Validation = Literal["patients", "blocks"]
 RECIPE, POST = "recipe", "post"

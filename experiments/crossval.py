@@ -25,16 +25,17 @@ import numpy as np
 import pneumonia
 import tyro
 
-from cnnjax import devices, release, shifted
 from cnnjax.cli import guarded
 from cnnjax.config import Config, OperatingConfig
-from cnnjax.data.rerender import read_facts
 from cnnjax.errors import InputError
+from cnnjax.evaluation import release, shifted
+from cnnjax.evaluation.predict import Predictor
+from cnnjax.evaluation.rerender import read_facts
+from cnnjax.machine import devices
 from cnnjax.metrics import Estimate, auc
-from cnnjax.predict import Predictor
+from cnnjax.run.workdir import Workdir, write_json
 from cnnjax.steps import variables_of
 from cnnjax.train import fit
-from cnnjax.workdir import Workdir, write_json
 
 OTHERS = (
     OperatingConfig("youden"),

@@ -27,12 +27,12 @@ import tyro
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from cnnjax import devices
 from cnnjax.cli import guarded
 from cnnjax.config import Config
 from cnnjax.data.batches import Resident, load
 from cnnjax.errors import InputError, TrainingError
 from cnnjax.logits import make_logits
+from cnnjax.machine import devices
 from cnnjax.steps import Metrics, TrainState
 from cnnjax.train import Result, Run, fit, means, open_run
 

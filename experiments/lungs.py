@@ -26,17 +26,18 @@ import tyro
 from PIL import Image
 from tqdm import tqdm
 
-from cnnjax import devices, lungs
+from cnnjax import lungs, phantom
 from cnnjax.augment import make_augment
 from cnnjax.cli import guarded
 from cnnjax.config import AugmentConfig, DeviceConfig, TrainConfig
-from cnnjax.data import cache, phantom
+from cnnjax.data import cache
 from cnnjax.data.batches import Feeder, step_rows
 from cnnjax.data.decode import decode
 from cnnjax.data.index import Example, read_index
 from cnnjax.data.names import IMAGE_SUFFIXES
 from cnnjax.data.patients import grouped_folds
-from cnnjax.data.rerender import (
+from cnnjax.errors import InputError
+from cnnjax.evaluation.rerender import (
     RENDERINGS,
     SIZE,
     UNKNOWN,
@@ -46,13 +47,13 @@ from cnnjax.data.rerender import (
     render,
     rerender_mask,
 )
-from cnnjax.errors import InputError
-from cnnjax.models import LungFinder
+from cnnjax.machine import devices
+from cnnjax.networks import LungFinder
+from cnnjax.networks.variables import flatten
 from cnnjax.objectives import Segmentation
-from cnnjax.release import flatten
+from cnnjax.run.workdir import write_json
 from cnnjax.steps import init_state, make_optimizer, make_train_step, variables_of
 from cnnjax.train import compile_steps, take_epoch
-from cnnjax.workdir import write_json
 
 AUGMENT = AugmentConfig(
     shear=4,

@@ -16,13 +16,13 @@ import numpy as np
 import optax
 import tyro
 
-from cnnjax import devices
 from cnnjax.augment import make_augment
 from cnnjax.cli import guarded
 from cnnjax.config import AugmentConfig, DataConfig, DeviceConfig
 from cnnjax.data.prepare import training_data
+from cnnjax.machine import devices
 from cnnjax.metrics import evaluate
-from cnnjax.models import BaselineCNN
+from cnnjax.networks import BaselineCNN
 
 # All that is random comes from this number: split, weights, order of images, augmentation.
 SEED = 0

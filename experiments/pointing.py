@@ -21,18 +21,18 @@ import numpy as np
 import tyro
 from PIL import Image, ImageFilter
 
-from cnnjax import devices
+from cnnjax import phantom
 from cnnjax.cli import guarded
 from cnnjax.config import DeviceConfig
-from cnnjax.data import phantom
 from cnnjax.data.decode import decode
 from cnnjax.errors import InputError
-from cnnjax.explain import make_grad_cam, make_hires_cam, make_occlusion
+from cnnjax.evaluation.explain import make_grad_cam, make_hires_cam, make_occlusion
+from cnnjax.evaluation.predict import FEW, Predictor
 from cnnjax.lungs import put_back
+from cnnjax.machine import devices
 from cnnjax.metrics import proportion
-from cnnjax.predict import FEW, Predictor
+from cnnjax.run.workdir import write_json
 from cnnjax.steps import variables_of
-from cnnjax.workdir import write_json
 
 NEAR = 1 / 16  # of the side
 _UNSEEN = 1  # seed of the population; the default tree is of seed 0

@@ -23,9 +23,9 @@ from cnnjax.cli import guarded
 from cnnjax.config import DataConfig, TrainConfig
 from cnnjax.data.batches import in_batches, step_rows
 from cnnjax.data.prepare import training_data
-from cnnjax.devices import keep_compiled_programs
 from cnnjax.errors import InputError
-from cnnjax.models import BaselineCNN
+from cnnjax.machine.devices import keep_compiled_programs
+from cnnjax.networks import BaselineCNN
 from cnnjax.objectives import Batch, Binary
 from cnnjax.scratch import models as scratch_models
 from cnnjax.scratch import steps as scratch_steps

@@ -29,8 +29,8 @@ from cnnjax.data.decode import DecodeError, decode
 from cnnjax.data.index import Index, read_index
 from cnnjax.errors import InputError
 from cnnjax.metrics import Estimate, evaluate
+from cnnjax.run.workdir import write_json
 from cnnjax.train import fit
-from cnnjax.workdir import write_json
 
 SIZE = baseline.CONFIG.data.size  # pixels
 BORDER = 0.15  # of the side, at each edge

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cnnjax.devices import keep_compiled_programs
+from cnnjax.machine.devices import keep_compiled_programs
 
 # Keeps the tests, and the processes that they start, out of the user's cache folder. Those that
 # pytest-xdist starts share the one of the process that started them, and what is compiled in it.

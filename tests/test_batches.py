@@ -8,7 +8,7 @@ import pytest
 
 from cnnjax.config import DeviceConfig
 from cnnjax.data.batches import Feeder, in_batches, load, step_rows
-from cnnjax.devices import make_mesh
+from cnnjax.machine.devices import make_mesh
 from cnnjax.objectives import Batch
 
 KEY = jax.random.key(3)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cnnjax import ffi
+from cnnjax.ops import ffi
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -30,7 +30,7 @@ def test_flops_are_those_counted_by_hand(monkeypatch: pytest.MonkeyPatch, batch:
     from peaks import Peak, count_flops
 
     from cnnjax.config import ModelConfig
-    from cnnjax.models import make_model
+    from cnnjax.networks import make_model
 
     forward, train = count_flops(make_model(ModelConfig("baseline")), batch, size=64)
     first = 2 * 62 * 62 * 32 * 9
@@ -47,7 +47,7 @@ def test_flops_of_local_contrast_count_forward_alone(monkeypatch: pytest.MonkeyP
     from peaks import count_flops
 
     from cnnjax.config import ModelConfig
-    from cnnjax.models import make_model
+    from cnnjax.networks import make_model
 
     network = ModelConfig("resnet", width=4, stages=1, standardize=True)
     plain = count_flops(make_model(network), 2, size=32)

@@ -24,8 +24,8 @@ from cnnjax.config import Config, DataConfig, DeviceConfig, TrainConfig
 from cnnjax.data.cache import write_quarantine
 from cnnjax.data.index import read_index
 from cnnjax.data.patients import write_split
+from cnnjax.run.workdir import read_table, write_json
 from cnnjax.train import fit
-from cnnjax.workdir import read_table, write_json
 
 ROOT = Path(__file__).parent.parent
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnnjax import cli, devices, release, shifted
+from cnnjax import cli
 from cnnjax.augment import make_views
 from cnnjax.config import (
     AugmentConfig,
@@ -25,14 +25,16 @@ from cnnjax.config import (
 )
 from cnnjax.data import cache
 from cnnjax.data.index import read_index
-from cnnjax.data.rerender import GROUPS, RENDERINGS
 from cnnjax.errors import InputError
+from cnnjax.evaluation import release, shifted
+from cnnjax.evaluation.predict import Predictor
+from cnnjax.evaluation.rerender import GROUPS, RENDERINGS
+from cnnjax.machine import devices
 from cnnjax.metrics import auc
-from cnnjax.models import AUXILIARY, make_model
+from cnnjax.networks import AUXILIARY, make_model
 from cnnjax.objectives import to_float
 from cnnjax.operating import fit_operating_point
-from cnnjax.predict import Predictor
-from cnnjax.workdir import Workdir, read_table
+from cnnjax.run.workdir import Workdir, read_table
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 FOLDS = 2

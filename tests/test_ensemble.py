@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cnnjax import checkpoint, devices
 from cnnjax.config import Config, DataConfig, DeviceConfig, ModelConfig, TrainConfig
+from cnnjax.machine import devices
+from cnnjax.run import checkpoint
 from cnnjax.train import fit
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from scipy.ndimage import convolve1d
 
-from cnnjax import devices, explain
 from cnnjax.config import DeviceConfig
-from cnnjax.models import FINAL, FINE, BaselineCNN, ResNet
+from cnnjax.evaluation import explain
+from cnnjax.evaluation.predict import Predictor
+from cnnjax.machine import devices
+from cnnjax.networks import FINAL, FINE, BaselineCNN, ResNet
 from cnnjax.objectives import to_float
-from cnnjax.predict import Predictor
 from cnnjax.train import fit
 
 NETWORKS = {"baseline": BaselineCNN(), "resnet": ResNet(width=4, stages=2)}

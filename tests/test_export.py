@@ -11,9 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from cnnjax import cli, devices
+from cnnjax import cli
 from cnnjax.config import AugmentConfig, Config, DataConfig, DeviceConfig, ModelConfig, TrainConfig
-from cnnjax.predict import Predictor
+from cnnjax.evaluation.predict import Predictor
+from cnnjax.machine import devices
 from cnnjax.train import fit
 
 

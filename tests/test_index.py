@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from test_dicom import file_of
 
-from cnnjax.data.index import Index, patient_of, read_index, viral_of
+from cnnjax.data.index import Index, read_index
+from cnnjax.data.kermany import patient_of, viral_of
 from cnnjax.data.names import walk
 from cnnjax.errors import InputError
 

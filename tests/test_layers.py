@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cnnjax import ffi, layers, onednn
 from cnnjax.cli import guarded
+from cnnjax.ops import ffi, layers, onednn
 
 
 def plain_pool(x: jax.Array) -> jax.Array:
@@ -285,9 +285,11 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cnnjax import devices, ffi, layers, steps
+from cnnjax.machine import devices
+from cnnjax.ops import ffi, layers
+from cnnjax import steps
 from cnnjax.config import DeviceConfig, ModelConfig, TrainConfig
-from cnnjax.models import make_model
+from cnnjax.networks import make_model
 from cnnjax.objectives import Batch
 
 devices.make_mesh(DeviceConfig("cpu"))
@@ -399,7 +401,8 @@ def test_an_interrupt_within_a_call_comes_after_it(monkeypatch: pytest.MonkeyPat
 _BFLOAT16 = """
 import jax
 import jax.numpy as jnp
-from cnnjax import devices, ffi, layers
+from cnnjax.machine import devices
+from cnnjax.ops import ffi, layers
 from cnnjax.config import DeviceConfig
 
 devices.make_mesh(DeviceConfig("cpu"))
@@ -442,7 +445,8 @@ def test_bfloat16_runs_with_onednn_and_without(isa: str, printed: list[str]) -> 
 _ENDS_EARLY = """
 import jax
 import jax.numpy as jnp
-from cnnjax import devices, ffi, layers
+from cnnjax.machine import devices
+from cnnjax.ops import ffi, layers
 from cnnjax.config import DeviceConfig
 
 devices.make_mesh(DeviceConfig("cpu"))

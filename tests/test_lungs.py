@@ -11,16 +11,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cnnjax import cli, devices, lungs
+from cnnjax import cli, lungs
 from cnnjax.augment import make_augment
 from cnnjax.config import AugmentConfig, Config, DataConfig, DeviceConfig, ModelConfig, TrainConfig
 from cnnjax.data import framing, phantom
 from cnnjax.data.decode import decode
 from cnnjax.data.index import read_index
 from cnnjax.errors import InputError
-from cnnjax.models import LungFinder
+from cnnjax.evaluation.predict import Predictor
+from cnnjax.machine import devices
+from cnnjax.networks import LungFinder
 from cnnjax.objectives import Batch, Segmentation
-from cnnjax.predict import Predictor
 from cnnjax.steps import init_state, make_optimizer, make_train_step
 from cnnjax.train import fit
 

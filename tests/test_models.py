@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
-from cnnjax import devices
 from cnnjax.config import ModelConfig
-from cnnjax.models import BaselineCNN, ConvPool, ResNet, local_contrast, make_model
+from cnnjax.machine import devices
+from cnnjax.networks import BaselineCNN, ConvPool, ResNet, local_contrast, make_model
 
 
 class PlainPost(nn.Module):

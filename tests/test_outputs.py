@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from test_cli import cnnjax
 
-from cnnjax import films, outputs
+from cnnjax.cli import films, outputs
 from cnnjax.errors import InputError
 
 ROWS = [

@@ -17,9 +17,9 @@ import pytest
 from cnnjax import Predictor
 from cnnjax.config import AugmentConfig, Config, DataConfig, DeviceConfig, ModelConfig, TrainConfig
 from cnnjax.data.prepare import TrainingData, data_of
-from cnnjax.devices import make_mesh
 from cnnjax.errors import InputError
-from cnnjax.models import make_model
+from cnnjax.machine.devices import make_mesh
+from cnnjax.networks import make_model
 from cnnjax.objectives import Softmax
 from cnnjax.train import fit
 

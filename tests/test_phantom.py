@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from cnnjax.data import phantom
+from cnnjax import phantom
 from cnnjax.data.decode import decode
 from cnnjax.data.index import Example, read_index
-from cnnjax.data.patients import group_of, in_several_splits
+from cnnjax.data.kermany import group_of
+from cnnjax.data.patients import in_several_splits
 
 KINDS: tuple[phantom.Kind, ...] = get_args(phantom.Kind)
 ILL: tuple[phantom.Kind, ...] = ("bacteria", "virus")

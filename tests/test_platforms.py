@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cnnjax import devices, logits, steps, train
+from cnnjax import logits, steps, train
 from cnnjax.augment import make_augment
 from cnnjax.config import AugmentConfig, ModelConfig, TrainConfig
 from cnnjax.data.batches import Feeder, Resident
-from cnnjax.models import make_model
+from cnnjax.machine import devices
+from cnnjax.networks import make_model
 from cnnjax.objectives import Binary
 
 ALL = AugmentConfig(10, 0.1, True, 5, 0.1, 0.5, 0.5, 0.2, 0.1, 0.2, 0.5, 0.1, 0.2)

@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cnnjax import devices, release
 from cnnjax.config import DataConfig, DeviceConfig
 from cnnjax.data import framing
 from cnnjax.data.index import read_index
 from cnnjax.data.patients import grouped_folds
+from cnnjax.evaluation import release
+from cnnjax.evaluation.predict import Predictor
 from cnnjax.lungs import as_framed
+from cnnjax.machine import devices
 from cnnjax.metrics import auc
-from cnnjax.predict import Predictor
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data" / "chest_xray"

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 from sklearn.metrics import precision_recall_curve
 
-from cnnjax import cli, devices, metrics, report
+from cnnjax import cli, metrics, report
 from cnnjax.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainConfig
 from cnnjax.errors import InputError
+from cnnjax.machine import devices
 from cnnjax.report import plots
+from cnnjax.run.workdir import Workdir
 from cnnjax.train import fit
-from cnnjax.workdir import Workdir
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 from scipy import ndimage
 
-from cnnjax.data import rerender
-from cnnjax.data.rerender import GROUPS, RENDERINGS, SIZE, Facts
 from cnnjax.errors import InputError
+from cnnjax.evaluation import rerender
+from cnnjax.evaluation.rerender import GROUPS, RENDERINGS, SIZE, Facts
 
 FACTS = Facts(lungs=(0.25, 0.125, 0.75, 0.875), aspect=1.6)
 MILD = [name for name in RENDERINGS if name.endswith(", mild")]

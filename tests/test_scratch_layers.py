@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-import cnnjax.layers
+import cnnjax.ops.layers
 from cnnjax import objectives
 from cnnjax.scratch import layers, losses
 
@@ -88,7 +88,7 @@ def conv(draw: st.DrawFn) -> Case:
         return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=numbers)
 
     def ours(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return cnnjax.layers.conv(x, kernel, stride=stride, padding=padding)
+        return cnnjax.ops.layers.conv(x, kernel, stride=stride, padding=padding)
 
     both = isinstance(stride, int) and isinstance(padding, str)
     return Case(
@@ -111,7 +111,7 @@ def our_conv(draw: st.DrawFn) -> Case:
         arrays,
         lambda x, kernel: layers.conv_forward(x, kernel, stride=stride, padding=padding),
         layers.conv_backward,
-        (lambda x, kernel: cnnjax.layers.conv(x, kernel, stride=stride, padding=padding),),
+        (lambda x, kernel: cnnjax.ops.layers.conv(x, kernel, stride=stride, padding=padding),),
     )
 
 
@@ -143,7 +143,7 @@ def our_max_pool(draw: st.DrawFn) -> Case:
         (x,),
         layers.max_pool_forward,
         one(layers.max_pool_backward),
-        (cnnjax.layers.max_pool,),
+        (cnnjax.ops.layers.max_pool,),
     )
 
 
@@ -347,7 +347,7 @@ def test_a_planted_error_is_caught() -> None:
         (x, kernel),
         layers.conv_forward,
         layers.conv_backward,
-        (cnnjax.layers.conv,),
+        (cnnjax.ops.layers.conv,),
     )
 
     def turned(dy: np.ndarray, cache: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -381,7 +381,7 @@ def test_of_several_maxima_the_first_in_row_order_gets_the_gradient(overlap: boo
     plain = jax.jit(lambda x: nn.max_pool(x, (2, 2), (stride, stride)))
     np.testing.assert_array_equal(found, jax.vjp(plain, x)[1](dy)[0])
     if not overlap:
-        np.testing.assert_array_equal(found, jax.vjp(cnnjax.layers.max_pool, x)[1](dy)[0])
+        np.testing.assert_array_equal(found, jax.vjp(cnnjax.ops.layers.max_pool, x)[1](dy)[0])
 
 
 @settings(max_examples=6, deadline=None, derandomize=True)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import cnnjax.models
+import cnnjax.networks
 import cnnjax.steps
 from cnnjax import objectives
 from cnnjax.config import TrainConfig
@@ -28,26 +28,26 @@ WEIGHTS, SMOOTHING = (1.9, 0.7), 0.1
 
 # name: (NumPy's network, JAX's, size of the images)
 NETWORKS: dict[str, tuple[models.Network, Any, int]] = {
-    "baseline": (models.BaselineCNN(), cnnjax.models.BaselineCNN(), 18),
+    "baseline": (models.BaselineCNN(), cnnjax.networks.BaselineCNN(), 18),
     "baseline of the post": (
         models.BaselineCNN(channels=3),
-        cnnjax.models.BaselineCNN(channels=3),
+        cnnjax.networks.BaselineCNN(channels=3),
         64,
     ),
     "baseline of local contrast": (
         models.BaselineCNN(channels=3, standardize=True, local_contrast=True),
-        cnnjax.models.BaselineCNN(channels=3, standardize=True, local_contrast=True),
+        cnnjax.networks.BaselineCNN(channels=3, standardize=True, local_contrast=True),
         14,
     ),
-    "resnet": (models.ResNet(width=4), cnnjax.models.ResNet(width=4), 20),
+    "resnet": (models.ResNet(width=4), cnnjax.networks.ResNet(width=4), 20),
     "deeper resnet": (
         models.ResNet(channels=3, width=3, depth=2, stages=2),
-        cnnjax.models.ResNet(channels=3, width=3, depth=2, stages=2),
+        cnnjax.networks.ResNet(channels=3, width=3, depth=2, stages=2),
         17,
     ),
     "recipe's resnet": (
         models.ResNet(width=4, stages=3, stem=4, standardize=True, local_contrast=True),
-        cnnjax.models.ResNet(width=4, stages=3, stem=4, standardize=True, local_contrast=True),
+        cnnjax.networks.ResNet(width=4, stages=3, stem=4, standardize=True, local_contrast=True),
         24,
     ),
 }

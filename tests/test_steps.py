@@ -13,10 +13,10 @@ import numpy as np
 import optax
 import pytest
 
-from cnnjax import devices
 from cnnjax.augment import make_augment, make_views
 from cnnjax.config import AugmentConfig, DeviceConfig, TrainConfig
-from cnnjax.models import AUXILIARY, BaselineCNN, ResNet
+from cnnjax.machine import devices
+from cnnjax.networks import AUXILIARY, BaselineCNN, ResNet
 from cnnjax.objectives import Batch, Binary, cross_entropy, to_float
 from cnnjax.steps import (
     TrainState,

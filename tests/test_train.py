@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import pytest
 
-from cnnjax import checkpoint, devices, train
+from cnnjax import train
 from cnnjax.cli import guarded
 from cnnjax.config import (
     Config,
@@ -32,9 +32,11 @@ from cnnjax.config import (
 )
 from cnnjax.data.prepare import training_data
 from cnnjax.errors import InputError, TrainingError
+from cnnjax.machine import devices
+from cnnjax.run import checkpoint
+from cnnjax.run.workdir import append_line, claim, read_lines
 from cnnjax.steps import TrainState
 from cnnjax.train import fit
-from cnnjax.workdir import append_line, claim, read_lines
 
 EPOCHS = 4
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cnnjax.devices import AXIS, divided, replicated
+from cnnjax.machine.devices import AXIS, divided, replicated
 from cnnjax.objectives import Batch
 
 _AHEAD = 2  # batches prepared while one is computed

@@ -26,7 +26,10 @@ from tqdm import tqdm
 
 from cnnjax.data import duplicates
 from cnnjax.data.decode import DecodeError, MissingDecoder, decode
-from cnnjax.data.files import (
+from cnnjax.data.index import Example, Source
+from cnnjax.data.kermany import viral_of
+from cnnjax.errors import InputError
+from cnnjax.machine.files import (
     checksum,
     no_cache,
     save_array,
@@ -35,9 +38,7 @@ from cnnjax.data.files import (
     write_atomically,
     write_rows,
 )
-from cnnjax.data.index import Example, Source, viral_of
-from cnnjax.errors import InputError
-from cnnjax.machine import cache_folder, cpu_cores
+from cnnjax.machine.host import cache_folder, cpu_cores
 
 _VERSION = 2  # raise it when decode() gives other pixels for the same file
 
@@ -96,7 +97,7 @@ def load(
         examples: the images wanted.
         source: where their bytes come from.
         size: side of the squares, in pixels.
-        folder: where the cache lies; `cnnjax.machine.cache_folder()` when None.
+        folder: where the cache lies; `cnnjax.machine.host.cache_folder()` when None.
         strict: raise at a file that cannot be decoded, instead of leaving it out.
         progress: show a bar on a terminal.
         known: images by name that need not be decoded, uint8 [size, size].

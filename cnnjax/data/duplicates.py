@@ -24,10 +24,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from cnnjax.data.files import write_atomically, write_rows
 from cnnjax.data.index import Example, Source
-from cnnjax.data.patients import group_of
-from cnnjax.machine import cpu_cores
+from cnnjax.data.kermany import group_of
+from cnnjax.machine.files import write_atomically, write_rows
+from cnnjax.machine.host import cpu_cores
 
 SIDE = 32
 """Side of the thumbnails, in pixels."""

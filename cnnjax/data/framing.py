@@ -16,14 +16,22 @@ from pathlib import Path
 import numpy as np
 from jax.sharding import Mesh
 
-from cnnjax import devices, lungs
+from cnnjax import lungs
 from cnnjax.config import DataConfig, DeviceConfig
 from cnnjax.data import cache
 from cnnjax.data.cache import Decoded
-from cnnjax.data.files import checksum, no_cache, save_array, sweep, work_folder, write_atomically
 from cnnjax.data.index import Example, Source
 from cnnjax.errors import InputError
-from cnnjax.machine import cache_folder
+from cnnjax.machine import devices
+from cnnjax.machine.files import (
+    checksum,
+    no_cache,
+    save_array,
+    sweep,
+    work_folder,
+    write_atomically,
+)
+from cnnjax.machine.host import cache_folder
 
 _ARRAYS = ("images", "boxes", "found")
 

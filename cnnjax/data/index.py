@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import math
-import re
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from cnnjax.data import dicom
 from cnnjax.data.bounds import read_entry, read_file
+from cnnjax.data.kermany import patient_of
 from cnnjax.data.names import (
     IMAGE_SUFFIXES,
     LEADS_OUT,
@@ -40,12 +40,6 @@ _MEDMNIST_CLASSES = ("NORMAL", "PNEUMONIA")
 # and how well others may be: radiographs halve.
 _LARGEST_ARRAY, _LARGEST_FLAT, _LARGEST_RATIO = 4 * 2**30, 128 * 2**20, 50
 _NAMED = 10  # links that are named; the rest are counted
-_PATIENT = (
-    (re.compile(r"(person\d+_(?:bacteria|virus))_\d+", re.IGNORECASE), str.lower),
-    (re.compile(r"((?:NORMAL2-)?IM-\d+)-\d+", re.IGNORECASE), str.upper),
-    (re.compile(r"(?:NORMAL|BACTERIA|VIRUS|PNEUMONIA)-(\d+)-\d+", re.IGNORECASE), str),
-)
-_CAUSE = re.compile(r"(?:person\d+_)?(bacteria|virus)[_-]", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -134,23 +128,6 @@ class Index:
         if len(refused) > _NAMED:
             lines.append(f"    and {len(refused) - _NAMED:,} more links")
         return "\n".join(lines)
-
-
-def patient_of(name: str) -> str:
-    """Returns whom an image shows, by its file name; one of no known scheme is its own patient.
-
-    The schemes are listed in `cnnjax.data.patients`.
-    """
-    for scheme, spelled in _PATIENT:
-        if match := scheme.match(PurePosixPath(name).stem):
-            return spelled(match[1])
-    return name
-
-
-def viral_of(name: str) -> int:
-    """Returns 1 if the file name tells of a virus, 0 if of bacteria, -1 if of neither."""
-    match = _CAUSE.match(PurePosixPath(name).name)
-    return ("bacteria", "virus").index(match[1].lower()) if match else -1
 
 
 def read_index(root: Path | str, positive: str = "PNEUMONIA") -> Index:

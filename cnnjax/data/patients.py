@@ -1,39 +1,18 @@
-"""Which patient an image shows, and splits that never divide a patient.
-
-The schemes are those of the published pediatric radiographs (Kermany et al., Cell 172, 2018):
-
-=========================================  ======================
-file name                                  patient
-=========================================  ======================
-``person12_bacteria_46.jpeg``              ``person12_bacteria``
-``IM-0115-0001.jpeg``                      ``IM-0115``
-``NORMAL2-IM-0395-0001-0002.jpeg``         ``NORMAL2-IM-0395``
-``BACTERIA-1008087-0001.jpeg`` (Mendeley)  ``1008087``
-=========================================  ======================
-"""
+"""Splits that never divide a patient."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 
-from cnnjax.data.files import write_atomically, write_rows
 from cnnjax.data.index import Example
+from cnnjax.data.kermany import group_of, place_in_numbering
 from cnnjax.errors import InputError
-
-
-def group_of(patient: str) -> str:
-    """Returns the key under which a patient's images stay on one side of a split.
-
-    Kermany's person numbers are counted separately for bacteria and for virus, so person12_bacteria
-    and person12_virus are most likely strangers. Should they not be, a split that keeps the number
-    together is right all the same, so it does.
-    """
-    return re.sub(r"^(person\d+)_(?:bacteria|virus)$", r"\1", patient)
+from cnnjax.machine.files import write_atomically, write_rows
 
 
 def in_several_splits(examples: Sequence[Example]) -> dict[tuple[str, str], list[str]]:
@@ -107,11 +86,11 @@ def block_folds(examples: Sequence[Example], folds: int) -> np.ndarray:
             if example.label == label:
                 sizes[group] += 1
         _enough_patients(label, list(sizes.elements()), folds)
-        ranked = sorted(sizes, key=_place_in_numbering)
-        series = {_place_in_numbering(group)[0] for group in ranked}
+        ranked = sorted(sizes, key=place_in_numbering)
+        series = {place_in_numbering(group)[0] for group in ranked}
         runs = folds
         if len(series) > 1 and folds > 2:
-            of_last = [g for g in ranked if _place_in_numbering(g)[0] == max(series)]
+            of_last = [g for g in ranked if place_in_numbering(g)[0] == max(series)]
             rest = [g for g in ranked if g not in set(of_last)]
             large = 2 * folds * sum(sizes[g] for g in of_last) >= sizes.total()
             if large and len(rest) >= folds - 1:
@@ -126,13 +105,6 @@ def block_folds(examples: Sequence[Example], folds: int) -> np.ndarray:
 
 
 _HASHED = re.compile("[0-9a-f]{16}")  # as `cnnjax.data.dicom` names a patient
-
-
-def _place_in_numbering(group: str) -> tuple[str, int]:
-    """Returns the series that a name belongs to, and its number there."""
-    name = PurePosixPath(group).stem  # a name of no known scheme is its own patient, suffix and all
-    match = re.search(r"\d+$", name)
-    return (name[: match.start()], int(match[0])) if match else (name, 0)
 
 
 def _enough_patients(label: int, groups: Sequence[str], folds: int) -> None:

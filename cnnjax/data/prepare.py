@@ -11,11 +11,12 @@ from jax.sharding import Mesh
 
 from cnnjax.config import DataConfig
 from cnnjax.data import cache, duplicates, framing
-from cnnjax.data.files import no_cache, sweep
 from cnnjax.data.index import Example, Index, read_index
-from cnnjax.data.patients import block_folds, group_of, grouped_folds, in_several_splits
+from cnnjax.data.kermany import group_of
+from cnnjax.data.patients import block_folds, grouped_folds, in_several_splits
 from cnnjax.errors import InputError
-from cnnjax.machine import cache_folder
+from cnnjax.machine.files import no_cache, sweep
+from cnnjax.machine.host import cache_folder
 
 Say = Callable[[str], None]
 
@@ -105,7 +106,7 @@ def open_index(config: DataConfig, say: Say) -> Index:
     except RuntimeError:
         raise InputError(f"{config.root} does not exist; there is no such user's home") from None
     if config.root == "phantom":
-        from cnnjax.data import phantom
+        from cnnjax import phantom
 
         root = (config.cache or cache_folder()) / f"phantom-{phantom.VERSION}"
         if not root.is_dir():

@@ -26,19 +26,18 @@ from cnnjax.augment import make_augment
 from cnnjax.config import Config, DataConfig, flags
 from cnnjax.data.cache import load
 from cnnjax.data.duplicates import COLUMNS
-from cnnjax.data.files import write_atomically
 from cnnjax.data.prepare import open_index, training_data
 from cnnjax.errors import InputError
-from cnnjax.explain import normalized, overlay
-from cnnjax.films import draw_box
+from cnnjax.evaluation.explain import draw_box, normalized, overlay
+from cnnjax.evaluation.predict import Predictor
 from cnnjax.lungs import Framed, put_back
+from cnnjax.machine.files import write_atomically
 from cnnjax.metrics import Estimate, Evaluation
 from cnnjax.objectives import to_float
-from cnnjax.predict import Predictor
 from cnnjax.report import plots
 from cnnjax.report.comparison import compare
 from cnnjax.report.template import render
-from cnnjax.workdir import Judged, Workdir, read_json, read_lines, read_table
+from cnnjax.run.workdir import Judged, Workdir, read_json, read_lines, read_table
 
 __all__ = ["compare", "write"]
 

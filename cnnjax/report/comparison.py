@@ -12,12 +12,12 @@ import numpy as np
 
 from cnnjax import metrics
 from cnnjax.config import flags
-from cnnjax.data.files import write_atomically
 from cnnjax.errors import InputError
+from cnnjax.machine.files import write_atomically
 from cnnjax.metrics import Estimate, Evaluation
 from cnnjax.report import plots
 from cnnjax.report.template import render
-from cnnjax.workdir import Workdir, read_lines
+from cnnjax.run.workdir import Workdir, read_lines
 
 MOST = 8  # runs whose curves can be told apart
 

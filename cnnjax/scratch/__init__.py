@@ -1,4 +1,4 @@
-"""The networks of `cnnjax.models` in plain NumPy, every gradient derived by hand.
+"""The networks of `cnnjax.networks` in plain NumPy, every gradient derived by hand.
 
 Read it in this order: `layers` (each a forward and a backward function), `losses`, `models` (the
 layers chained, and the chain walked back), `optimizers`, `steps` (one pure training step).

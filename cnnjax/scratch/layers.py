@@ -161,7 +161,7 @@ def max_pool_backward(dy: np.ndarray, cache: PoolCache) -> np.ndarray:
 
     y is a copy of one pixel of its window, the maximum: dy/dx is 1 there and 0 elsewhere, and delta
     passes to that pixel alone. Where several are the maximum y has no derivative; the first in row
-    order gets all, as in `cnnjax.layers.max_pool`. Windows that overlap add up.
+    order gets all, as in `cnnjax.ops.layers.max_pool`. Windows that overlap add up.
     """
     expect("dy", dy.shape, cache.y.shape, "like the pool's output")
     dx = np.zeros(cache.x.shape, dy.dtype)

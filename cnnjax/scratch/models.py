@@ -1,4 +1,4 @@
-"""The networks of `cnnjax.models`: layers chained, and the chain walked back.
+"""The networks of `cnnjax.networks`: layers chained, and the chain walked back.
 
 Parameters and running statistics are nested dicts with Flax's names and shapes, so that those of
 one serve the other (see `convert`). A network has no state: `forward` gives back what `backward`
@@ -75,7 +75,7 @@ class BaselineCache(NamedTuple):
 
 @dataclass(frozen=True)
 class BaselineCNN:
-    """The blog post's Keras network, as `cnnjax.models.BaselineCNN`.
+    """The blog post's Keras network, as `cnnjax.networks.BaselineCNN`.
 
     Convolution 3x3 x 32, relu, max-pool 2; the same again; dense 128, relu; dense 1. Pooling comes
     before bias and relu, which costs a quarter and is the same, as both are monotonic.
@@ -177,7 +177,7 @@ class ResNetCache(NamedTuple):
 
 @dataclass(frozen=True)
 class ResNet:
-    """A small residual network, as `cnnjax.models.ResNet`.
+    """A small residual network, as `cnnjax.networks.ResNet`.
 
     The stem is a convolution, 3x3 with stride 2 or 7x7 with stride 4, batch norm and relu. Stages
     of `depth` blocks follow, each after the first with half the resolution and twice the channels;

@@ -17,10 +17,10 @@ from cnnjax.config import Config, DataConfig, DeviceConfig, TrainConfig
 from cnnjax.data import duplicates
 from cnnjax.data.index import read_index
 from cnnjax.data.prepare import TrainingData, training_data
-from cnnjax.devices import make_mesh
 from cnnjax.errors import InputError
+from cnnjax.machine.devices import make_mesh
+from cnnjax.run.workdir import Workdir, read_table
 from cnnjax.train import fit
-from cnnjax.workdir import Workdir, read_table
 
 Said = list[str]
 

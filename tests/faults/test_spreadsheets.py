@@ -15,13 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cnnjax import cli
+from cnnjax.cli.outputs import Csv
 from cnnjax.config import Config, DataConfig, DeviceConfig, TrainConfig
 from cnnjax.data.cache import write_quarantine
-from cnnjax.data.files import read_cell, write_rows
 from cnnjax.data.index import Example
 from cnnjax.data.patients import write_split
-from cnnjax.outputs import Csv
-from cnnjax.workdir import read_table
+from cnnjax.machine.files import read_cell, write_rows
+from cnnjax.run.workdir import read_table
 
 pytestmark = pytest.mark.faults("names that spreadsheets or shells would run")
 

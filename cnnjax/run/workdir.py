@@ -16,8 +16,8 @@ import filelock
 import numpy as np
 
 from cnnjax.config import Config, differences, expect_effect, from_json, to_json
-from cnnjax.data.files import read_cell, write_atomically
 from cnnjax.errors import InputError
+from cnnjax.machine.files import read_cell, write_atomically
 from cnnjax.operating import OperatingPoint, Points, points_from_json
 
 
@@ -38,7 +38,8 @@ class Workdir:
     Attributes:
         config: `config.json`, all that decides the run.
         data: `data.json`, the fingerprint of the images it was trained on, and the class names.
-        parts: `parts.json`, what `fit` was given beside the config, if anything (`cnnjax.parts`).
+        parts: `parts.json`, what `fit` was given beside the config, if anything (see
+            `cnnjax.run.parts`).
         split: `split.csv`, each image's patient, label and role.
         quarantine: `quarantine.csv`, files that are left out, each with the reason.
         duplicates: `duplicates.csv`, images that show the film of an earlier one.
@@ -96,7 +97,7 @@ class Workdir:
         return negative, positive
 
     def read_parts(self) -> dict[str, Any]:
-        """Returns what `cnnjax.train.fit` was given beside the config; see `cnnjax.parts`."""
+        """Returns what `cnnjax.train.fit` was given beside the config; see `cnnjax.run.parts`."""
         nothing = dict.fromkeys(("network", "objective", "init"))
         return read_json(self.parts) if self.parts.exists() else nothing
 
@@ -277,7 +278,7 @@ def claim(config: Config) -> Iterator[Workdir]:
 
 
 def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """Returns the rows of a CSV file as `cnnjax.data.files.write_rows` writes it.
+    """Returns the rows of a CSV file as `cnnjax.machine.files.write_rows` writes it.
 
     Raises:
         InputError: it is not there, or lacks one of the columns in a row.

@@ -15,10 +15,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cnnjax import ffi, onednn
 from cnnjax.config import DeviceConfig
 from cnnjax.errors import InputError, first_line
-from cnnjax.machine import cache_folder, cpu_cores, keep_freed_memory
+from cnnjax.machine.host import cache_folder, cpu_cores, keep_freed_memory
+from cnnjax.ops import ffi, onednn
 
 AXIS = "batch"
 

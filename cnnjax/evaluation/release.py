@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import io
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,10 @@ import numpy as np
 
 from cnnjax.config import AugmentConfig, Frame, ModelConfig, from_dict
 from cnnjax.errors import InputError
+from cnnjax.networks.variables import flatten, unflatten
 from cnnjax.operating import Points, points_from_json, points_to_json
 
-SHIPPED = Path(__file__).parent / "released"
+SHIPPED = Path(__file__).parents[1] / "released"
 """The folder of the weights that come with the package."""
 
 PyTree = Any
@@ -120,26 +120,3 @@ def read(folder: Path = SHIPPED) -> Release:
     members = tuple(tree[str(i)] for i in range(count))
     classes = negative, positive
     return Release(model, size, frame, classes, augment, operating, members, about)
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns the leaves of nested dicts by their path, `params/stem/kernel`."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{name}/")
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the nested dicts that `flatten` made flat."""
-    tree: dict[str, Any] = {}
-    for name in flat:
-        *where, last = name.split("/")
-        branch = tree
-        for part in where:
-            branch = branch.setdefault(part, {})
-        branch[last] = flat[name]
-    return tree

@@ -2,8 +2,8 @@
 
 One operating point serves all renderings, as it would at a bedside where nobody knows how an image
 was made. It is fitted on other patients than it is judged on. The score of a recipe is the mean
-over the groups of renderings (`cnnjax.data.rerender.GROUPS`) of the group's worst AUC, so that many
-mild changes cannot hide the one that matters.
+over the groups of renderings (`cnnjax.evaluation.rerender.GROUPS`) of the group's worst AUC, so
+that many mild changes cannot hide the one that matters.
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ from tqdm import tqdm
 
 from cnnjax import lungs
 from cnnjax.config import Config, DataConfig, OperatingConfig
-from cnnjax.data import cache, rerender
+from cnnjax.data import cache
 from cnnjax.data.decode import decode
-from cnnjax.data.files import no_cache
 from cnnjax.data.prepare import TrainingData, open_index, training_data
-from cnnjax.data.rerender import GROUPS, RENDERINGS, Facts
 from cnnjax.errors import InputError
-from cnnjax.machine import cache_folder
+from cnnjax.evaluation import rerender
+from cnnjax.evaluation.predict import Predictor
+from cnnjax.evaluation.rerender import GROUPS, RENDERINGS, Facts
+from cnnjax.machine.files import no_cache
+from cnnjax.machine.host import cache_folder
 from cnnjax.metrics import AT_ZERO, at_zero, auc, evaluate, sigmoid
 from cnnjax.operating import OperatingPoint, fit_operating_point, reliability
-from cnnjax.predict import Predictor
-from cnnjax.workdir import Workdir
+from cnnjax.run.workdir import Workdir
 
 PLAIN = "as they are"
 """Name of the rendering that changes nothing."""
@@ -70,8 +71,8 @@ def held_out_logits(
         run: its workdir.
         mesh: the devices to use.
         looks: the numbers of views to judge.
-        facts: of films, by file name (`cnnjax.data.rerender.read_facts`); a rendering that needs
-            facts is left out where none are known.
+        facts: of films, by file name (`cnnjax.evaluation.rerender.read_facts`); a rendering that
+            needs facts is left out where none are known.
         renderings: whether the changed films are wanted too.
 
     Raises:

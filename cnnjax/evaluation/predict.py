@@ -10,22 +10,24 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from cnnjax import lungs, parts, release
+from cnnjax import lungs
 from cnnjax.config import AugmentConfig, DeviceConfig, Frame
 from cnnjax.data.batches import Feeder, in_batches
 from cnnjax.data.index import Index
-from cnnjax.devices import divided, full_float32, make_mesh, replicated, traits
 from cnnjax.errors import InputError
-from cnnjax.explain import make_hires_cam
+from cnnjax.evaluation import release
+from cnnjax.evaluation.explain import make_hires_cam
 from cnnjax.logits import make_logits
 from cnnjax.lungs import Framed, Framer
-from cnnjax.models import make_model, model_of
+from cnnjax.machine.devices import divided, full_float32, make_mesh, replicated, traits
+from cnnjax.networks import make_model, model_of
 from cnnjax.operating import OperatingPoint, at_views
+from cnnjax.run import parts
+from cnnjax.run.workdir import Workdir
 from cnnjax.steps import TrainState, variables_of
-from cnnjax.workdir import Workdir
 
 if TYPE_CHECKING:
-    from cnnjax.checkpoint import Kind
+    from cnnjax.run.checkpoint import Kind
 
 FEW, MANY = 8, 64  # up to so many images take a smaller step; heat maps take so many at most
 
@@ -124,7 +126,7 @@ class Predictor:
             InputError: the run is not there, has no checkpoint, or no operating point for so many
                 views.
         """
-        from cnnjax.checkpoint import Checkpoints  # Orbax takes half a second
+        from cnnjax.run.checkpoint import Checkpoints  # Orbax takes half a second
 
         workdir = Workdir(run)
         config = workdir.read_config()
@@ -231,7 +233,7 @@ class Predictor:
         """Returns float32 [n, size, size]: HiResCAM of images, zero outside what the networks see.
 
         It is evidence for the positive class, in logits, averaged over the networks; see
-        `cnnjax.explain`.
+        `cnnjax.evaluation.explain`.
 
         Args:
             images: uint8 [n, size, size], or what `frame` made of them.

@@ -2,7 +2,7 @@
 
 XLA's own convolution on a CPU is Eigen's, and its gradients are several times slower than oneDNN's
 (https://uxlfoundation.github.io/oneDNN). The package onednn-cpu-gomp brings that library, on Linux,
-and OpenMP's threads come from the system's libgomp. `cnnjax.ffi` lets XLA call what is here.
+and OpenMP's threads come from the system's libgomp. `cnnjax.ops.ffi` lets XLA call what is here.
 
 Images are NHWC and filters HWIO in memory. A primitive, in oneDNN's words, is a kernel made for
 given sizes; it is found once a process and keeps the filters' order in memory that is fastest.

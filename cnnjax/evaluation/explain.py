@@ -12,8 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image, ImageDraw
 
-from cnnjax.models import FINAL, FINE
+from cnnjax.networks import FINAL, FINE
 from cnnjax.objectives import to_float
 from cnnjax.steps import PyTree
 
@@ -28,7 +29,7 @@ def make_grad_cam(model: Any) -> Explain:
     one dense layer that is the class activation map of Zhou et al., CVPR 2016, up to a factor.
 
     Args:
-        model: a network of `cnnjax.models`.
+        model: a network of `cnnjax.networks`.
 
     Returns:
         A function of the Flax variables and uint8 [batch, height, width]. It gives float32 of the
@@ -58,7 +59,7 @@ def make_hires_cam(model: Any) -> Explain:
     run of `make train` on 2 CPU cores; docs/results/pointing.json).
 
     Args:
-        model: a network of `cnnjax.models`.
+        model: a network of `cnnjax.networks`.
 
     Returns:
         A function as that of `make_grad_cam`.
@@ -108,8 +109,8 @@ def features_of(
     """Returns logits [batch] and feature maps [batch, height', width', channels] by name.
 
     Args:
-        model: a network of `cnnjax.models`, or one that names its maps `FINAL` and `FINE` likewise,
-            with `sow` into the collection `intermediates` and with `perturb`.
+        model: a network of `cnnjax.networks`, or one that names its maps `FINAL` and `FINE`
+            likewise, with `sow` into the collection `intermediates` and with `perturb`.
         variables: its variables.
         images: float32 [batch, height, width, 1] in [0, 1].
         perturbations: added to the maps of all names (`flax.linen.Module.perturb`); the logits'
@@ -128,7 +129,7 @@ def make_occlusion(model: Any, *, patch: float = 0.2, steps: int = 12) -> Explai
     for again: it takes steps * steps passes and no gradient, and so checks Grad-CAM.
 
     Args:
-        model: a network of `cnnjax.models`.
+        model: a network of `cnnjax.networks`.
         patch: side of the square, as a part of the image's.
         steps: places of the square along each direction.
 
@@ -191,3 +192,18 @@ def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
     share = 0.6 * np.clip(heat, 0, 1)[..., None] ** 0.7
     gray = image[..., None] / 255
     return np.rint(255 * (gray * (1 - share) + color * share)).astype(np.uint8)
+
+
+def draw_box(picture: Image.Image, box: np.ndarray) -> None:
+    """Draws the edge of a box into an RGB picture, unless it is the whole of it.
+
+    Args:
+        picture: is changed.
+        box: float [4], left, top, right and bottom, as parts of the sides.
+    """
+    if np.array_equal(box, (0, 0, 1, 1)):
+        return
+    corners = np.asarray(box).reshape(2, 2) * picture.size
+    left, top = np.floor(corners[0]).tolist()
+    right, bottom = (np.ceil(corners[1]) - 1).tolist()
+    ImageDraw.Draw(picture).rectangle((left, top, right, bottom), outline=(120, 200, 255))

@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from cnnjax.data import dicom
 from cnnjax.data.bounds import read_file, read_stream
 from cnnjax.data.decode import DecodeError, decode
 from cnnjax.data.names import IMAGE_SUFFIXES, SUFFIXES, may_be_dicom, walk
 from cnnjax.errors import InputError
-from cnnjax.explain import normalized, overlay
-from cnnjax.machine import cpu_cores
+from cnnjax.evaluation.explain import draw_box, normalized, overlay
+from cnnjax.machine.host import cpu_cores
 
 _SHOWN = 512  # pixels: side of the pictures of heat
 
@@ -155,21 +155,6 @@ def write_heat(
         picture = Image.fromarray(shown)
         draw_box(picture, box)
         picture.save(folder / f"{name}.png")
-
-
-def draw_box(picture: Image.Image, box: np.ndarray) -> None:
-    """Draws the edge of a box into an RGB picture, unless it is the whole of it.
-
-    Args:
-        picture: is changed.
-        box: float [4], left, top, right and bottom, as parts of the sides.
-    """
-    if np.array_equal(box, (0, 0, 1, 1)):
-        return
-    corners = np.asarray(box).reshape(2, 2) * picture.size
-    left, top = np.floor(corners[0]).tolist()
-    right, bottom = (np.ceil(corners[1]) - 1).tolist()
-    ImageDraw.Draw(picture).rectangle((left, top, right, bottom), outline=(120, 200, 255))
 
 
 def _reader(path: Path) -> Callable[[], bytes]:

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cnnjax import onednn
+from cnnjax.ops import onednn
 
 _TARGET = "cnnjax_convolution"
 _PLACES = "places"  # the one array that is not of numbers

@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-from cnnjax.data.files import SURROGATES, write_rows
 from cnnjax.errors import InputError
+from cnnjax.machine.files import SURROGATES, write_rows
 
 Row = dict[str, Any]
 

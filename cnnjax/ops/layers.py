@@ -21,7 +21,7 @@ from jax import lax
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.tree_util import Partial
 
-from cnnjax import ffi, onednn
+from cnnjax.ops import ffi, onednn
 
 Padding = Literal["SAME", "VALID"]
 Dtype = Any

@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cnnjax import layers, lungs
+from cnnjax import lungs
 from cnnjax.errors import InputError
+from cnnjax.evaluation.predict import Predictor
+from cnnjax.networks.variables import flatten
 from cnnjax.objectives import to_float
-from cnnjax.predict import Predictor
-from cnnjax.release import flatten
+from cnnjax.ops import layers
 from cnnjax.steps import variables_of
 
 Format = Literal["stablehlo", "onnx", "safetensors"]

@@ -17,9 +17,9 @@ from typing import Any, Literal
 import jax
 import orbax.checkpoint as ocp
 
-from cnnjax.data.files import write_atomically
 from cnnjax.errors import InputError, first_line
-from cnnjax.models import AUXILIARY
+from cnnjax.machine.files import write_atomically
+from cnnjax.networks import AUXILIARY
 from cnnjax.steps import TrainState
 
 Kind = Literal["latest", "best", "within"]

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from cnnjax.errors import InputError
-from cnnjax.machine import cpu_cores
+from cnnjax.machine.host import cpu_cores
 
 VERSION = 2  # raise it when a rendering gives other pixels for the same image
 

@@ -1,0 +1,41 @@
+"""The command line: a module for each command of `cnnjax`, and the recipes' entry.
+
+Modules that import JAX are imported where they are used: `cnnjax --help` answers at once, and
+`cnnjax.machine.devices.make_mesh` can still divide the CPU into devices.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import tyro
+
+from cnnjax import __version__
+from cnnjax.cli.common import guarded
+from cnnjax.cli.devices import Devices
+from cnnjax.cli.evaluate import Evaluate
+from cnnjax.cli.export import Export
+from cnnjax.cli.phantom import Phantom
+from cnnjax.cli.predict import Predict
+from cnnjax.cli.recipe import train
+from cnnjax.cli.report import Report
+
+__all__ = ["guarded", "main", "train"]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the `cnnjax` command and exits with its status."""
+    if (sys.argv[1:] if arguments is None else list(arguments)) == ["--version"]:
+        print(f"cnnjax {__version__}")
+        sys.exit(0)
+    commands: Any = (
+        Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        | Annotated[Predict, tyro.conf.subcommand("predict")]
+        | Annotated[Report, tyro.conf.subcommand("report")]
+        | Annotated[Export, tyro.conf.subcommand("export")]
+        | Annotated[Phantom, tyro.conf.subcommand("phantom")]
+        | Annotated[Devices, tyro.conf.subcommand("devices")]
+    )
+    sys.exit(guarded(lambda: tyro.cli(commands, prog="cnnjax", args=arguments)()))

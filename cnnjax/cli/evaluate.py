@@ -1,0 +1,132 @@
+"""`cnnjax evaluate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from cnnjax.cli.common import check_probabilities, expect_place, tell_uncalibrated, writing
+from cnnjax.config import DataConfig, DeviceConfig
+
+if TYPE_CHECKING:
+    pass
+
+_JUDGED = ("image", "patient", "truth", "probability", "class", "lungs")
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Judge a trained run, or the released weights, on a split of a data set."""
+
+    run: Path | None = None
+    """A run's workdir, or a folder with a release; by default the weights of the package."""
+    data: str = "phantom"
+    """A tree, a zip, a MedMNIST .npz, or the word `phantom`; as a run's --data.root."""
+    split: Literal["train", "val", "test"] = "test"
+    """Which split of it."""
+    checkpoint: Literal["best", "latest"] = "best"
+    """Of a run: the best epoch by validation, or the last."""
+    threshold: float | None = None
+    """Images count as positive from this probability on, as --prevalence makes it; by default the
+    operating point's."""
+    prevalence: float | None = None
+    """Share of positives where the images come from; by default that of the fit. Probabilities
+    are for that share then, not for that of the images, so they have no Brier score or ECE."""
+    views: int | None = None
+    """How many views of each image to judge: as many as the recipe says (the default), or 1, the
+    image as it is, which takes less time."""
+    json: Path | None = None
+    """Write the metrics to this file."""
+    csv: Path | None = None
+    """Write to this file, for each image that can be decoded, patient, true class, probability and
+    predicted class."""
+    cache: Path | None = None
+    """Folder of the decoded images; by default the user's cache folder."""
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+
+    def __call__(self) -> int:
+        """Prints the metrics with their intervals; returns the exit status."""
+        from cnnjax import lungs, metrics, outputs
+        from cnnjax.data import framing
+        from cnnjax.data.prepare import open_index
+        from cnnjax.evaluation import release
+        from cnnjax.evaluation.predict import Predictor
+        from cnnjax.machine import devices
+        from cnnjax.machine.files import write_atomically
+        from cnnjax.run.workdir import Workdir, write_json
+
+        check_probabilities(self.threshold, self.prevalence)
+        expect_place(self.json, "--json")
+        expect_place(self.csv, "--csv")
+        mesh = devices.make_mesh(self.device)
+        predictor = Predictor.open(self.run, mesh, self.checkpoint, self.views)
+        tell_uncalibrated(predictor)
+        positive = predictor.classes[1]
+        config = DataConfig(
+            self.data, predictor.side, predictor.framing, positive, cache=self.cache
+        )
+        index = open_index(config, print)
+        predictor.expect_classes(index)
+        print(index.describe())
+        decoded = framing.load(index.split(self.split), index.source, config, mesh)
+        for name, reason in decoded.quarantine:
+            print(f"  left out: {name}: {reason}")
+        if self.run is None or release.is_release(self.run):
+            if self.data == "phantom":
+                print("  note: drawn images; give real ones with --data")
+            if self.split != "test":
+                print("  note: a release is trained on all images of train and val of its data set")
+        else:
+            workdir = Workdir(self.run)
+            root = workdir.read_config().data.root
+            if self.data == "phantom" != root:
+                print(f"  note: drawn images; the run was trained on {root}, which --data may name")
+            if seen := workdir.trained_on(e.name for e in decoded.examples):
+                print(f"  warning: the run was trained on {seen:,} images of these names")
+        point, threshold = predictor.operating, self.threshold
+        if threshold is None:
+            threshold = point.probability_threshold(self.prevalence)
+        framed = lungs.as_framed(decoded.images)
+        logits = point.calibrated(predictor.logits(framed), self.prevalence)
+        patients = [e.patient for e in decoded.examples]
+        judged = metrics.evaluate(logits, decoded.labels, patients, threshold=threshold)
+        if self.prevalence is not None:
+            judged = replace(judged, brier=metrics.UNDEFINED, ece=metrics.UNDEFINED)
+        print(f"\n{self.split} split, {predictor.about}, with 95 % intervals")
+        print(judged.report(predictor.classes))
+        if self.prevalence is not None:
+            print(judged.elsewhere(self.prevalence))
+        without = 0 if decoded.found is None else int((~decoded.found).sum())
+        if without:
+            print(
+                f"warning: no lungs found in {without:,} of {judged.n:,} images, which were judged"
+                " whole; are these frontal chest radiographs?"
+            )
+        if self.json is not None:
+            more = {"prevalence": self.prevalence, "no_lungs_found": without}
+            with writing(self.json, "--json"):
+                write_json(self.json, judged.to_json() | more)
+        if self.csv is not None:
+            rows = [
+                {
+                    "image": example.name,
+                    "patient": example.patient,
+                    "truth": predictor.classes[label],
+                    "probability": probability,
+                    "class": predictor.classes[int(probability >= threshold)],
+                    "lungs": "" if decoded.found is None else str(bool(decoded.found[i])).lower(),
+                }
+                for i, (example, label, probability) in enumerate(
+                    zip(
+                        decoded.examples,
+                        decoded.labels.tolist(),
+                        metrics.sigmoid(logits).tolist(),
+                        strict=True,
+                    )
+                )
+            ]
+            with writing(self.csv, "--csv"), write_atomically(self.csv) as file:
+                file.write(outputs.Csv(_JUDGED).head())
+                file.write(outputs.Csv(_JUDGED).body(rows))
+        return 0

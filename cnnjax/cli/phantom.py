@@ -1,0 +1,51 @@
+"""`cnnjax phantom`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from cnnjax.cli.common import writing
+from cnnjax.errors import InputError
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class Phantom:
+    """Write a tree of synthetic radiographs."""
+
+    directory: Annotated[Path, tyro.conf.Positional]
+    """Where to; must be empty or not there."""
+    train: int = 1200
+    """Images of the train split."""
+    val: int = 16
+    """Images of the val split."""
+    test: int = 400
+    """Images of the test split."""
+    size: int = 256
+    """Side of the images, in pixels."""
+    seed: int = 0
+    """Another seed draws other patients."""
+
+    def __call__(self) -> int:
+        """Draws the tree; returns the exit status."""
+        from cnnjax import phantom
+
+        with writing(self.directory, "the directory"):
+            try:
+                phantom.write_tree(
+                    self.directory,
+                    train=self.train,
+                    val=self.val,
+                    test=self.test,
+                    size=self.size,
+                    seed=self.seed,
+                )
+            except (FileExistsError, ValueError) as error:
+                raise InputError(str(error)) from None
+        return 0

@@ -1,0 +1,159 @@
+"""`cnnjax predict`."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from cnnjax.cli.common import check_probabilities, expect_place, tell_uncalibrated, writing
+from cnnjax.config import DeviceConfig
+
+if TYPE_CHECKING:
+    from cnnjax.evaluation.predict import Predictor
+    from cnnjax.lungs import Framed
+
+_TOGETHER = 64  # images that are judged at a time, or a few more
+_NO_LUNGS = "no lungs found: is this a frontal chest radiograph?"
+
+
+@dataclass(frozen=True)
+class Predict:
+    """Give each image's probability and class; neither where it is blank or shows no lungs.
+
+    The exit status is 2 if an image could not be read.
+    """
+
+    paths: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Image files, or folders of them; `-` reads one image from standard input."""
+    run: Path | None = None
+    """A run's workdir, or a folder with a release; by default the weights of the package."""
+    checkpoint: Literal["best", "latest"] = "best"
+    """Of a run: the best epoch by validation, or the last."""
+    threshold: float | None = None
+    """Images count as positive from this probability on, as --prevalence makes it; by default the
+    operating point's."""
+    prevalence: float | None = None
+    """Share of positives where the images come from; by default that of the fit."""
+    views: int | None = None
+    """How many views of each image to judge: as many as the recipe says (the default), or 1, the
+    image as it is, which takes less time."""
+    format: Literal["auto", "table", "jsonl", "json", "csv"] = "auto"
+    """What is printed: `auto` is a table on a terminal, else an object a line (JSON Lines)."""
+    json: Path | None = None
+    """Also write the predictions to this file: as one JSON array if its name ends in .json, else an
+    object a line. Like all outputs it is written as the predictions come."""
+    csv: Path | None = None
+    """Also write the predictions to this file as a table."""
+    heatmap: Path | None = None
+    """Write to this folder a PNG of each image with what speaks for the positive class laid over it
+    (HiResCAM), each by itself from nothing to most."""
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+
+    def __call__(self) -> int:
+        """Prints the predictions; returns the exit status."""
+        from cnnjax.cli import films, outputs
+        from cnnjax.evaluation.predict import FEW, Predictor
+        from cnnjax.machine import devices
+
+        check_probabilities(self.threshold, self.prevalence)
+        expect_place(self.json, "--json")
+        expect_place(self.csv, "--csv")
+        given = films.find(self.paths)
+        for path, flag in ((self.json, "--json"), (self.csv, "--csv")):
+            films.expect_none_of(path, flag, given)
+        if self.heatmap is not None:
+            films.expect_apart(self.heatmap, given, self.paths)
+        mesh = devices.make_mesh(self.device)
+        predictor = Predictor.open(self.run, mesh, self.checkpoint, self.views)
+        tell_uncalibrated(predictor)
+        threshold = self.threshold
+        if threshold is None:
+            threshold = predictor.operating.probability_threshold(self.prevalence)
+        form = self.format
+        if form == "auto":
+            form = "table" if sys.stdout.isatty() else "jsonl"
+        forms: dict[str, outputs.Form] = {
+            "table": outputs.Table(
+                predictor.classes, threshold, max(len(film.name) for film in given)
+            ),
+            "jsonl": outputs.Lines(),
+            "json": outputs.Array(),
+            "csv": outputs.Csv(),
+        }
+        heat_names = films.heat_names(given)
+        # A few steps at a time, so that memory does not grow with the films.
+        step = devices.traits(mesh).evaluated_at(predictor.side)
+        chunks = films.in_chunks(given, step * -(-_TOGETHER // step), FEW)
+        judged = unread = 0
+        with contextlib.ExitStack() as stack:
+            printed = outputs.Output(sys.stdout, forms[form])
+            lines = outputs.json_form(self.json) if self.json else outputs.Lines()
+            files = [
+                stack.enter_context(outputs.opened(self.json, lines, "--json")),
+                stack.enter_context(outputs.opened(self.csv, outputs.Csv(), "--csv")),
+            ]
+            bar = stack.enter_context(tqdm(total=len(given), unit="image", disable=None))
+            for rows, images in films.decoded(chunks, predictor.size):
+                good = [i for i, row in enumerate(rows) if "error" not in row]
+                if images is not None:
+                    framed = predictor.frame(images)
+                    self._judge(predictor, [rows[i] for i in good], images, framed, threshold)
+                with tqdm.external_write_mode():
+                    _tell_doubts(rows)
+                    printed.write(rows)
+                for file in files:
+                    if file is not None:
+                        file.write(rows)
+                if self.heatmap is not None and images is not None:
+                    with writing(self.heatmap, "--heatmap"):
+                        some = [(given[judged + i], heat_names[judged + i]) for i in good]
+                        films.write_heat(self.heatmap, some, predictor.heat(framed), framed.boxes)
+                judged += len(rows)
+                unread += len(rows) - len(good)
+                bar.update(len(rows))
+        printed.close()
+        return 2 if unread else 0
+
+    def _judge(
+        self,
+        predictor: Predictor,
+        rows: Sequence[dict[str, Any]],
+        images: np.ndarray,
+        framed: Framed,
+        threshold: float,
+    ) -> None:
+        """Adds to the rows of images what the network says of them, or why it says nothing."""
+        point = predictor.operating
+        probabilities = point.probabilities(predictor.logits(framed), self.prevalence)
+        blank = images.min((1, 2)) == images.max((1, 2))
+        for row, probability, lungs, empty in zip(
+            rows, probabilities.tolist(), framed.found.tolist(), blank.tolist(), strict=True
+        ):
+            if predictor.framed:
+                row["lungs"] = lungs
+            if empty or not lungs:
+                doubt = _NO_LUNGS if not empty else "all pixels have the same gray level"
+                row["warning"] = "; ".join(filter(None, (row.get("warning"), doubt)))
+                continue
+            positive = probability >= threshold
+            row |= {
+                "probability": probability,
+                "class": predictor.classes[int(positive)],
+                "confidence": probability if positive else 1 - probability,
+            }
+
+
+def _tell_doubts(rows: Sequence[dict[str, Any]]) -> None:
+    """Tells on standard error which images could not be read, and what to doubt of others."""
+    for row in rows:
+        for kind in ("error", "warning"):
+            if kind in row:
+                print(f"{row['path']}: {kind}: {row[kind]}", file=sys.stderr)

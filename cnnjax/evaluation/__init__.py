@@ -1,0 +1,1 @@
+"""What is made of a trained network: predictions, metrics, heat maps, a release."""

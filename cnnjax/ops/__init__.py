@@ -1,0 +1,1 @@
+"""What the networks compute with: layers, and the binding to oneDNN."""

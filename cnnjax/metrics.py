@@ -335,8 +335,8 @@ def clustered_proportion(hits: np.ndarray, patients: np.ndarray) -> Estimate:
     n, k = len(hits), int(hits.sum())
     if n == 0:
         return proportion(0, 0)
-    _, patient = np.unique(patients, return_inverse=True)
-    people = int(patient.max()) + 1
+    whom, patient = np.unique(patients, return_inverse=True)
+    people = len(whom)
     effect = n / people
     if 0 < k < n and people > 1:
         residuals = np.bincount(patient, hits - k / n)

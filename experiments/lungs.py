@@ -250,8 +250,8 @@ def judge(
         dice, off = [], []
         for p, box, mask in zip(probabilities, boxes, truth, strict=True):
             ours = np.asarray(Image.fromarray(p).resize((SIZE, SIZE), Image.Resampling.BILINEAR))
-            both = 2 * (mask & (ours > 0.5)).sum()
-            dice.append(both / max(1, mask.sum() + (ours > 0.5).sum()))
+            both = int((mask & (ours > 0.5)).sum())
+            dice.append(2 * both / max(1, int(mask.sum()) + int((ours > 0.5).sum())))
             off.append(np.abs(np.array(box_of(mask) or (0, 0, 1, 1)) - box))
         worst = np.max(off, axis=1)
         return {

@@ -92,8 +92,9 @@ class Checkpoints:
         home = self.folder / kind / str(epoch)
         with write_atomically(home / _BESIDE) as file:
             json.dump(beside, file)
+        checksums = _checksums(home)
         with write_atomically(home / _CHECKSUMS) as file:
-            json.dump(_checksums(home), file)
+            json.dump(checksums, file)
         _sync(home)
         self._whole[kind, epoch] = True
         older = [step for step in before if step < epoch]

@@ -149,6 +149,8 @@ def test_a_network_of_ones_own_is_trained_and_found_again(
         predictor = Predictor.open(config.workdir, make_mesh(config.device), "latest")
         assert predictor.model == network
         logits = predictor.logits(np.asarray(data.decoded.images[data.validation]))
+        with pytest.raises(InputError, match="names no feature maps for heat maps"):
+            predictor.heat(np.asarray(data.decoded.images[:1]))
     assert np.isfinite(logits).all()
     assert result.last.n == 16
 

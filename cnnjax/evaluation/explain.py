@@ -119,7 +119,7 @@ def features_of(
     if perturbations is not None:
         variables = variables | {"perturbations": perturbations}
     logits, kept = model.apply(variables, images, train=False, mutable=["intermediates"])
-    return logits, {name: maps for name, (maps,) in kept["intermediates"].items()}
+    return logits, {name: maps for name, (maps,) in kept.get("intermediates", {}).items()}
 
 
 def make_occlusion(model: Any, *, patch: float = 0.2, steps: int = 12) -> Explain:

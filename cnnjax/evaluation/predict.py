@@ -16,11 +16,11 @@ from cnnjax.data.batches import Feeder, in_batches
 from cnnjax.data.index import Index
 from cnnjax.errors import InputError
 from cnnjax.evaluation import release
-from cnnjax.evaluation.explain import make_hires_cam
+from cnnjax.evaluation.explain import features_of, make_hires_cam
 from cnnjax.logits import make_logits
 from cnnjax.lungs import Framed, Framer
 from cnnjax.machine.devices import divided, full_float32, make_mesh, replicated, traits
-from cnnjax.networks import make_model, model_of
+from cnnjax.networks import FINE, make_model, model_of
 from cnnjax.operating import OperatingPoint, at_views
 from cnnjax.run import parts
 from cnnjax.run.workdir import Workdir
@@ -229,6 +229,14 @@ class Predictor:
         feeder = Feeder(seen, np.zeros(len(seen), np.int32), self._mesh, resident_mib=-1)
         return np.stack([logits(state, feeder, rows, i) for i, state in enumerate(self.members)])
 
+    @property
+    def explains(self) -> bool:
+        """Whether the network names the feature maps that heat maps are made of."""
+        shape = (1, self.side, self.side, 1)
+        variables, pixels = variables_of(self.members[0]), jax.ShapeDtypeStruct(shape, np.float32)
+        _, maps = jax.eval_shape(lambda v, x: features_of(self.model, v, x), variables, pixels)
+        return FINE in maps
+
     def heat(self, images: np.ndarray | Framed) -> np.ndarray:
         """Returns float32 [n, size, size]: HiResCAM of images, zero outside what the networks see.
 
@@ -237,7 +245,15 @@ class Predictor:
 
         Args:
             images: uint8 [n, size, size], or what `frame` made of them.
+
+        Raises:
+            InputError: the network names no feature maps.
         """
+        if not self.explains:
+            raise InputError(
+                f"{self.about} names no feature maps for heat maps; sow and perturb the maps"
+                f" `{FINE}` in {type(self.model).__name__}, as `cnnjax.networks` says"
+            )
         seen = self._seen(images)
         images = seen.images
         most = traits(self._mesh).evaluated_at(self.side)

@@ -26,6 +26,7 @@ from cnnjax.augment import make_augment
 from cnnjax.config import Config, DataConfig, flags
 from cnnjax.data.cache import load
 from cnnjax.data.duplicates import COLUMNS
+from cnnjax.data.kermany import PUBLISHED
 from cnnjax.data.prepare import open_index, training_data
 from cnnjax.errors import InputError
 from cnnjax.evaluation.explain import draw_box, normalized, overlay
@@ -44,13 +45,6 @@ __all__ = ["compare", "write"]
 MISTAKES, SAMPLES, AUGMENTED = 10, 6, 12
 MEASURED = 100  # positive images whose heat is measured
 _SHOWN = 160  # pixels: side of the pictures
-
-# What others report on the official test split of these radiographs, which is not where a run is
-# judged: for orientation.
-_OTHERS = (
-    ("the post, its own CNN, official test", "0.917", "0.956", "", ""),
-    ("Kermany et al., Inception-v3, official test", "0.928", "0.932", "0.901", "0.968"),
-)
 
 
 def write(
@@ -188,7 +182,7 @@ def _render(
         where=where,
         found=found,
         estimates=[(n, v) for n, v in vars(found).items() if isinstance(v, Estimate)],
-        others=_OTHERS,
+        others=() if config.data.root == "phantom" else PUBLISHED,
         point=point,
         threshold=threshold,
         history=history,
@@ -218,7 +212,9 @@ def _pictures(
     sample = np.concatenate([rng.permutation(rows)[:SAMPLES] for rows in of_class])
     rows = np.concatenate([surest[:MISTAKES], sample])
     framed = predictor.frame(images[rows])
-    heat = normalized(predictor.heat(framed)) if len(rows) else np.empty(0)
+    heat = np.zeros(images[rows].shape, np.float32)
+    if len(rows) and predictor.explains:
+        heat = normalized(predictor.heat(framed))
 
     def picture(i: int) -> dict[str, Any]:
         row, image = rows[i], images[rows[i]]
@@ -251,7 +247,7 @@ def _heat_in_lungs(predictor: Predictor, images: np.ndarray) -> dict[str, Any] |
 
     None where no images are framed.
     """
-    if not predictor.framed:
+    if not predictor.framed or not predictor.explains:
         return None
     framed = predictor.frame(images)
     images, framed = images[framed.found], Framed(*(x[framed.found] for x in framed))

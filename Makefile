@@ -9,11 +9,14 @@ ARGS   ?= $(if $(filter phantom,$(DATA)),--train.epochs 20)
 
 BIN := $(VENV)/bin
 
-.PHONY: help install train test test-slow lint lock clean
+# Seconds for each of the tests that change bytes at random.
+FUZZ_SECONDS ?= 60
+
+.PHONY: help install train test test-slow faults fuzz lint lock clean
 
 help:
 	@echo "make train [DATA=DIR|ZIP|NPZ] [RUN=DIR] [ARGS='--train.epochs 40']"
-	@echo "make test | test-slow | lint | install | lock | clean"
+	@echo "make test | test-slow | faults | fuzz [FUZZ_SECONDS=60] | lint | install | lock | clean"
 
 install: $(VENV)/installed
 
@@ -33,6 +36,13 @@ test: lint
 
 test-slow: install
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+# What happens with bad input, a full disk, a killed process: a table of what was tried.
+faults: install
+	$(BIN)/python -m pytest -n auto --dist loadfile -m faults
+
+fuzz: install
+	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest -n auto -rP -p no:logging tests/faults/test_fuzz.py
 
 lint: install
 	$(BIN)/ruff check .

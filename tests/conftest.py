@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from faults.classes import CLASSES, class_of
 from PIL import Image
 
 from cnnjax.machine.devices import keep_compiled_programs
@@ -28,6 +29,40 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Many tests compile the same few programs.
 keep_compiled_programs()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests that `tests/faults/classes.py` lists."""
+    for item in items:
+        if class_of(item.nodeid) is not None:
+            item.add_marker("faults")
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Prints what was tried of each class of faults, and what passed, for `-m faults`."""
+    if "faults" not in config.option.markexpr:
+        return
+    counts = {kind: dict.fromkeys(("passed", "failed", "skipped"), 0) for kind in CLASSES}
+    tried: dict[str, set[str]] = {kind: set() for kind in CLASSES}
+    for outcome, reports in terminalreporter.stats.items():
+        column = "failed" if outcome == "error" else outcome
+        for report in reports if column in ("passed", "failed", "skipped") else ():
+            kind = class_of(report.nodeid)
+            if kind is not None and (report.when == "call" or outcome != "passed"):
+                counts[kind][column] += 1
+                test = report.nodeid.partition("::test_")[2].partition("[")[0]
+                tried[kind].add(test.replace("_", " "))
+    terminalreporter.section("faults")
+    width = max(map(len, CLASSES))
+    terminalreporter.line(f"{'class':<{width}}  passed  failed  skipped")
+    for kind, found in counts.items():
+        passed, failed, skipped = found.values()
+        terminalreporter.line(f"{kind:<{width}}  {passed:6}  {failed:6}  {skipped:7}")
+        for test in sorted(tried[kind]):
+            terminalreporter.line(f"    {test}")
 
 
 def radiograph(rng: np.random.Generator, positive: bool, size: int = 32) -> np.ndarray:

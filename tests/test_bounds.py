@@ -21,6 +21,7 @@ from test_decode import chunk, encode, png_of
 from test_dicom import file_of
 from test_grayscale import RLE, colour_file, frame_of
 
+from cnnjax.data import grayscale
 from cnnjax.data.decode import DecodeError, decode
 from cnnjax.data.index import read_index
 from cnnjax.errors import InputError
@@ -28,6 +29,7 @@ from cnnjax.errors import InputError
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
 MIB = 2**20
+JPEG_LS = "1.2.840.10008.1.2.4.80"
 ZEROS = bytes(MIB)
 ALLOWED_MIB, ALLOWED_SECONDS = 200, 1.0
 
@@ -86,6 +88,31 @@ def deflated_dicom(mib: int) -> bytes:
     pixels = b"\xe0\x7f\x10\0OW\0\0" + (mib * MIB).to_bytes(4, "little")
     body = b"".join(packer.compress(part) for part in (tags, pixels, *[ZEROS] * mib))
     return out.getvalue()[: ends[1]] + body + packer.flush()
+
+
+def encapsulated(syntax: str, frame: bytes, side: int) -> bytes:
+    """Returns a DICOM file of side x side pixels of 8 bits whose one frame is this."""
+    file = pydicom.dcmread(io.BytesIO(file_of(np.zeros((side, side), np.uint8))))
+    file.file_meta.TransferSyntaxUID = syntax
+    file.PixelData = encapsulate([frame])
+    out = io.BytesIO()
+    file.save_as(out, enforce_file_format=True)
+    return out.getvalue()
+
+
+def rle_of(segment: bytes) -> bytes:
+    return np.array([1, 64, *[0] * 14], "<u4").tobytes() + segment
+
+
+def many_components(side: int, count: int) -> bytes:
+    """Returns a black JPEG-LS of so many components, each a scan of its own."""
+    imagecodecs = pytest.importorskip("imagecodecs")
+    one = imagecodecs.jpegls_encode(np.zeros((side, side), np.uint8))
+    frame, scan = one.index(b"\xff\xf7"), one.index(b"\xff\xda")
+    each = b"".join(bytes([i + 1, 0x11, 0]) for i in range(count))
+    header = b"\xff\xf7" + (8 + 3 * count).to_bytes(2, "big") + one[frame + 4 : frame + 9]
+    scans = (one[scan : scan + 5] + bytes([i + 1]) + one[scan + 6 : -2] for i in range(count))
+    return one[:frame] + header + bytes([count]) + each + b"".join(scans) + b"\xff\xd9"
 
 
 def black_png(width: int, height: int, colour: int, *between: bytes) -> bytes:
@@ -176,6 +203,16 @@ def test_bombs_are_refused_in_a_second_and_little_memory(tmp_path: Path) -> None
         ("file", write("large.png", black_png(9000, 9000, 0)), "too many pixels: 9000 x 9000"),
         ("file", write("narrow.png", black_png(2, 90_000, 0)), "too long and narrow: 2 x 90000"),
         ("file", write("deflated.dcm", deflated_dicom(240)), "inflates to one"),
+        (
+            "file",
+            write("rle.dcm", encapsulated(RLE, rle_of(b"\x81\0" * 2_000_000), 2000)),
+            "RLE of more than its pixels",
+        ),
+        (
+            "file",
+            write("many.dcm", encapsulated(JPEG_LS, many_components(500, 99), 500)),
+            "have 99 samples, not 1",
+        ),
         ("file", str(tmp_path / "sparse.jpeg"), "larger than 128 MiB"),
         ("file", str(tmp_path / "pipe.jpeg"), "no regular file"),
         ("pipe", str(tmp_path / "pipe.jpeg"), "a pipe into which nothing is written"),
@@ -226,6 +263,41 @@ def test_rle_of_more_bytes_than_pixels_is_refused_undecoded() -> None:
     out = io.BytesIO()
     file.save_as(out, enforce_file_format=True)
     with pytest.raises(DecodeError, match="RLE of too many bytes"):
+        decode(out.getvalue(), 8)
+
+
+def test_rle_that_is_too_finely_cut_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte of 128 stands for nothing, and a film of them takes long to walk through."""
+    fine = encapsulated(RLE, rle_of(b"\x80" * 3000 + b"\x81\0" * 32), 64)
+    assert not decode(fine, 8).any()
+    monkeypatch.setattr(grayscale, "_MOST_RUNS", 2000)
+    with pytest.raises(DecodeError, match="RLE of too many runs"):
+        decode(fine, 8)
+
+
+def test_the_pixels_of_a_frame_are_counted_before_it_is_decoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    imagecodecs = pytest.importorskip("imagecodecs")
+    frame = imagecodecs.jpegls_encode(np.zeros((32, 32), np.uint8))
+    given = []
+
+    def watched(encoded: bytes, out: np.ndarray) -> np.ndarray:
+        given.append(out.shape)
+        return np.asarray(decoded(encoded, out=out))
+
+    decoded = imagecodecs.jpegls_decode
+    monkeypatch.setattr(imagecodecs, "jpegls_decode", watched)
+    decode(encapsulated(JPEG_LS, frame, 32), 8)
+    assert given == [(32, 32)]
+    monkeypatch.setattr(imagecodecs, "jpegls_decode", lambda *_, **__: pytest.fail("decoded"))
+    frame = imagecodecs.jpegls_encode(np.zeros((5000, 5000, 3), np.uint8))
+    small = colour_file(np.zeros((2, 2, 3), np.uint8), "RGB", JPEG_LS, frame)
+    file = pydicom.dcmread(io.BytesIO(small))
+    file.Rows = file.Columns = 5000
+    out = io.BytesIO()
+    file.save_as(out, enforce_file_format=True)
+    with pytest.raises(DecodeError, match="too many pixels of 3 samples: 5000 x 5000"):
         decode(out.getvalue(), 8)
 
 

@@ -11,6 +11,7 @@ the next step is taken as if it were absent, and `notes` tells.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cnnjax.data import jpeg
-from cnnjax.data.bounds import pixel_fault, strips
+from cnnjax.data.bounds import LARGEST_DECODED, LARGEST_PIXELS, pixel_fault, strips
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601
 
@@ -150,7 +151,7 @@ def _stored(file: Any, kind: str) -> tuple[np.ndarray, str]:
         if str(syntax) in _JPEG_LS + _JPEG_LOSSLESS or (
             str(syntax) == _JPEG_EXTENDED and int(file.BitsStored) > 8
         ):
-            return _by_imagecodecs(frame, file, syntax), kind
+            return _by_imagecodecs(frame, header, file, syntax), kind
         if header is not None and header.components == 3 and header.tells_colours:
             return jpeg.rgb(frame), "RGB"
     return _by_pydicom(file, syntax)
@@ -163,8 +164,12 @@ _JPEG_LOSSLESS = "1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.70"
 _JPEG_LS = "1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.4.81"
 
 
-def _by_imagecodecs(frame: bytes, file: Any, syntax: Any) -> np.ndarray:
-    """Returns the pixels of a JPEG Lossless, JPEG Extended or JPEG-LS frame, as they are coded."""
+def _by_imagecodecs(frame: bytes, header: jpeg.Header | None, file: Any, syntax: Any) -> np.ndarray:
+    """Returns the pixels of a JPEG Lossless, JPEG Extended or JPEG-LS frame, as they are coded.
+
+    The decoders are given the array to fill: one of another shape, by their own reading of the
+    frame, they refuse before they decode any of it.
+    """
     try:
         import imagecodecs
     except ImportError:
@@ -172,17 +177,25 @@ def _by_imagecodecs(frame: bytes, file: Any, syntax: Any) -> np.ndarray:
             f"DICOM pixels that cannot be decoded here ({syntax.name.partition(',')[0]});"
             " install what does: pip install imagecodecs"
         ) from None
+    expected = (int(file.Rows), int(file.Columns), int(file.SamplesPerPixel))
+    if header is None:
+        raise PixelError("damaged pixels in a DICOM file: a frame without a header")
+    if header.components != expected[2]:
+        raise PixelError(
+            f"a DICOM file whose pixels have {header.components} samples, not {expected[2]}"
+        )
+    if math.prod(expected) > LARGEST_PIXELS:
+        raise PixelError(f"too many pixels of {expected[2]} samples: {expected[1]} x {expected[0]}")
+    shape = expected if expected[2] > 1 else expected[:2]
+    out = np.empty(shape, np.uint8 if header.bits <= 8 else np.uint16)
     try:
         if str(syntax) in _JPEG_LS:
-            coded = imagecodecs.jpegls_decode(frame)
+            coded = imagecodecs.jpegls_decode(frame, out=out)
         else:
             same = "RGB" if file.SamplesPerPixel > 1 else None  # no conversion
-            coded = imagecodecs.jpeg8_decode(frame, colorspace=same, outcolorspace=same)
+            coded = imagecodecs.jpeg8_decode(frame, colorspace=same, outcolorspace=same, out=out)
     except Exception as error:  # each codec has its own
         raise _undecodable(syntax, error) from None
-    expected = (int(file.Rows), int(file.Columns), int(file.SamplesPerPixel))
-    if (*coded.shape, 1)[:3] != expected:
-        raise PixelError(f"DICOM pixels of another shape than the tags': {list(coded.shape)}")
     if file.PixelRepresentation == 0 or coded.ndim == 3:
         return coded
     signed = coded.view(f"i{coded.dtype.itemsize}")
@@ -253,11 +266,16 @@ def _checked(frame: bytes, file: Any, syntax: Any) -> jpeg.Header | None:
         PixelError: the frame is larger than its tags say, costs too much, or is damaged.
     """
     width, height = int(file.Columns), int(file.Rows)
+    plain = width * height * int(file.SamplesPerPixel) * -(-int(file.BitsAllocated) // 8)
+    if plain > LARGEST_DECODED:
+        raise PixelError(
+            f"too many pixels of {plain // (width * height)} bytes: {width} x {height}"
+        )
     if "RLE" in syntax.name:
-        # A literal run costs one byte in 128; more is no image, and may inflate without end.
-        plain = width * height * int(file.SamplesPerPixel) * -(-int(file.BitsAllocated) // 8)
+        # A literal run costs one byte in 128; more is no image.
         if len(frame) > 1.1 * plain + 1024:
             raise PixelError("DICOM pixels that cannot be decoded here: RLE of too many bytes")
+        _expect_bounded_rle(frame, width * height)
         return None
     header = jpeg.header_of(frame) if frame.startswith(b"\xff\xd8") else None
     found = header[:2] if header is not None else _side_of_jpeg2000(frame)
@@ -275,6 +293,37 @@ def _checked(frame: bytes, file: Any, syntax: Any) -> jpeg.Header | None:
     except jpeg.Damaged as error:
         raise PixelError(f"damaged pixels in a DICOM file: {error}") from None
     return header
+
+
+def _expect_bounded_rle(frame: bytes, pixels: int) -> None:
+    """Raises PixelError where segments of RLE hold more than their pixels, or are too finely cut.
+
+    They are walked through without being decoded: each run tells its length.
+    """
+    starts = np.frombuffer(frame[:64].ljust(64, b"\0"), "<u4")
+    ends = [*starts[1 : min(int(starts[0]), 15) + 1].tolist(), len(frame)]
+    runs = 0
+    for start, end in itertools.pairwise(ends):
+        length, at, end = 0, start, min(end, len(frame))
+        while at < end:
+            run = frame[at]
+            runs += 1
+            if run < 128:
+                length += run + 1
+                at += run + 2
+            elif run > 128:
+                length += 257 - run
+                at += 2
+            else:
+                at += 1
+            # A writer may fill up a segment with one more run.
+            if length > pixels + 128 or runs > _MOST_RUNS:
+                more = "more than its pixels" if runs <= _MOST_RUNS else "too many runs"
+                raise PixelError(f"DICOM pixels that cannot be decoded here: RLE of {more}")
+
+
+# Of all segments together, some seconds. A film of 28 million pixels has about 4 million.
+_MOST_RUNS = 8_000_000
 
 
 def _side_of_jpeg2000(frame: bytes) -> tuple[int, int] | None:

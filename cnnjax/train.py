@@ -13,7 +13,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +39,7 @@ from cnnjax.operating import fit_operating_point, points_to_json
 from cnnjax.run import parts, signals
 from cnnjax.run.checkpoint import KINDS, Checkpoints, Kind, template_of
 from cnnjax.run.events import Events
-from cnnjax.run.workdir import Workdir, append_line, claim, write_json
+from cnnjax.run.workdir import Workdir, append_line, claim, versions, write_json
 from cnnjax.steps import (
     Metrics,
     TrainState,
@@ -513,7 +512,8 @@ def open_run(
     config = _with_precision(config, mesh)
     with contextlib.ExitStack() as stack:
         workdir = stack.enter_context(claim(config))
-        print(f"cnnjax    {version('cnnjax')} on jax {jax.__version__}, flax {version('flax')}")
+        found = versions()
+        print(f"cnnjax    {found['cnnjax']} on jax {found['jax']}, flax {found['flax']}")
         mesh, whole = devices.dividing(mesh, config.train.batch), mesh
         some = f", of {whole.size}: a batch is divided evenly" if mesh.size < whole.size else ""
         print(f"devices   {devices.describe(mesh)}{some}")
@@ -529,9 +529,8 @@ def open_run(
         write_split(workdir.split, data.decoded.examples, data.held_out)
         write_quarantine(workdir.quarantine, data.decoded.quarantine)
         write_duplicates(workdir.duplicates, data.duplicates)
-        names = ("cnnjax", "jax", "jaxlib", "flax", "optax", "numpy")
-        versions = {name: version(name) for name in names}
-        append_line(workdir.sessions, {"devices": devices.describe(mesh), "versions": versions})
+        session = {"devices": devices.describe(mesh), "versions": versions()}
+        append_line(workdir.sessions, session)
         run = Run(config, data, workdir, mesh, network, objective)
         stack.callback(run.close)
         run.describe()

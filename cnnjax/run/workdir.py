@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import filelock
 import numpy as np
 
+from cnnjax import __version__
 from cnnjax.config import Config, differences, expect_effect, from_json, to_json
 from cnnjax.errors import InputError
 from cnnjax.machine.files import read_cell, write_atomically
@@ -195,7 +196,7 @@ class Workdir:
         """
         lines = read_lines(self.sessions) if self.sessions.exists() else []
         for name in ("cnnjax", "jax") if lines else ():
-            before, now = lines[-1]["versions"][name], version(name)
+            before, now = lines[-1]["versions"][name], versions()[name]
             if before.split(".")[:2] != now.split(".")[:2]:
                 raise InputError(
                     f"{self.root} was trained with {name} {before}, and this is {now}; install"
@@ -275,6 +276,12 @@ def claim(config: Config) -> Iterator[Workdir]:
         yield workdir
     finally:
         lock.release()
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of what decides a run's outcome, by the name of the package."""
+    others = ("jax", "jaxlib", "flax", "optax", "numpy")
+    return {"cnnjax": __version__} | {name: version(name) for name in others}
 
 
 def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:

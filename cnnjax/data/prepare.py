@@ -213,7 +213,7 @@ def _each_film_once(
     assert decoded.thumbnails is not None
     drawn = {e.name: fold for e, fold in zip(examples, folds.tolist(), strict=True)}
     before = np.array([drawn[e.name] for e in decoded.examples])
-    pairs = duplicates.find(decoded.thumbnails)
+    pairs = duplicates.find(decoded.thumbnails, size)
     both = duplicates.contradicting(pairs, decoded.labels)
     after = before
     if config.validation != "official":

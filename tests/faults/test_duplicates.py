@@ -83,13 +83,22 @@ def test_a_film_that_was_made_anew_is_found_and_no_other(change: str) -> None:
     rng = np.random.default_rng(0)
     films = [film(rng) for _ in range(40)]
     images = np.stack([*films, CHANGES[change](films[7])])
-    (pair,) = duplicates.find(duplicates.thumbnails(images))
+    (pair,) = duplicates.find(duplicates.thumbnails(images), images.shape[1])
     assert (pair.image, pair.like) == (40, 7)
 
 
 def test_images_of_one_gray_level_are_no_films() -> None:
     images = np.stack([np.full((32, 32), level, np.uint8) for level in (0, 0, 90, 90)])
-    assert duplicates.find(duplicates.thumbnails(images)) == []
+    assert duplicates.find(duplicates.thumbnails(images), images.shape[1]) == []
+
+
+def test_images_too_small_to_tell_apart_are_one_film_only_where_they_are_equal() -> None:
+    rng = np.random.default_rng(0)
+    one = rng.integers(0, 200, (16, 16), np.uint8)
+    brighter = one + 20
+    images = np.stack([one, brighter, one])
+    (pair,) = duplicates.find(duplicates.thumbnails(images), 16)
+    assert (pair.image, pair.like) == (2, 0)
 
 
 def test_a_thousand_copies_are_one_film_and_take_no_square_of_memory() -> None:
@@ -97,7 +106,7 @@ def test_a_thousand_copies_are_one_film_and_take_no_square_of_memory() -> None:
     one = film(rng, 64)
     noise = rng.integers(-2, 3, (1000, 64, 64))
     copies = np.clip(one + noise, 0, 255).astype(np.uint8)
-    pairs = duplicates.find(duplicates.thumbnails(copies))
+    pairs = duplicates.find(duplicates.thumbnails(copies), 64)
     assert len(pairs) == 999
     assert set(duplicates.films(pairs, 1000)) == {0}
 
@@ -110,7 +119,7 @@ def test_in_the_published_films_only_known_pairs_are_found() -> None:
 
     names = [e.name for e in read_index(root).split("train") if "person1" in e.name][:400]
     images = np.stack([decode((root / name).read_bytes(), 64) for name in names])
-    found = duplicates.find(duplicates.thumbnails(images))
+    found = duplicates.find(duplicates.thumbnails(images), images.shape[1])
     assert found
     for pair in found:
         same = [names[i].rpartition("_")[0] for i in (pair.image, pair.like)]

@@ -49,7 +49,11 @@ class Losses(NamedTuple):
 
 
 class Objective(Protocol):
-    """What the train step asks of a task; every method is pure and traced inside jit."""
+    """What training asks of a task; `prepare` and `losses` are pure and traced inside jit.
+
+    An objective is a pytree, such as a `flax.struct.PyTreeNode`: it is an argument of the compiled
+    step, so runs whose objectives differ in their arrays alone share the program.
+    """
 
     @property
     def collections(self) -> Sequence[str]:

@@ -331,6 +331,19 @@ def test_broken_archives(tmp_path: Path, name: str, form: str) -> None:
         read_index(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["a.zip", "a.npz"])
+def test_archives_of_a_later_version_of_zip(tmp_path: Path, name: str) -> None:
+    with zipfile.ZipFile(tmp_path / name, "w") as archive:
+        archive.writestr("train_images.npy", b"")
+    content = bytearray((tmp_path / name).read_bytes())
+    content[content.index(b"PK\x01\x02") + 6] = 255
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(
+        InputError, match=rf"{name} cannot be read as an? \.?[a-z]+ \(zip file version"
+    ):
+        read_index(tmp_path / name)
+
+
 def test_npz_of_something_else(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", x=np.zeros(3))
     with pytest.raises(InputError, match="holds no train_images"):

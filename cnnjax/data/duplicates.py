@@ -8,8 +8,9 @@ Measured on the 5,232 published training films of 224 pixels: 26 show the film o
 a distance of 0 bits and a correlation of 1.00. Of other pairs the nearest differ in 11 bits, and
 the highest correlation within 24 bits is 0.75. Copies of JPEG quality 10, of a quarter of the side,
 of gamma 0.5 to 2, with noise of 15 gray levels, or with 1 % cut off each edge are found: at most 22
-bits, at least 0.87. Decoded at 28 to 96 pixels the same 26 are found; at 16 pixels ribs are gone and
-600 others would be, so that of images below 28 pixels only those that are equal are taken.
+bits, at least 0.87. Decoded at 28 to 96 pixels the same 26 are found. At 16 pixels ribs are gone,
+and 600 others would be: of images below 28 pixels only those that are equal are taken for one film.
+
 Not found: mirrored or rotated films, larger cuts, shifts of more than 1 %, marks burnt in later.
 """
 

@@ -231,7 +231,8 @@ class _Arrays:
             with zipfile.ZipFile(path) as members:
                 self.members = {i.filename: (i.file_size, i.CRC) for i in members.infolist()}
             self.file = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        # NotImplementedError: it says that it needs a later version of zip.
+        except (OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile) as error:
             raise InputError(f"{path} cannot be read as an .npz ({error})") from None
         self.loaded: dict[str, np.ndarray] = {}
 

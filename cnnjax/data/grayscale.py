@@ -118,10 +118,10 @@ def _expect_consistent(file: Any, kind: str) -> None:
     """Raises PixelError where tags of layout contradict each other: no reading is the right one."""
     samples = int(file.get("SamplesPerPixel") or 1)
     if (samples == 1) != kind.startswith(("MONOCHROME", "PALETTE")):
-        raise PixelError(f"a DICOM file of {kind} with {samples} samples a pixel")
+        raise PixelError(f"a DICOM file of {_cut(kind)} with {samples} samples a pixel")
     shape = str(file.get("PresentationLUTShape") or "").strip().upper()
     if (kind, shape) in (("MONOCHROME1", "IDENTITY"), ("MONOCHROME2", "INVERSE")):
-        raise PixelError(f"a DICOM file of {kind} with the Presentation LUT Shape {shape}")
+        raise PixelError(f"a DICOM file of {kind} with the Presentation LUT Shape {_cut(shape)}")
     allocated, bits, high = int(file.BitsAllocated), int(file.BitsStored), file.get("HighBit")
     placed = high is None or not _bits_have_places(file) or bits <= int(high) + 1 <= allocated
     if not 1 <= bits <= allocated or not placed:
@@ -174,7 +174,7 @@ def _by_imagecodecs(frame: bytes, header: jpeg.Header | None, file: Any, syntax:
         import imagecodecs
     except ImportError:
         raise NoPixelDecoder(
-            f"DICOM pixels that cannot be decoded here ({syntax.name.partition(',')[0]});"
+            f"DICOM pixels that cannot be decoded here ({_cut(syntax.name.partition(',')[0])});"
             " install what does: pip install imagecodecs"
         ) from None
     expected = (int(file.Rows), int(file.Columns), int(file.SamplesPerPixel))
@@ -210,7 +210,9 @@ def _by_pydicom(file: Any, syntax: Any) -> tuple[np.ndarray, str]:
     try:
         decoder = get_decoder(syntax)
     except NotImplementedError:
-        raise NoPixelDecoder(f"DICOM pixels that pydicom cannot decode ({syntax.name})") from None
+        raise NoPixelDecoder(
+            f"DICOM pixels that pydicom cannot decode ({_cut(syntax.name)})"
+        ) from None
     # These, even where more is installed: then the pixels are the same everywhere.
     plugin = next((p for p in ("pillow", "pydicom") if p in decoder.available_plugins), "")
     spare = _spare_bits(file)
@@ -230,7 +232,9 @@ def _by_pydicom(file: Any, syntax: Any) -> tuple[np.ndarray, str]:
 
 
 def _undecodable(syntax: Any, error: Exception) -> PixelError:
-    return PixelError(f"DICOM pixels that cannot be decoded here ({syntax.name}): {reason(error)}")
+    return PixelError(
+        f"DICOM pixels that cannot be decoded here ({_cut(syntax.name)}): {reason(error)}"
+    )
 
 
 def _spare_bits(file: Any) -> int:
@@ -532,7 +536,12 @@ def _number(text: str, found: list[str]) -> float | None:
 
 def _quoted(texts: list[str]) -> str:
     """Returns what a tag says, cut short and without control characters."""
-    return ", ".join("".join(c if c.isprintable() else "?" for c in t[:20]) for t in texts)
+    return ", ".join(_cut(text, 20) for text in texts)
+
+
+def _cut(text: str, most: int = 80) -> str:
+    """Returns text of a file, which may be any, for a sentence."""
+    return "".join(c if c.isprintable() else "?" for c in text[:most])
 
 
 def _table(file: Any, name: str, found: list[str], instead: str) -> Table | None:

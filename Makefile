@@ -4,8 +4,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 DATA   ?= phantom
 RUN    ?= runs/$(basename $(notdir $(DATA:/=)))
-# Drawn radiographs are learned in fewer epochs than the recipe has.
-ARGS   ?= $(if $(filter phantom,$(DATA)),--train.epochs 20)
+ARGS   ?=
 
 BIN := $(VENV)/bin
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from cnnjax.operating import OperatingPoint
     from cnnjax.train import Result, fit
 
-__version__ = "0.2.0rc1"
+__version__ = "0.2.0"
 
 __all__ = [
     "AugmentConfig",

@@ -71,7 +71,7 @@ def variants(recipe: Config) -> dict[str, Config]:
         "with-flips": augmented(flip=True),
         "with-erasing-and-noise": augmented(erase=0.2, noise=0.05),
         "with-mixup": trained(mixup=0.2),
-        "96-pixels": with_data(size=96),
+        "128-pixels": with_data(size=128),
         "48-channels": modelled(width=48),
         "with-views": augmented(views=8),
         # The recipe of the first release, in one view.

@@ -57,7 +57,7 @@ from cnnjax.train import compile_steps, take_epoch
 
 AUGMENT = AugmentConfig(
     shear=4,
-    zoom=0.5,
+    zoom=0.4,
     rotate=10,
     shift=0.08,
     flip=True,

@@ -15,7 +15,7 @@ from cnnjax.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainC
 
 CONFIG = Config(
     workdir=Path("runs/pneumonia"),
-    data=DataConfig(size=128, frame="lungs"),
+    data=DataConfig(size=96, frame="lungs"),
     model=ModelConfig(
         "resnet", width=32, depth=1, stages=3, stem=4, standardize=True, local_contrast=True
     ),

@@ -349,7 +349,7 @@ def test_a_process_of_its_own_trains_the_same_with_onednn(network: str, tmp_path
     ("own", "wait"), [({}, "ACTIVE"), ({"OMP_WAIT_POLICY": "passive"}, "PASSIVE")]
 )
 def test_openmp_waits_awake_unless_told_otherwise(own: dict[str, str], wait: str) -> None:
-    script = "import os; from cnnjax import onednn; onednn.library(); print(dict(os.environ))"
+    script = "import os; from cnnjax.ops import onednn; onednn.library(); print(dict(os.environ))"
     chosen = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
     rest = {name: value for name, value in os.environ.items() if name not in chosen}
     done = subprocess.run(

@@ -290,7 +290,7 @@ class Run:
         """
         placed: Any = {
             "out_shardings": devices.replicated(self.mesh),
-            "compiler_options": dict(devices.traits(self.mesh).once),
+            "compiler_options": devices.traits(self.mesh).once,
         }
         if init is None:
             return jax.jit(self.new_state, **placed)(self.key(_INIT)), None

@@ -29,7 +29,7 @@ def images() -> np.ndarray:
 
 
 def variables_of(model: Any, seed: int = 0) -> Any:
-    new = jax.jit(model.init, compiler_options=devices.once("cpu"))
+    new = jax.jit(model.init, compiler_options=devices.TRAITS["cpu"].once)
     variables = jax.device_get(new(jax.random.key(seed), np.zeros((1, 32, 32, 1), np.float32)))
     # Zero scales would hide the blocks.
     return jax.tree.map(lambda x: x + 0.1, variables)

@@ -301,7 +301,7 @@ else:
     assert ffi.available()
 model = make_model(ModelConfig(sys.argv[2], width=8))
 optimizer, _ = steps.make_optimizer(TrainConfig(), 1)
-once = dict(devices.TRAITS["cpu"].once)
+once = devices.TRAITS["cpu"].once
 new = jax.jit(lambda key: steps.init_state(model, optimizer, key, 32), compiler_options=once)
 state = new(jax.random.key(0))
 rng = np.random.default_rng(0)

@@ -30,7 +30,7 @@ class PlainPost(nn.Module):
 
 
 def initial(model: nn.Module, images: object) -> Any:
-    new = jax.jit(model.init, compiler_options=devices.once("cpu"))
+    new = jax.jit(model.init, compiler_options=devices.TRAITS["cpu"].once)
     return jax.device_get(new(jax.random.key(0), images))
 
 

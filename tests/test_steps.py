@@ -43,7 +43,7 @@ def batch_of(n: int, seed: int = 0) -> Batch:
 @functools.cache
 def variables_of(model: nn.Module) -> Any:
     """The model's initial variables, in host memory: compiling an initialiser takes seconds."""
-    new = jax.jit(model.init, compiler_options=dict(devices.TRAITS["cpu"].once))
+    new = jax.jit(model.init, compiler_options=devices.TRAITS["cpu"].once)
     return jax.device_get(new(KEY, np.zeros((1, SIZE, SIZE, 1), np.float32)))
 
 

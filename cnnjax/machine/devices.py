@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
@@ -114,7 +114,7 @@ class Traits:
     steps: int
     """Train steps in one call. A step of a small network takes an accelerator less time than
     calling it takes Python; a CPU's takes more, and XLA's convolutions are slow in its loops."""
-    once: tuple[tuple[str, Any], ...] = ()
+    once: dict[str, Any] = field(default_factory=dict)
     """`compiler_options` of `jax.jit` for a program that is run once: LLVM takes longer to make
     random numbers fast on a CPU than they take."""
 
@@ -130,7 +130,7 @@ maps of all must fit in memory."""
 _ACCELERATOR = Traits("bfloat16", evaluated=1024, framed=1024, steps=16)
 TRAITS = {
     "cpu": Traits(
-        "float32", evaluated=64, framed=64, steps=1, once=(("xla_backend_optimization_level", 1),)
+        "float32", evaluated=64, framed=64, steps=1, once={"xla_backend_optimization_level": 1}
     ),
     "gpu": _ACCELERATOR,
     "tpu": _ACCELERATOR,

@@ -20,8 +20,8 @@ from pydicom.encaps import encapsulate
 from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage
 
-from cnnjax import cli
-from cnnjax.data import dicom, phantom
+from cnnjax import cli, phantom
+from cnnjax.data import dicom
 from cnnjax.data.decode import DecodeError, MissingDecoder, decode
 from cnnjax.data.index import read_index
 from cnnjax.data.patients import block_folds, grouped_folds

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cnnjax import cli, lungs
+from cnnjax import cli, lungs, phantom
 from cnnjax.augment import make_augment
 from cnnjax.config import AugmentConfig, Config, DataConfig, DeviceConfig, ModelConfig, TrainConfig
-from cnnjax.data import framing, phantom
+from cnnjax.data import framing
 from cnnjax.data.decode import decode
 from cnnjax.data.index import read_index
 from cnnjax.errors import InputError

@@ -17,6 +17,7 @@ from cnnjax.data.decode import decode
 from cnnjax.data.index import Example, read_index
 from cnnjax.data.kermany import group_of
 from cnnjax.data.patients import in_several_splits
+from cnnjax.phantom import tree as tree_module
 
 KINDS: tuple[phantom.Kind, ...] = get_args(phantom.Kind)
 ILL: tuple[phantom.Kind, ...] = ("bacteria", "virus")
@@ -185,7 +186,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
     def fail(*_: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(phantom, "draw", fail)
+    monkeypatch.setattr(tree_module, "draw", fail)
     with pytest.raises(OSError, match="no space left"):
         phantom.write_tree(tmp_path / "t", train=4, size=64, progress=False, workers=1)
     assert not list(tmp_path.iterdir())

@@ -182,7 +182,7 @@ def wrong_max_pool(dy: np.ndarray, cache: layers.PoolCache) -> np.ndarray:
 
 def wrong_batch_norm(dy: np.ndarray, cache: layers.BatchNormCache) -> Any:
     """Takes mean and variance for constants, as they are in evaluation."""
-    return RIGHT["batch_norm_backward"](dy, cache._replace(counted=None))
+    return RIGHT["batch_norm_backward"](dy, cache._replace(train=False))
 
 
 def wrong_kernel_gradient(dy: np.ndarray, cache: layers.ConvCache) -> np.ndarray:

@@ -514,7 +514,7 @@ def stop(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("deletion", [1, 2, 3])
+@pytest.mark.parametrize("deletion", [1, 2])
 def test_a_checkpoint_goes_at_once(
     tree: Path, tmp_path: Path, finished: Path, deletion: int
 ) -> None:

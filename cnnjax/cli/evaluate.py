@@ -47,7 +47,8 @@ class Evaluate:
 
     def __call__(self) -> int:
         """Prints the metrics with their intervals; returns the exit status."""
-        from cnnjax import lungs, metrics, outputs
+        from cnnjax import lungs, metrics
+        from cnnjax.cli import outputs
         from cnnjax.data import framing
         from cnnjax.data.prepare import open_index
         from cnnjax.evaluation import release

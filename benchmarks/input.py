@@ -1,6 +1,6 @@
 """How fast images are read: decoded into the cache, found there again, and by the peers.
 
-    python benchmarks/input.py --data chest_xray --full-resolution DIR --json input.json
+    python -m benchmarks.input --data chest_xray --full-resolution DIR --json input.json
 
 Read are the training images of each tree. Ours decodes into a fresh cache (cold) and maps one that
 is there (warm); beside it Pillow decodes in full in a plain loop, Keras reads with
@@ -25,7 +25,9 @@ import jax
 import numpy as np
 import tyro
 from jax.sharding import Mesh
-from measure import (
+from PIL import Image
+
+from benchmarks.measure import (
     ENVIRONMENTS,
     Run,
     call,
@@ -37,8 +39,6 @@ from measure import (
     spread,
     write_json,
 )
-from PIL import Image
-
 from cnnjax import train
 from cnnjax.cli import guarded
 from cnnjax.config import Config, DataConfig, DeviceConfig, ModelConfig, TrainConfig
@@ -48,8 +48,6 @@ from cnnjax.data.index import read_index
 from cnnjax.errors import InputError
 from cnnjax.machine.host import cpu_cores
 from cnnjax.steps import TrainStep
-
-HERE = Path(__file__).resolve().parent
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,8 @@ class Options:
     rounds: int = 3
     """Rounds after the first, which is not counted."""
     environments: Path = ENVIRONMENTS
-    """Folder of the peers' environments (`peers.py --setup`); one that is missing is left out."""
+    """Folder of the peers' environments (`python -m benchmarks.peers --setup`); one that is
+    missing is left out."""
     waiting: bool = True
     """Train too, and measure the wait for data."""
     json: Path | None = None
@@ -108,7 +107,8 @@ def readers(options: Options, root: Path, scratch: Path) -> tuple[int, dict[str,
         if python.exists():
             runs[peer] = partial(_peer, peer, python, root / "train", options.size)
         else:
-            print(f"{peer} is left out: no {python}; make it with benchmarks/peers.py --setup")
+            made = "make it with python -m benchmarks.peers --setup"
+            print(f"{peer} is left out: no {python}; {made}")
     return len(files), runs
 
 
@@ -117,7 +117,7 @@ _inside: dict[str, float] = {}  # seconds that a peer measured in its own proces
 
 
 def _peer(peer: str, python: Path, root: Path, size: int) -> None:
-    command = [python, HERE / "peer_input.py", peer, root, str(size), str(cpu_cores())]
+    command = [python, "-m", "benchmarks.peers.reading", peer, root, size, cpu_cores()]
     _inside[peer] = float(call(f"{peer}, reading {root},", command))
 
 

@@ -23,7 +23,7 @@ from cnnjax.machine import devices
 from cnnjax.machine.host import cache_folder
 
 ROOT = Path(__file__).resolve().parents[1]
-ENVIRONMENTS = cache_folder() / "peers"  # each peer's, made by `peers.py --setup`
+ENVIRONMENTS = cache_folder() / "peers"  # made by `python -m benchmarks.peers --setup`
 
 # Flags of a CPU, the widest vectors first.
 _VECTORS = {"amx_tile": "AMX", "avx512f": "AVX-512", "avx2": "AVX2"}
@@ -69,7 +69,7 @@ def python_of(peer: str, environments: Path, on: str = "cpu") -> Path:
 
 
 def call(what: str, command: Sequence[object], **environment: str) -> str:
-    """Runs a process and returns what it printed; the command's parts may be paths.
+    """Runs a process in the root of the checkout, and returns what it printed.
 
     Raises:
         InputError: it failed; the message names `what` and holds the last line of its errors.
@@ -79,6 +79,7 @@ def call(what: str, command: Sequence[object], **environment: str) -> str:
         capture_output=True,
         text=True,
         check=False,
+        cwd=ROOT,  # where `-m benchmarks.NAME` is found, whoever's Python it is
         env=os.environ | environment,
     )
     if done.returncode:
@@ -140,7 +141,7 @@ def circumstances_apart(platform: str) -> dict[str, Any]:
     For a process whose children compute: whichever first asks JAX for its devices gets most of a
     GPU's memory, or the whole TPU.
     """
-    return json.loads(call("measure.py", [sys.executable, __file__, platform]))
+    return json.loads(call("measure", [sys.executable, "-m", "benchmarks.measure", platform]))
 
 
 def commit() -> str | None:

@@ -1,6 +1,6 @@
-"""Runs a recipe and tells how long each of its phases took; a part of `end_to_end.py`.
+"""Runs a recipe and tells how long each of its phases took; a part of `end_to_end`.
 
-    python benchmarks/phases.py experiments/baseline.py --data.root DIR --workdir RUN
+    python -m benchmarks.phases experiments/baseline.py --data.root DIR --workdir RUN
 
 The last line printed is JSON: seconds by phase, seconds of compiling within them, and for each
 epoch's line when it was written, in seconds since 1970, and the seconds of compiling before it.

@@ -1,6 +1,6 @@
 """What computing in bfloat16 costs in quality: a recipe in both precisions, over seeds.
 
-    python benchmarks/precision.py --data chest_xray --json precision.json
+    python -m benchmarks.precision --data chest_xray --json precision.json
 
 Each seed has its own split, weights and order; the two precisions share them, so that their
 difference within a seed is to be seen against the spread between seeds. Figures are those of the
@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 import numpy as np
 import tyro
-from measure import circumstances, headline, print_table, recipe_of, write_json
 
+from benchmarks.measure import circumstances, headline, print_table, recipe_of, write_json
 from cnnjax.cli import guarded
 from cnnjax.config import DeviceConfig
 from cnnjax.errors import InputError

@@ -1,8 +1,8 @@
 """How a train step scales with devices, and time and memory with the images and their size.
 
-    python benchmarks/scaling.py --json scaling.json
+    python -m benchmarks.scaling --json scaling.json
 
-Each point is a process of its own that runs `step_time.py`. Weak scaling gives each device the same
+Each point is a process of its own that runs `step_time`. Weak scaling gives each device the same
 batch, strong scaling divides one batch among them; sizes of images are measured on one device. On a
 CPU the devices are virtual: they share the cores, and from two on they compute with XLA's own
 convolutions, since one alone has oneDNN on all cores. Such a curve shows what dividing costs, not
@@ -23,9 +23,9 @@ from typing import Any, Literal
 import jax
 import numpy as np
 import tyro
-from measure import call, circumstances_apart, headline, print_table, write_json
 from tqdm import tqdm
 
+from benchmarks.measure import call, circumstances_apart, headline, print_table, write_json
 from cnnjax import steps, train
 from cnnjax.augment import make_augment
 from cnnjax.cli import guarded
@@ -36,7 +36,6 @@ from cnnjax.errors import InputError
 from cnnjax.machine import devices
 from cnnjax.networks import make_model
 
-HERE = Path(__file__).resolve().parent
 _EPOCH = "epoch"  # first argument of a process that measures its memory
 
 
@@ -114,12 +113,12 @@ def epoch(
 
 
 def step_rows(options: Options, *flags: str) -> list[dict[str, Any]]:
-    """Runs `step_time.py` in a process of its own; returns its train rows."""
+    """Runs `step_time` in a process of its own; returns its train rows."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
-        command = [sys.executable, str(HERE / "step_time.py"), "--networks", options.network]
+        command = [sys.executable, "-m", "benchmarks.step_time", "--networks", options.network]
         command += ["--rounds", str(options.rounds), "--device", options.device]
-        call("step_time.py", [*command, *flags, "--json", str(out)])
+        call("step_time", [*command, *flags, "--json", str(out)])
         rows = json.loads(out.read_text("utf-8"))["rows"]
     return [row for row in rows if row["step"] == "train"]
 
@@ -143,7 +142,7 @@ def measure(options: Options, found: dict[str, Any]) -> dict[str, list[dict[str,
     for images in options.images:
         asked = [options.network, options.device, images, 64, options.batch, options.rounds]
         point = json.dumps(asked)
-        command = [sys.executable, __file__, _EPOCH, point]
+        command = [sys.executable, "-m", "benchmarks.scaling", _EPOCH, point]
         found = json.loads(call("an epoch", command).splitlines()[-1])
         curves["images"].append({"images": images} | found)
     return curves

@@ -1,7 +1,7 @@
 """How long a train step and an eval step take, for each network, batch, precision and device count.
 
-    python benchmarks/step_time.py
-    python benchmarks/step_time.py --networks resnet --batches 32 128 512 --precisions float32 \\
+    python -m benchmarks.step_time
+    python -m benchmarks.step_time --networks resnet --batches 32 128 512 --precisions float32 \\
         bfloat16 --json step_time.json --plot step_time.svg
 
 The step is the one that `cnnjax.train` takes: it fetches the batch from the data set on the device,
@@ -14,7 +14,7 @@ FLOP are counted by hand (products and convolutions) and by XLA; MFU is the form
 peak, the bound is the larger of operations over the peak and bytes over the bandwidth of memory:
 bytes as XLA counts them, and the arrays of its calls into libraries, of which it counts none. What
 a cache serves counts as well, so a CPU can do better than this bound. An eval step multiplies
-float32 in full, as validation and prediction do; for that `peaks.py` has no peak of accelerators.
+float32 in full, as validation and prediction do; for that `peaks` has no peak of accelerators.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from jax.sharding import Mesh
-from measure import circumstances, headline, in_turn, print_table, spread, write_json
-from peaks import Peak, called_bytes, count_flops, peak_of
 
+from benchmarks.measure import circumstances, headline, in_turn, print_table, spread, write_json
+from benchmarks.peaks import Peak, called_bytes, count_flops, peak_of
 from cnnjax import steps, train
 from cnnjax.augment import make_augment
 from cnnjax.cli import guarded

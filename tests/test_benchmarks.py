@@ -11,27 +11,28 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import ahead, page
+from benchmarks.measure import processor
+from benchmarks.peaks import Peak, called_bytes, count_flops
+from cnnjax.cli import guarded
+from cnnjax.config import ModelConfig
+from cnnjax.errors import InputError
+from cnnjax.networks import make_model
 from cnnjax.ops import ffi
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 
 
-def script(name: str, *flags: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(BENCHMARKS / name), *map(str, flags)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def process(name: str, *flags: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", f"benchmarks.{name}", *map(str, flags)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
 
 
 @pytest.mark.parametrize("batch", [2, 32])
 def test_flops_are_those_counted_by_hand(monkeypatch: pytest.MonkeyPatch, batch: int) -> None:
     """Also where oneDNN would pool in the same call, as it does from some size on."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
     monkeypatch.setattr(ffi, "available", lambda: True)
-    from peaks import Peak, count_flops
-
-    from cnnjax.config import ModelConfig
-    from cnnjax.networks import make_model
-
     forward, train = count_flops(make_model(ModelConfig("baseline")), batch, size=64)
     first = 2 * 62 * 62 * 32 * 9
     rest = 2 * 29 * 29 * 32 * 9 * 32 + 2 * 6272 * 128 + 2 * 128
@@ -42,13 +43,7 @@ def test_flops_are_those_counted_by_hand(monkeypatch: pytest.MonkeyPatch, batch:
     assert peak.bound(1e9, 3e9) == 3.0  # by memory
 
 
-def test_flops_of_local_contrast_count_forward_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    from peaks import count_flops
-
-    from cnnjax.config import ModelConfig
-    from cnnjax.networks import make_model
-
+def test_flops_of_local_contrast_count_forward_alone() -> None:
     network = ModelConfig("resnet", width=4, stages=1, standardize=True)
     plain = count_flops(make_model(network), 2, size=32)
     both = count_flops(make_model(replace(network, local_contrast=True)), 2, size=32)
@@ -68,10 +63,7 @@ custom_call_target="convolve", operand_layout_constraints={f32[2,8,8,1]{3,2,1,0}
 """
 
 
-def test_bytes_of_calls_are_those_of_their_arrays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    from peaks import called_bytes
-
+def test_bytes_of_calls_are_those_of_their_arrays() -> None:
     assert called_bytes(CALLS) == 4 * 2 * 8 * 8 + 2 * 3 * 3 * 4 + (4 + 1) * 2 * 8 * 8 * 4
     assert called_bytes(HLO) == 0
 
@@ -85,12 +77,7 @@ def test_bytes_of_calls_are_those_of_their_arrays(monkeypatch: pytest.MonkeyPatc
         ("fpu", "Some CPU"),
     ],
 )
-def test_processors_of_one_name_are_told_apart(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: str, expected: str
-) -> None:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    from measure import processor
-
+def test_processors_of_one_name_are_told_apart(tmp_path: Path, flags: str, expected: str) -> None:
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(f"processor\t: 0\nmodel name\t: Some CPU\nflags\t\t: {flags}\n\n" * 2)
     assert processor(cpuinfo) == expected
@@ -102,7 +89,7 @@ def test_step_time_writes_its_rows(tmp_path: Path) -> None:
     flags = ["--networks", "baseline", "--batches", "2", "4", "--sizes", "16", "--rounds", "1"]
     flags += ["--steps", "1", "--device", "cpu"]
     out, plot = tmp_path / "rows.json", tmp_path / "plot.svg"
-    done = script("step_time.py", *flags, "--json", out, "--plot", plot)
+    done = process("step_time", *flags, "--json", out, "--plot", plot)
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     assert {(row["step"], row["batch"]) for row in found["rows"]} == {
@@ -125,7 +112,7 @@ def test_a_peer_is_proven_to_be_the_same_network_and_timed(tmp_path: Path) -> No
     python.parent.mkdir(parents=True)
     python.write_text("#!/bin/sh\necho 'no CUDA here' >&2\nexit 1\n")
     python.chmod(0o755)
-    done = script("peers.py", *flags, "--device", "cpu", "--json", out)
+    done = process("peers", *flags, "--device", "cpu", "--json", out)
     assert done.returncode == 0, done.stderr
     assert "left out: torch eager stopped: no CUDA here" in done.stderr
     found = json.loads(out.read_text())
@@ -140,28 +127,33 @@ def test_a_peer_is_proven_to_be_the_same_network_and_timed(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("name", "flags", "message"),
     [
-        (("step_time.py", "--device", "gpu"), "--device.platform gpu: JAX finds none here"),
-        (("step_time.py", "--rounds", "0"), "--rounds must be at least 1, got 0"),
-        (("peers.py", "--batches", "0"), "--batches must be numbers of at least 1"),
-        (("input.py", "--data", "nowhere"), "nowhere does not exist"),
-        (("report.py", "--keep", "x.json"), "--keep x.json: write FILE=SECTION"),
+        ("step_time", "--device gpu", "--device.platform gpu: JAX finds none here"),
+        ("step_time", "--rounds 0", "--rounds must be at least 1, got 0"),
+        ("peers.__main__", "--batches 0", "--batches must be numbers of at least 1"),
+        ("input", "--data nowhere", "nowhere does not exist"),
+        ("page", "--keep x.json", "--keep x.json: write FILE=SECTION"),
+        ("ahead", "--batches 6", "--batches must be multiples of 4, the most devices"),
     ],
 )
-def test_bad_input_is_one_sentence_and_status_2(flags: tuple[str, ...], message: str) -> None:
-    done = script(*flags)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: ")
-    assert message in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+def test_bad_input_is_one_sentence_and_status_2(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    flags: str,
+    message: str,
+) -> None:
+    monkeypatch.setattr(sys, "argv", [name, *flags.split()])
+    assert guarded(importlib.import_module(f"benchmarks.{name}").main) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert message in told
+    assert len(told.splitlines()) == 1
 
 
-def test_the_page_is_made_of_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import report
-
-    assert report.page(tmp_path) == (BENCHMARKS / "README.md").read_text("utf-8")
+def test_the_page_is_made_of_the_results(tmp_path: Path) -> None:
+    assert page.page(tmp_path) == (BENCHMARKS / "README.md").read_text("utf-8")
     assert {path.name for path in tmp_path.iterdir()} == {
         path.name for path in (BENCHMARKS / "results").glob("*.svg")
     }
@@ -169,17 +161,14 @@ def test_the_page_is_made_of_the_results(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_what_is_unknown_is_left_empty(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As the peak of an accelerator for float32 in full, and the bound that follows of it."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import report
-
     kept = json.loads((BENCHMARKS / "results" / "amd-epyc-avx2.json").read_text("utf-8"))
     section = kept["step_time"]
     row = section["rows"][0] | {"network": "unknown", "mfu": None, "of_bound": None}
     section["rows"].append(row)
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "gpu.json").write_text(json.dumps({"step_time": section}))
-    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
-    (line,) = (one for one in report.page(tmp_path).splitlines() if "| unknown |" in one)
+    monkeypatch.setattr(page, "RESULTS", tmp_path / "results")
+    (line,) = (one for one in page.page(tmp_path).splitlines() if "| unknown |" in one)
     *_, mfu, of_the_roofline, mib, _ = line.split("|")
     assert mfu.strip() == of_the_roofline.strip() == ""
     assert mib.strip()
@@ -207,19 +196,12 @@ ENTRY %main (p: f32[4]) -> f32[4] {
 """
 
 
-def test_launches_are_those_of_the_loops_body(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    from ahead import launches
-
-    assert launches(HLO) == 2  # the copy and the fusion, but not what is fused
+def test_launches_are_those_of_the_loops_body() -> None:
+    assert ahead.launches(HLO) == 2  # the copy and the fusion, but not what is fused
 
 
+@pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is not None, reason="CUDA is here")
 def test_ahead_says_what_it_needs() -> None:
-    done = script("ahead.py", "--batches", "6")
-    assert done.returncode == 2
-    assert done.stderr.strip() == "error: --batches must be multiples of 4, the most devices"
-    if importlib.util.find_spec("jax_plugins") is None:  # no CUDA
-        done = script("ahead.py", "--target", "h100")
-        assert done.returncode == 2
-        assert 'pip install "jax[cuda13]"' in done.stderr
-        assert len(done.stderr.splitlines()) == 1
+    with pytest.raises(InputError, match=r'pip install "jax\[cuda13\]"') as told:
+        ahead.mesh_of("h100", 1)
+    assert "\n" not in str(told.value)

@@ -80,8 +80,12 @@ def test_flags_of_commands_are_fields() -> None:
     found = 0
     for document in (*DOCUMENTS, ROOT / "benchmarks" / "README.md"):
         text = document.read_text("utf-8").replace("\\\n", " ")
-        for script, rest in re.findall(r"((?:benchmarks|experiments)/\w+\.py)([^`\n;)]*)", text):
-            fields = config + (ROOT / script).read_text("utf-8")
+        for script, rest in re.findall(
+            r"(-m benchmarks\.[a-z_]+|experiments/\w+\.py)([^`\n;)]*)", text
+        ):
+            path = ROOT / script.removeprefix("-m ").replace("benchmarks.", "benchmarks/")
+            path = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+            fields = config + path.read_text("utf-8")
             for flag in re.findall(r"--([\w.-]+)", rest):
                 found += 1
                 name = flag.rpartition(".")[2].removeprefix("no-").replace("-", "_")

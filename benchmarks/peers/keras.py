@@ -1,4 +1,4 @@
-"""Keras's side of `peers.py`, on TensorFlow, in its own environment; imports nothing of cnnjax.
+"""Keras's side of the comparison, on TensorFlow, in its own environment; imports nothing of cnnjax.
 
 Forms: `graph` (what `compile` does without XLA) and `default` (Keras chooses whether to use XLA).
 bfloat16 is Keras's `mixed_bfloat16`.
@@ -17,7 +17,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 from keras import layers
-from peer_worker import Problem, serve
+
+from benchmarks.peers.worker import Problem, serve
 
 
 def baseline(size: int, channels: int) -> Any:
@@ -101,7 +102,7 @@ def use(device: str) -> str:
 
 
 class Keras:
-    """See `peer_worker.Network`."""
+    """See `benchmarks.peers.worker.Network`."""
 
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
@@ -114,14 +115,14 @@ class Keras:
         self._reset()
 
     def logits(self) -> np.ndarray:
-        """See `peer_worker.Network`."""
+        """See `benchmarks.peers.worker.Network`."""
         tf.config.experimental.enable_tensor_float_32_execution(False)
         found = self._model(self._images[0], training=False).numpy()[:, 0]
         tf.config.experimental.enable_tensor_float_32_execution(True)
         return found
 
     def losses(self, steps: int) -> list[float]:
-        """See `peer_worker.Network`."""
+        """See `benchmarks.peers.worker.Network`."""
         self._reset()
         found = []
         tf.config.experimental.enable_tensor_float_32_execution(False)
@@ -134,7 +135,7 @@ class Keras:
         return found
 
     def train(self, steps: int) -> None:
-        """See `peer_worker.Network`."""
+        """See `benchmarks.peers.worker.Network`."""
         for _ in range(steps):
             logs = self._function(self._iterator)
         logs["loss"].numpy() if isinstance(logs, dict) else np.asarray(logs)

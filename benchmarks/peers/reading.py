@@ -1,6 +1,6 @@
 """How fast a peer reads a folder of images; run in its own environment, imports nothing of cnnjax.
 
-    python peer_input.py keras|torch FOLDER SIZE WORKERS
+    python -m benchmarks.peers.reading keras|torch FOLDER SIZE WORKERS
 
 Prints the seconds of one pass; importing, listing the files and starting PyTorch's workers are not
 included. PyTorch's reader is in gray, as the loop of Pillow; Keras's is that of the post's program.

@@ -1,8 +1,8 @@
 """A train step of the same network in cnnjax, PyTorch, Keras and NumPy, in turn in one run.
 
-    python benchmarks/peers.py --setup          # makes an environment for each peer, once
-    python benchmarks/peers.py --json peers.json
-    python benchmarks/peers.py --peers numpy    # needs no environment of its own
+    python -m benchmarks.peers --setup          # makes an environment for each peer, once
+    python -m benchmarks.peers --json peers.json
+    python -m benchmarks.peers --peers numpy    # needs no environment of its own
 
 Every library starts from the same weights and takes the same batches, without augmentation. They
 lie on the device; Keras is given them by `tf.data`, as by its `fit`, from the host's memory. First
@@ -33,8 +33,10 @@ from typing import Any, Literal
 import jax
 import numpy as np
 import tyro
-from measure import (
+
+from benchmarks.measure import (
     ENVIRONMENTS,
+    ROOT,
     call,
     circumstances,
     headline,
@@ -43,14 +45,11 @@ from measure import (
     recipe_of,
     write_json,
 )
-
 from cnnjax.cli import guarded
 from cnnjax.config import DeviceConfig
 from cnnjax.errors import InputError
 from cnnjax.machine import devices
 from cnnjax.networks import make_model
-
-HERE = Path(__file__).resolve().parent
 
 # What each peer's environment holds: on a machine without and with an accelerator.
 PACKAGES: dict[str, dict[str, list[str]]] = {
@@ -117,7 +116,7 @@ class Options:
 
 
 class Worker:
-    """A process with a network in it; see `peer_worker.py`."""
+    """A process with a network in it; see `worker.py`."""
 
     def __init__(self, name: str, command: list[str]) -> None:
         self.name = name
@@ -129,7 +128,7 @@ class Worker:
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
                 text=True,
-                cwd=HERE,
+                cwd=ROOT,
                 env=os.environ | _SHARE,
             )
         except OSError as error:
@@ -214,12 +213,12 @@ def started(
 ) -> list[Worker]:
     """Starts ours and every form of every peer that is there and does start; `stack` ends them."""
 
-    def start(name: str, *command: str) -> Worker:
-        worker = Worker(name, [*command, precision])
+    def start(name: str, python: str, module: str, *arguments: str) -> Worker:
+        worker = Worker(name, [python, "-m", f"benchmarks.peers.{module}", *arguments, precision])
         stack.callback(worker.close)
         return worker
 
-    workers = [start(OURS, sys.executable, str(HERE / "peer_cnnjax.py"), str(problem), "")]
+    workers = [start(OURS, sys.executable, "ours", str(problem), "")]
     for peer in options.peers:
         python = sys.executable
         if peer == "numpy" and precision != "float32":
@@ -229,13 +228,12 @@ def started(
             if not Path(python).exists():
                 left_out[peer] = f"{peer} has no {python}; make it with --setup"
                 continue
-        script = str(HERE / f"peer_{peer}.py")
         for form in FORMS[peer]:
             name = f"{peer} {form}".strip()
             if name in left_out:
                 continue
             with leaving_out(name, left_out):
-                workers.append(start(name, python, script, str(problem), form))
+                workers.append(start(name, python, peer, str(problem), form))
     return workers
 
 

@@ -1,6 +1,6 @@
 """The post's own Keras program: from folders of JPEGs to a trained and judged network.
 
-    python peer_keras_job.py FOLDER EPOCHS cpu|gpu
+    python -m benchmarks.peers.keras_job FOLDER EPOCHS cpu|gpu
 
 FOLDER holds train/ and val/, each with a folder for each class. Runs in Keras's own environment and
 imports nothing of cnnjax.
@@ -17,7 +17,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from keras import Sequential, layers
 from keras.src.legacy.preprocessing.image import ImageDataGenerator
-from peer_keras import use
+
+from benchmarks.peers.keras import use
 
 
 def main(folder: Path, epochs: int, device: str) -> None:

@@ -1,4 +1,4 @@
-"""The conversation between `peers.py` and a network in another process; imports NumPy only.
+"""The conversation of `__main__` with a network in another process; imports NumPy only.
 
 Each line of standard input is a request, each line of standard output its answer, in JSON: first
 `ready` with the name of what computes, then `logits` of the first batch, `losses` of ten steps
@@ -37,7 +37,7 @@ class Network(Protocol):
 
 
 class Problem:
-    """What every process trains: read from the file that `peers.py` wrote.
+    """What every process trains: read from the file that `__main__` wrote.
 
     Attributes:
         network: `baseline` or `resnet`.

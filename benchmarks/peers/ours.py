@@ -1,4 +1,4 @@
-"""Our side of `peers.py`: the step as `cnnjax.train` takes it, with the data set on the device."""
+"""Our side of the comparison: the step of `cnnjax.train`, with the data set on the device."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from peer_worker import Problem, serve
 
+from benchmarks.peers.worker import Problem, serve
 from cnnjax import steps, train
 from cnnjax.config import DeviceConfig, ModelConfig
 from cnnjax.data.batches import Feeder
@@ -19,7 +19,7 @@ from cnnjax.objectives import Batch
 
 
 class Ours:
-    """See `peer_worker.Network`."""
+    """See `benchmarks.peers.worker.Network`."""
 
     def __init__(self, problem: Problem) -> None:
         # As the peers, which take one GPU; a CPU is one device, or as many as it is for all.
@@ -68,12 +68,12 @@ class Ours:
         self._state = self._start()
 
     def logits(self) -> np.ndarray:
-        """See `peer_worker.Network`."""
+        """See `benchmarks.peers.worker.Network`."""
         with devices.full_float32(self._mesh):
             return np.asarray(self._eval(self._start(), self._first))
 
     def losses(self, steps: int) -> list[float]:
-        """See `peer_worker.Network`."""
+        """See `benchmarks.peers.worker.Network`."""
         state, found = self._start(), []
         with devices.full_float32(self._mesh):
             for feed in self._feeder.feed(self._rows[:steps]):
@@ -82,7 +82,7 @@ class Ours:
         return found
 
     def train(self, steps: int) -> None:
-        """See `peer_worker.Network`."""
+        """See `benchmarks.peers.worker.Network`."""
         rows = np.resize(self._rows, (steps, self._rows.shape[1]))
         for step, feed in train.calls(self._step, self._feeder, rows):
             self._state, _ = step(self._state, self._feeder.data, feed, self._key)

@@ -1,4 +1,4 @@
-"""NumPy's side of `peers.py`: the networks of `cnnjax.scratch`, in our own environment.
+"""NumPy's side of the comparison: the networks of `cnnjax.scratch`, in our own environment.
 
 NumPy has no bfloat16 and leaves products to its BLAS, on the CPU.
 """
@@ -9,15 +9,15 @@ from importlib.metadata import version
 from itertools import cycle, islice
 
 import numpy as np
-from peer_worker import Problem, serve
 
+from benchmarks.peers.worker import Problem, serve
 from cnnjax.scratch.models import BaselineCNN, Network, ResNet
 from cnnjax.scratch.optimizers import adamw
 from cnnjax.scratch.steps import Batch, TrainState, make_eval_step, make_train_step
 
 
 class Scratch:
-    """See `peer_worker.Network`."""
+    """See `benchmarks.peers.worker.Network`."""
 
     def __init__(self, problem: Problem) -> None:
         self.version = f"numpy {version('numpy')} on cpu"
@@ -43,11 +43,11 @@ class Scratch:
         self._eval = make_eval_step(model)
 
     def logits(self) -> np.ndarray:
-        """See `peer_worker.Network`."""
+        """See `benchmarks.peers.worker.Network`."""
         return self._eval(self._start, self._batches[0])
 
     def losses(self, steps: int) -> list[float]:
-        """See `peer_worker.Network`."""
+        """See `benchmarks.peers.worker.Network`."""
         state, found = self._start, []
         for batch in self._batches[:steps]:
             state, sums = self._train(state, batch)
@@ -55,7 +55,7 @@ class Scratch:
         return found
 
     def train(self, steps: int) -> None:
-        """See `peer_worker.Network`."""
+        """See `benchmarks.peers.worker.Network`."""
         for batch in islice(cycle(self._batches), steps):
             self._state, _ = self._train(self._state, batch)
 

@@ -1,8 +1,8 @@
 """Runs the benchmarks, keeps what they find in `results/`, and makes `README.md` of it.
 
-    python benchmarks/report.py                                # the page, from the results kept
-    python benchmarks/report.py --run peers step_time          # measure these anew, then the page
-    python benchmarks/report.py --keep gpu.json=step_time      # take a result from elsewhere
+    python -m benchmarks.page                               # the page, from the results kept
+    python -m benchmarks.page --run peers step_time         # measure these anew, then the page
+    python -m benchmarks.page --keep gpu.json=step_time     # take a result from elsewhere
 
 There is one file of results for each device, named after it, with a section for each benchmark.
 """
@@ -23,8 +23,8 @@ import matplotlib
 import tyro
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
-from measure import write_json
 
+from benchmarks.measure import write_json
 from cnnjax.cli import guarded
 from cnnjax.errors import InputError
 
@@ -145,7 +145,7 @@ def _step_time(document: dict[str, Any], plots: Path) -> str:
         " as both are where no peak is known: of float32 in full, on an accelerator."
         " Augmentation is part of the train step."
         " Both networks see one channel, and `resnet` has 16 at first (the library's default is"
-        " 32); the recipes' networks are in `peers.py`.\n"
+        " 32); the recipes' networks are in `peers`.\n"
     )
     return f"### {_NAMES['step_time']}\n\n{_table(columns, rows)}\n{note}\n{plot}"
 
@@ -371,13 +371,13 @@ def _plot(plots: Path, name: str, alt: str, draw: Callable[[Any], None], height:
 
 
 _NAMES = {
-    "peers": "Beside PyTorch and Keras: `peers.py`",
-    "step_time": "One step: `step_time.py`",
-    "input": "Reading images: `input.py`",
-    "end_to_end": "From start to a trained network: `end_to_end.py`",
-    "scaling": "Scaling: `scaling.py`",
-    "precision": "Quality in bfloat16: `precision.py`",
-    "ahead": "Compiled ahead of time: `ahead.py`",
+    "peers": "Beside PyTorch and Keras: `peers`",
+    "step_time": "One step: `step_time`",
+    "input": "Reading images: `input`",
+    "end_to_end": "From start to a trained network: `end_to_end`",
+    "scaling": "Scaling: `scaling`",
+    "precision": "Quality in bfloat16: `precision`",
+    "ahead": "Compiled ahead of time: `ahead`",
 }
 _SECTIONS: dict[str, Callable[[dict[str, Any], Path], str]] = {
     "peers": _peers,
@@ -389,16 +389,16 @@ _SECTIONS: dict[str, Callable[[dict[str, Any], Path], str]] = {
     "ahead": _ahead,
 }
 _HEAD = """\
-<!-- Made by benchmarks/report.py from benchmarks/results/*.json; edit those. -->
+<!-- Made by benchmarks/page.py from benchmarks/results/*.json; edit those. -->
 
 # Benchmarks
 
-What the scripts here measured. Every comparison with others is made in turn within one run, A B C
+What the modules here measured. Every comparison with others is made in turn within one run, A B C
 A B C, since the machines are shared: trust the ratios, and their spread, before the milliseconds.
-Each script's first lines say how to run it and what it counts; `python benchmarks/report.py --run
-NAME` runs one (with `--flags="--data DIR"` those that train on the real images) and makes this page
-anew. PyTorch and Keras need `python benchmarks/peers.py --setup` first. A plus behind a commit says
-that files differed from it.
+Each module's first lines say how to run it, from the root of the checkout, and what it counts;
+`python -m benchmarks.page --run NAME` runs one (with `--flags="--data DIR"` those that train on the
+real images) and makes this page anew. PyTorch and Keras need `python -m benchmarks.peers --setup`
+first. A plus behind a commit says that files differed from it.
 """
 
 
@@ -406,10 +406,10 @@ def main() -> int:
     """Runs, keeps and writes; returns the exit status."""
     options = tyro.cli(Options, description=__doc__)
     for section in options.run:
-        print(f"--- {section}.py", flush=True)
+        print(f"--- {section}", flush=True)
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "found.json"
-            command = [sys.executable, str(HERE / f"{section}.py"), "--json", str(out)]
+            command = [sys.executable, "-m", f"benchmarks.{section}", "--json", str(out)]
             if subprocess.run([*command, *options.flags.split()], check=False).returncode:
                 raise InputError(f"--run {section} failed; see above")
             keep(section, out)

@@ -1,4 +1,4 @@
-"""PyTorch's side of `peers.py`, run in PyTorch's own environment; imports nothing of cnnjax.
+"""PyTorch's side of the comparison, in its own environment; imports nothing of cnnjax.
 
 Forms: `eager`, `eager channels_last`, `compiled` (channels_last, torch.compile). bfloat16 is
 autocast with float32 weights. On a GPU float32 products may use TF32, as JAX's do.
@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-from peer_worker import Problem, serve
 from torch import Tensor, nn
 from torch.nn import functional
+
+from benchmarks.peers.worker import Problem, serve
 
 
 class Baseline(nn.Module):
@@ -115,7 +116,7 @@ class ResNet(nn.Module):
 
 
 class Torch:
-    """See `peer_worker.Network`."""
+    """See `benchmarks.peers.worker.Network`."""
 
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
@@ -138,14 +139,14 @@ class Torch:
         self._taken = 0
 
     def logits(self) -> np.ndarray:
-        """See `peer_worker.Network`."""
+        """See `benchmarks.peers.worker.Network`."""
         with self._proving():
             self._model.eval()
             with torch.no_grad():
                 return self._model(self._images[0]).float().cpu().numpy()
 
     def losses(self, steps: int) -> list[float]:
-        """See `peer_worker.Network`."""
+        """See `benchmarks.peers.worker.Network`."""
         found = []
         with self._proving():
             for image, label in zip(self._images[:steps], self._labels[:steps], strict=True):
@@ -155,7 +156,7 @@ class Torch:
         return found
 
     def train(self, steps: int) -> None:
-        """See `peer_worker.Network`."""
+        """See `benchmarks.peers.worker.Network`."""
         for _ in range(steps):
             i = self._taken % len(self._images)
             self._step(self._images[i], self._labels[i])

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from cnnjax.config import DeviceConfig
 from cnnjax.errors import InputError, first_line
+from cnnjax.machine import programs
 from cnnjax.machine.host import cache_folder, cpu_cores, keep_freed_memory
 from cnnjax.ops import ffi, onednn
 
@@ -74,13 +75,12 @@ def keep_compiled_programs() -> None:
     """
     if jax.config.values["jax_compilation_cache_dir"] is not None:
         return
-    folder = cache_folder() / "compiled"
+    folder = cache_folder() / "programs"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError:
         return  # a home that cannot be written to costs compile time, nothing else
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    programs.keep_in(folder)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -69,6 +69,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
         "test_cache.py::test_a_damaged_cache_is_made_anew",
         "test_cache.py::test_interrupted_decoding_leaves_nothing",
         "test_cache.py::test_what_killed_processes_left_goes_after_a_day",
+        "test_programs.py",
         "test_cli.py::test_an_output_without_room_is_one_sentence",
         "test_train.py::test_a_full_disk_is_told_as_such",
     ),

@@ -118,6 +118,8 @@ def fit(
     """
     with open_run(config, data, network, objective, init) as run:
         config, data, mesh = run.config, run.data, run.mesh
+        if run.ended:
+            return run.conclude()
         steps = compile_steps(mesh, run.train_step)
         given = jax.device_put((run.key(_STEP), run.objective), devices.replicated(mesh))
         feeder = run.feeder()
@@ -320,6 +322,11 @@ class Run:
         """Whether it has gone on for too long without a better checkpoint."""
         patience = self.config.train.patience
         return bool(patience and self.done - self.best >= patience)
+
+    @property
+    def ended(self) -> bool:
+        """Whether there is nothing left to train."""
+        return self.done >= self.config.train.epochs or self.out_of_patience
 
     def mend(self) -> None:
         """Writes the best state where the process died when it had written it as the latest."""
@@ -526,6 +533,7 @@ def open_run(
             "init": None if init is None else parts.fingerprint(init),
         }
         workdir.claim_parts(given)
+        workdir.expect_split([e.name for e in data.decoded.examples], data.held_out)
         write_split(workdir.split, data.decoded.examples, data.held_out)
         write_quarantine(workdir.quarantine, data.decoded.quarantine)
         write_duplicates(workdir.duplicates, data.duplicates)

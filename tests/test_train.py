@@ -235,10 +235,21 @@ def events_of(file: Path) -> Iterator[Any]:
 
 
 def test_a_finished_run_is_not_trained_again(
-    tree: Path, finished: Path, capsys: pytest.CaptureFixture[str]
+    tree: Path,
+    finished: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     before = outcome(finished)
+    restored, restore = [], checkpoint.Checkpoints.restore
+
+    def watched(self: Any, kind: Any, template: Any) -> Any:
+        restored.append(kind)
+        return restore(self, kind, template)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "restore", watched)
     fit(config_for(tree, finished))
+    assert sorted(restored) == ["best", "latest"]  # to be evaluated
     assert "resuming after epoch 4" in capsys.readouterr().out
     assert outcome(finished) == before
 

@@ -188,6 +188,27 @@ class Workdir:
                 " restore them or choose another --workdir"
             )
 
+    def expect_split(self, names: Sequence[str], held_out: np.ndarray) -> None:
+        """Raises InputError where a run that has begun was trained on another split of its images.
+
+        Earlier versions drew other splits of some data sets.
+
+        Args:
+            names: of n images.
+            held_out: bool [n], true where the image validates now.
+        """
+        if not self.checkpoints.exists():
+            return
+        validated = {row["image"] for row in self.read_split() if row["role"] == "validation"}
+        validates = {name for name, held in zip(names, held_out, strict=True) if held}
+        if moved := sorted(validated ^ validates):
+            now, was = ("train", "validation") if moved[0] in validated else ("validation", "train")
+            raise InputError(
+                f"{self.root} was trained on another split of the images: {len(moved):,} have"
+                f" another role now, as {moved[0]}, {now} (was {was}); resume it with the version"
+                " of cnnjax that began it, or choose another --workdir"
+            )
+
     def expect_versions(self) -> None:
         """Raises InputError where the run was last trained with other versions.
 

@@ -215,6 +215,35 @@ def test_duplicates_csv(copy: Path, tmp_path: Path) -> None:
     assert (row["bits"], float(row["correlation"])) == ("0", 1.0)
 
 
+def test_a_run_of_a_version_that_did_not_look_for_them_is_not_gone_on_with(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its training images would validate now."""
+    config = Config(
+        workdir=tmp_path / "run",
+        data=DataConfig(root=str(copy), size=32, cache=tmp_path / "cache"),
+        train=TrainConfig(epochs=1, batch=16),
+        device=DeviceConfig(count=1),
+    )
+    patient = {e.name: e.patient for e in read_index(copy).split("train", "val")}
+    before = roles(prepared(copy)[0])
+    held = sorted(name for name in before if before[name] and "PNEUMONIA" in name)
+    trained = sorted(name for name in before if not before[name] and "PNEUMONIA" in name)
+    shutil.copy(copy / trained[0], copy / held[-1])
+    moved = [name for name in held if patient[name] == patient[held[-1]]]
+    with monkeypatch.context() as earlier:
+        earlier.setattr(duplicates, "find", lambda *_: [])
+        fit(config)
+    split = (config.workdir / "split.csv").read_bytes()
+    with pytest.raises(
+        InputError,
+        match=rf"another split of the images: {len(moved)} have another role now, as"
+        rf" {moved[0]}, train \(was validation\); resume it with the version",
+    ):
+        fit(config)
+    assert (config.workdir / "split.csv").read_bytes() == split
+
+
 def test_a_run_names_them_in_its_folder_its_report_and_on_screen(
     copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,14 +26,29 @@ class DataConfig:
     """Where the images come from and how they are split."""
 
     root: str = "phantom"
-    """A Kaggle or Mendeley tree, a zip of one, a MedMNIST .npz, or the word `phantom`."""
+    """A folder or zip of class folders, with or without `train`, `val` and `test` above them, a
+    MedMNIST .npz, or the word `phantom`. With --data.table, where its paths begin; by default the
+    table's own folder."""
     size: int = 64
     """Side of the square that every image is reduced to, in pixels."""
     frame: Frame = "whole"
     """What the network sees of an image: `whole`, all of it, stretched to the square; `lungs`, the
     part around the lungs, as a small network finds them (`cnnjax.lungs`)."""
     positive: str = "PNEUMONIA"
-    """Name of the class folder that counts as positive (label 1)."""
+    """Of two classes, the name of the one that counts as positive (label 1)."""
+    classes: str = ""
+    """The classes to tell apart, in the order of their labels: `normal,bacteria,virus`. By default
+    all that are found, sorted by name, of two the positive one last. An image is of the class of
+    its folder or label, or else of the cause that its published file name tells, or left out."""
+    table: Path | None = None
+    """A CSV file with a row for each image: `path`, `label` and, if known, `patient`, `split`, and
+    `weight`, by which the image's loss is multiplied (see `cnnjax.data.table`)."""
+    columns: str = ""
+    """Names of the table's columns where they are others: `path=file,label=finding`. An empty one,
+    `weight=`, leaves the column out."""
+    patient_pattern: str = ""
+    """Regular expression that finds the patient in an image's path: its group, or all of the match.
+    By default DICOM tags and the published file names tell."""
     validation: Literal["patients", "blocks", "official"] = "patients"
     """What validates: `patients`, a fold of all patients of train and val; `blocks`, a run of the
     file numbering, which is further from the rest; `official`, the val folder."""
@@ -42,7 +57,7 @@ class DataConfig:
     fold: int = 0
     """Which fold is held out for validation, counted from 0."""
     strict: bool = False
-    """Stop at a file that cannot be decoded, or is in both classes, instead of leaving it out."""
+    """Stop at a file that cannot be decoded, or is in two classes, instead of leaving it out."""
     cache: Path | None = None
     """Folder of the decoded images; by default the user's cache folder."""
     resident_mib: int = 1024
@@ -58,6 +73,23 @@ class DataConfig:
             f"be between 0 and {self.folds - 1} for {self.folds} folds",
             self.fold,
         )
+        names = [name.casefold() for name in self.class_names]
+        if self.classes and (len(names) < 2 or len(set(names)) < len(names)):
+            raise InputError(
+                f"--data.classes must name two or more classes, as normal,bacteria,virus; got"
+                f" {self.classes}"
+            )
+        positive = self.positive.casefold()
+        said = positive in names or self.positive != DataConfig.positive
+        if len(names) == 2 and said and positive != names[1]:
+            raise InputError(
+                f"--data.positive {self.positive} must be the last of --data.classes {self.classes}"
+            )
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names in `classes`; none where all that are found count."""
+        return tuple(name.strip() for name in self.classes.split(",") if name.strip())
 
 
 @dataclass(frozen=True)
@@ -302,6 +334,7 @@ _INCIDENTAL = {
     "--tensorboard",
     "--other-versions",
     "--data.root",
+    "--data.table",
     "--data.cache",
     "--data.strict",
     "--data.resident-mib",
@@ -332,6 +365,8 @@ def expect_effect(config: Config, *, resumed: bool = False) -> None:
             raise InputError(f"--operating.{name} needs --operating.criterion {criterion}")
     if resumed:
         return
+    if config.data.columns and not (config.data.table or config.data.root.endswith(".csv")):
+        raise InputError("--data.columns needs --data.table")
     if config.train.warmup != default.train.warmup and config.train.schedule != "cosine":
         raise InputError("--train.warmup needs --train.schedule cosine")
 
@@ -374,6 +409,9 @@ def differences(ours: Config, theirs: Config) -> list[str]:
     ]
 
 
+# Version 0.2 did not have these; its runs are read with their defaults, which are what it did.
+_ADDED = {"data.table", "data.columns", "data.patient_pattern", "data.classes"}
+
 _T = TypeVar("_T")
 
 
@@ -393,12 +431,16 @@ def from_dict(cls: type[_T], values: Any, source: str, prefix: str = "") -> _T:
         raise InputError(f"{source}: {prefix or 'the file'} must be an object, got {values!r}")
     hints = get_type_hints(cls)
     unknown = sorted(values.keys() - hints.keys())
-    missing = sorted(hints.keys() - values.keys())
+    absent = hints.keys() - values.keys()
+    added = {name for name in absent if prefix + name in _ADDED}
+    missing = sorted(absent - added)
     if unknown or missing:
         problem = f"unknown key {prefix}{unknown[0]}" if unknown else f"no {prefix}{missing[0]}"
         raise InputError(f"{source} has {problem}; was it written by another version of cnnjax?")
     parsed: dict[str, Any] = {}
     for name, hint in hints.items():
+        if name in added:
+            continue
         value = values[name]
         if dataclasses.is_dataclass(hint):
             value = from_dict(hint, value, source, f"{prefix}{name}.")  # type: ignore[arg-type]

@@ -116,7 +116,9 @@ def test_a_fold_without_a_class_is_told_before_decoding(make_tree: Callable[...,
     ill += [f"train/PNEUMONIA/person{i}_virus_{i}.jpeg" for i in range(2, 6)]
     tree = make_tree(*ill, *(f"train/NORMAL/IM-{i:04}-0001.jpeg" for i in range(10)))
     config = DataConfig(str(tree), validation="blocks", fold=1)
-    with pytest.raises(InputError, match=r"--data\.fold 1, validation lacks a class; choose"):
+    with pytest.raises(
+        InputError, match=r"--data\.fold 1, validation lacks the class PNEUMONIA; choose"
+    ):
         training_data(config, 0, print)
 
 

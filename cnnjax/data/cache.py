@@ -26,8 +26,9 @@ from tqdm import tqdm
 
 from cnnjax.data import duplicates
 from cnnjax.data.decode import DecodeError, MissingDecoder, decode
-from cnnjax.data.index import Example, Source
+from cnnjax.data.index import Example
 from cnnjax.data.kermany import viral_of
+from cnnjax.data.sources import Source
 from cnnjax.errors import InputError
 from cnnjax.machine.files import (
     checksum,
@@ -56,10 +57,10 @@ class Decoded:
     examples: tuple[Example, ...]
     """The n examples that could be decoded."""
     quarantine: tuple[tuple[str, str], ...]
-    """(name, reason) of each file that could not, or is left out as one film of both classes."""
+    """(name, reason) of each file that could not, or is left out as one film of two classes."""
     fingerprint: str
-    """SHA-256 over names under the root, labels, patients and pixels; a copy has the same. Files
-    that cannot be decoded count too, as folds are drawn over them."""
+    """SHA-256 over names under the root, labels, patients, weights and pixels; a copy has the same.
+    Files that cannot be decoded count too, as folds are drawn over them."""
     films: np.ndarray | None = None
     """uint8 [n, film side, film side], memory-mapped: what `images` were cut from, if they were cut
     to the lungs (`cnnjax.data.framing`)."""
@@ -72,8 +73,14 @@ class Decoded:
 
     @property
     def labels(self) -> np.ndarray:
-        """int32 [n], 1 for the positive class."""
+        """int32 [n], see `cnnjax.data.index.Example.label`."""
         return np.array([e.label for e in self.examples], np.int32)
+
+    @property
+    def weights(self) -> np.ndarray | None:
+        """float32 [n], by which losses are multiplied; None where that is 1 for every image."""
+        weights = np.array([e.weight for e in self.examples], np.float32)
+        return None if (weights == 1).all() else weights
 
     @property
     def viral(self) -> np.ndarray:
@@ -180,7 +187,7 @@ def _fingerprint(
     examples: Sequence[Example], quarantine: Sequence[tuple[str, str]], pixels: str
 ) -> str:
     broken = sorted(name for name, _ in quarantine)
-    rows = [(e.name, e.label, e.patient) for e in examples]
+    rows = [(e.name, e.label, e.patient, *([e.weight] if e.weight != 1 else [])) for e in examples]
     content = [pixels, rows, *([broken] if broken else [])]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 

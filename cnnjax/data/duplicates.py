@@ -26,8 +26,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from cnnjax.data.index import Example, Source
+from cnnjax.data.index import Example
 from cnnjax.data.kermany import group_of
+from cnnjax.data.sources import Source
 from cnnjax.machine.files import write_atomically, write_rows
 from cnnjax.machine.host import cpu_cores
 
@@ -162,11 +163,11 @@ def films(pairs: Sequence[Pair], n: int) -> np.ndarray:
 
 
 def contradicting(pairs: Sequence[Pair], labels: np.ndarray) -> np.ndarray:
-    """Returns bool [n], whether an image's film is in both classes, by labels int [n]."""
+    """Returns bool [n], whether an image's film is in two classes, by labels int [n]."""
     film = films(pairs, len(labels))
-    both = np.zeros((len(labels), 2), bool)
-    both[film, labels] = True
-    return both[film].all(1)
+    shown = np.zeros((len(labels), 1 + max(labels, default=0)), bool)
+    shown[film, labels] = True
+    return shown[film].sum(1) > 1
 
 
 def shared_folds(
@@ -269,7 +270,7 @@ def told(
     def done(pair: Pair) -> str:
         a, b = examples[pair.image], examples[pair.like]
         if left_out[pair.image]:
-            return "left out: in both classes"
+            return "left out: in two classes"
         if group_of(a.patient) == group_of(b.patient):
             return "nothing: one patient"
         if after[pair.image] != after[pair.like]:

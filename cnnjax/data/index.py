@@ -1,4 +1,4 @@
-"""What lies under a data root: a class-folder tree, a zip of one, or a MedMNIST .npz.
+"""What lies under a data root: class folders, a zip of them, a MedMNIST .npz, or files of a table.
 
 `read_index` looks at names only, and in DICOM files at whom they show; no image is decoded. What it
 returns can be counted, split by patient, and handed to `cnnjax.data.cache` to be decoded.
@@ -7,38 +7,36 @@ returns can be counted, split by patient, and handed to `cnnjax.data.cache` to b
 from __future__ import annotations
 
 import contextlib
-import math
-import zipfile
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 
 from cnnjax.data import dicom
-from cnnjax.data.bounds import read_entry, read_file
-from cnnjax.data.kermany import patient_of
+from cnnjax.data.kermany import cause_of, patient_of
 from cnnjax.data.names import (
     IMAGE_SUFFIXES,
     LEADS_OUT,
     SUFFIXES,
     Walked,
     hidden,
-    in_archive,
     may_be_dicom,
     same_name,
     walk,
 )
+from cnnjax.data.sources import Arrays, Source, Tree, Zip
+from cnnjax.data.table import read_rows
 from cnnjax.errors import InputError
 
 SPLITS = ("train", "val", "test")
+ALL = "all"
+"""The split of an image that no folder and no table puts into one of `SPLITS`."""
 
 _MEDMNIST_CLASSES = ("NORMAL", "PNEUMONIA")
-# Bytes of an array in an .npz that are refused, that are taken however well they are compressed,
-# and how well others may be: radiographs halve.
-_LARGEST_ARRAY, _LARGEST_FLAT, _LARGEST_RATIO = 4 * 2**30, 128 * 2**20, 50
 _NAMED = 10  # links that are named; the rest are counted
 
 
@@ -49,25 +47,13 @@ class Example:
     name: str
     """Where it lies: a path relative to the root, with forward slashes."""
     split: str
-    """`train`, `val` or `test`."""
+    """`train`, `val` or `test`; `all` where the data set has no splits."""
     label: int
-    """1 for the positive class, else 0."""
+    """The place of its class in `Index.classes`; of two, 1 is the positive class."""
     patient: str
     """Whom it shows; the image's own name where that cannot be told."""
-
-
-class Source(Protocol):
-    """Gives the encoded bytes, or the pixels, of the images of an index."""
-
-    def read(self, name: str) -> bytes | np.ndarray:
-        """Returns the file's bytes or, from an array file, uint8 [height, width(, 3)].
-
-        Raises:
-            OSError: it cannot be read; the text says why.
-        """
-
-    def signature(self, name: str) -> tuple[int, ...]:
-        """Returns numbers, the size in bytes first: others mean that the content may be another."""
+    weight: float = 1.0
+    """By which its loss is multiplied in training."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +61,9 @@ class Index:
     """The images under a root, their classes and patients, and what was left out."""
 
     root: Path
-    classes: tuple[str, str]
-    """Names of the negative and the positive class."""
+    """The folder, archive or table that it was read from."""
+    classes: tuple[str, ...]
+    """Names of labels 0 and up; of two, the positive class is the last."""
     examples: tuple[Example, ...]
     """Every image, sorted by split and name."""
     empty: tuple[str, ...]
@@ -88,18 +75,31 @@ class Index:
     def split(self, *names: str) -> tuple[Example, ...]:
         """Returns the images of these splits.
 
+        Images of a data set without splits are all of `train`; `all` asks for every image of any
+        data set.
+
         Raises:
             InputError: none of the splits is there, one of them has an empty class folder, or
                 together they hold one class only.
         """
-        chosen = tuple(e for e in self.examples if e.split in names)
         wanted = " or ".join(names)
+        every = ALL in names
+        chosen = tuple(
+            e
+            for e in self.examples
+            if every or e.split in names or (e.split == ALL and "train" in names)
+        )
         for folder in self.empty:
-            if folder.partition("/")[0] in names:
+            if every or folder.partition("/")[0] in names:
                 raise InputError(f"{self.root}: the class folder {folder} holds no image")
         if not chosen:
-            there = ", ".join(sorted({e.split for e in self.examples}))
-            raise InputError(f"{self.root} has no {wanted} split, only {there}")
+            there = sorted({e.split for e in self.examples})
+            if there == [ALL]:
+                raise InputError(
+                    f"{self.root} has no {wanted} split: its images are in no splits;"
+                    " train with --data.validation patients, evaluate with --split all"
+                )
+            raise InputError(f"{self.root} has no {wanted} split, only {', '.join(there)}")
         labels = {e.label for e in chosen}
         if len(labels) == 1:
             raise InputError(
@@ -111,16 +111,19 @@ class Index:
     def describe(self) -> str:
         """Returns a few lines: images per split and class, patients, and what was left out."""
         lines = [f"data      {self.root}"]
-        for split in SPLITS:
+        for split in (*SPLITS, ALL):
             members = [e for e in self.examples if e.split == split]
             if members:
                 count = Counter(e.label for e in members)
-                per_class = ", ".join(f"{count[k]:,} {self.classes[k]}" for k in (0, 1))
+                per_class = ", ".join(f"{count[k]:,} {c}" for k, c in enumerate(self.classes))
                 patients = len({e.patient for e in members})
                 lines.append(f"  {split:<6} {per_class}; {patients:,} patients")
         nameless = sum(e.patient == e.name for e in self.examples)
         if nameless:
             lines.append(f"  {nameless:,} file names tell no patient: each counts as a patient")
+        weights = {e.weight for e in self.examples}
+        if weights != {1.0}:
+            lines.append(f"  losses are weighted by {min(weights):g} to {max(weights):g}")
         reasons = Counter(reason for _, reason in self.left_out)
         lines += [f"  left out: {n:,} {reason}" for reason, n in sorted(reasons.items())]
         refused = [name for name, reason in self.left_out if reason.startswith("a link")]
@@ -130,147 +133,190 @@ class Index:
         return "\n".join(lines)
 
 
-def read_index(root: Path | str, positive: str = "PNEUMONIA") -> Index:
+@dataclass(frozen=True)
+class Reading:
+    """How classes and patients are told; the fields are flags of `cnnjax.config.DataConfig`."""
+
+    positive: str = "PNEUMONIA"
+    """Of two classes, the name of the one that gets label 1."""
+    classes: tuple[str, ...] = ()
+    """The classes in the order of their labels; by default all that are found, sorted by name (by
+    value where all are whole numbers), of two the positive one last. An image is of the class that
+    its folder or table names if that is among them, else of the cause that its published file name
+    tells (`cnnjax.data.kermany.cause_of`); one of neither is left out."""
+    patient_pattern: str = ""
+    """A regular expression that finds the patient in an image's path below the root: its group, or
+    all that it matches. By default DICOM tags and published file names tell."""
+
+
+def read_index(
+    root: Path | str,
+    positive: str = "PNEUMONIA",
+    *,
+    classes: Sequence[str] = (),
+    patient_pattern: str = "",
+    table: Path | None = None,
+    columns: str = "",
+) -> Index:
     """Lists the images under a root.
 
     Args:
-        root: a folder or a zip that holds `train`, `val` or `test` with a folder for each of two
-            classes (at the top or nested up to two folders down, as archives are), or a MedMNIST
-            .npz. Letter case does not matter; hidden files and `__MACOSX` are passed over.
-        positive: name of the class that gets label 1.
+        root: a folder or a zip that holds `train`, `val` or `test` with a folder for each class (at
+            the top or nested up to two folders down, as archives are), or class folders without
+            splits, side by side; or a MedMNIST .npz. Letter case does not matter; hidden files and
+            `__MACOSX` are passed over.
+        positive: see `Reading`.
+        classes: see `Reading`.
+        patient_pattern: see `Reading`.
+        table: a CSV file of the images to take from the root, see `cnnjax.data.table`.
+        columns: names of its columns, see `cnnjax.data.table.read_rows`.
 
     Raises:
         InputError: the root is not there, cannot be read, or holds no such images.
     """
     root = Path(root)
+    reading = Reading(same_name(positive), tuple(map(same_name, classes)), patient_pattern)
+    if table is not None:
+        return _from_table(table, columns, root, reading)
     if root.is_dir():
-        return _from_names(root, walk(root, confined=True), _Tree(root), positive)
+        return _from_names(root, walk(root, confined=True), Tree(root), reading)
     if not root.exists():
         raise InputError(f"{root} does not exist; give a folder, a .zip or a .npz")
     if root.suffix.lower() == ".npz":
-        return _from_npz(root, positive)
+        return _from_npz(root, reading)
     if root.suffix.lower() == ".zip":
-        zipped = _Zip(root)
-        return _from_names(root, zipped.walked, zipped, positive)
-    raise InputError(f"{root} is no folder, .zip or .npz; give one of these")
+        zipped = Zip(root)
+        return _from_names(root, zipped.walked, zipped, reading)
+    raise InputError(
+        f"{root} is no folder, .zip or .npz; give one of these, or a table of images in .csv"
+    )
 
 
-class _Tree:
-    def __init__(self, root: Path) -> None:
-        self.root = root
+class _Found(NamedTuple):
+    """An image before its class has a number."""
 
-    def read(self, name: str) -> bytes:
-        return read_file(self.root / name)
-
-    def head(self, name: str) -> bytes:
-        """Returns the first bytes of a file, as many as tell DICOM; raises OSError."""
-        with (self.root / name).open("rb") as file:
-            return file.read(dicom.HEAD)
-
-    def signature(self, name: str) -> tuple[int, ...]:
-        try:
-            status = (self.root / name).stat()
-        except OSError:  # a link to nowhere: decoding it will say so
-            return -1, 0
-        # Copies may keep the time of the content's change; that of the inode's cannot be set.
-        return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+    name: str
+    split: str
+    kind: str
+    """Its class as the folder or the table names it, as of `same_name`."""
+    patient: str | None = None
+    weight: float = 1.0
 
 
-class _Zip:
-    def __init__(self, path: Path) -> None:
-        try:
-            # One open file serves every thread: ZipFile locks its reads and inflates outside.
-            self.archive = zipfile.ZipFile(path)
-        # ValueError: names that are not the Unicode they are said to be.
-        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-            raise InputError(f"{path} cannot be read as a zip ({error}); fetch it again") from None
-        self.infos: dict[str, zipfile.ZipInfo] = {}
-        self.walked = Walked()
-        for info in self.archive.infolist():
-            name = in_archive(info.filename)
-            if name is None:
-                self.walked.refused.append((info.filename, "a name that leads out of the zip"))
-            elif info.filename.endswith(("/", "\\")):
-                self.walked.folders.append(name)
-            else:
-                self.infos[name] = info
-                self.walked.files[name] = "/" + name
+def _index_of(
+    root: Path,
+    found: Sequence[_Found],
+    source: Source,
+    reading: Reading,
+    kinds: Iterable[str] = (),
+    empty: Iterable[tuple[str, str]] = (),
+    left_out: Iterable[tuple[str, str]] = (),
+) -> Index:
+    """Gives classes their numbers and images their patients.
 
-    def read(self, name: str) -> bytes:
-        with _named_broken():
-            return read_entry(self.archive, self.infos[name])
+    Args:
+        root: what the index was read from.
+        found: the images.
+        source: of their bytes.
+        reading: how classes and patients are told.
+        kinds: names of classes that are there without an image.
+        empty: (split, class) of folders without an image.
+        left_out: see `Index`.
 
-    def head(self, name: str) -> bytes:
-        """Returns the first bytes of an entry, as many as tell DICOM; raises OSError."""
-        with _named_broken(), self.archive.open(self.infos[name]) as entry:
-            return entry.read(dicom.HEAD)
+    Raises:
+        InputError: there are fewer than two classes, or the reading does not fit the images.
+    """
+    out = list(left_out)
+    if reading.classes:
+        told = [(each, _kind(each, reading.classes)) for each in found]
+        out += [
+            (each.name, f"of class {each.kind}, which is none of {', '.join(reading.classes)}")
+            for each, kind in told
+            if kind is None
+        ]
+        found = [each._replace(kind=kind) for each, kind in told if kind is not None]
+        kinds = ()
+    classes = _classes(root, {each.kind for each in found} | set(kinds), reading)
+    label = {name: k for k, name in enumerate(classes)}
+    patients = _patients(root, found, source, reading.patient_pattern)
+    examples = (
+        Example(each.name, each.split, label[each.kind], patient, each.weight)
+        for each, patient in zip(found, patients, strict=True)
+    )
+    order = (*SPLITS, ALL)
+    ranked = sorted(examples, key=lambda e: (order.index(e.split), e.name))
+    bare = tuple(sorted(f"{split}/{kind}" for split, kind in empty if kind in label))
+    return Index(root, classes, tuple(ranked), bare, tuple(sorted(out)), source)
 
-    def signature(self, name: str) -> tuple[int, ...]:
-        return self.infos[name].file_size, self.infos[name].CRC
+
+def _kind(found: _Found, classes: tuple[str, ...]) -> str | None:
+    """Returns which of some classes an image is of; None where it is of none."""
+    if found.kind in classes:
+        return found.kind
+    cause = cause_of(found.name)
+    return cause if cause in classes else None
 
 
-@contextlib.contextmanager
-def _named_broken() -> Iterator[None]:
-    """Turns the errors of a broken zip, of which each compression has its own, into OSError."""
+def _classes(root: Path, names: set[str], reading: Reading) -> tuple[str, ...]:
+    """Returns the names of labels 0 and up."""
+    positive, given = reading.positive, reading.classes
+    listed = ", ".join(sorted(names))
+    if given:
+        if len(names) < 2:
+            raise InputError(
+                f"{root} needs images of at least two classes of {', '.join(given)};"
+                f" it holds {listed or 'none of them'}"
+            )
+        return given
+    if len(names) < 2:
+        raise InputError(
+            f"{root} needs images of at least two classes, found {listed or 'none'};"
+            " each needs a folder, or a label in a table"
+        )
+    if len(names) == 2:
+        if positive not in names:
+            raise InputError(
+                f"{root} has the classes {listed}, not {positive}; for training, name one of them"
+                " with --data.positive"
+            )
+        (negative,) = names - {positive}
+        return negative, positive
+    if all(name.isascii() and name.isdecimal() for name in names):
+        return tuple(sorted(names, key=lambda name: (int(name), name)))
+    return tuple(sorted(names))
+
+
+def _patients(root: Path, found: Sequence[_Found], source: Source, pattern: str) -> list[str]:
+    """Returns whom each image shows."""
+    if not pattern:
+        return [each.patient or _patient(each.name, source) for each in found]
+    if any(each.patient is not None for each in found):
+        raise InputError(
+            f"{root} has a column of patients, so --data.patient-pattern has no effect; leave one"
+            " of them out (--data.columns patient= leaves out the column)"
+        )
     try:
-        yield
-    except MemoryError:
-        raise
-    except OSError:
-        raise  # of the disk, or of our limits
-    except Exception as error:
-        raise OSError(f"broken in the zip: {error}") from None
+        searched = re.compile(pattern)
+    except re.error as error:
+        raise InputError(
+            f"--data.patient-pattern {pattern} is no regular expression ({error})"
+        ) from None
+    if searched.groups > 1:
+        raise InputError(
+            f"--data.patient-pattern {pattern} has {searched.groups} groups; mark the patient by"
+            " one, and write (?:...) for the others"
+        )
+    matches = [searched.search(each.name) for each in found]
+    patients = [match and match[searched.groups] for match in matches]
+    if not any(patients):
+        raise InputError(
+            f"--data.patient-pattern {pattern} finds no patient in any of {len(found):,} names,"
+            f" as {found[0].name}"
+        )
+    return [patient or each.name for patient, each in zip(patients, found, strict=True)]
 
 
-class _Arrays:
-    """The arrays of a MedMNIST file, each loaded once and kept."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            with zipfile.ZipFile(path) as members:
-                self.members = {i.filename: (i.file_size, i.CRC) for i in members.infolist()}
-            self.file = np.load(path, allow_pickle=False)
-        # NotImplementedError: it says that it needs a later version of zip.
-        except (OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile) as error:
-            raise InputError(f"{path} cannot be read as an .npz ({error})") from None
-        self.loaded: dict[str, np.ndarray] = {}
-
-    def array(self, key: str) -> np.ndarray:
-        if key not in self.loaded:
-            try:
-                self._expect_bounded(f"{key}.npy")
-                self.loaded[key] = self.file[key]
-            except Exception as error:  # zlib.error, ValueError, BadZipFile: whatever broke
-                raise InputError(f"{self.path}: {key} cannot be read ({error})") from None
-        return self.loaded[key]
-
-    def _expect_bounded(self, member: str) -> None:
-        """Raises ValueError where an array is larger than its file or than memory should hold."""
-        info = self.file.zip.getinfo(member)
-        size = info.file_size
-        if size > _LARGEST_ARRAY or size > max(_LARGEST_FLAT, _LARGEST_RATIO * info.compress_size):
-            raise ValueError(f"it would take {size / 2**20:,.0f} MiB")
-        with self.file.zip.open(member) as stream:
-            version = np.lib.format.read_magic(stream)
-            reader = {
-                (1, 0): np.lib.format.read_array_header_1_0,
-                (2, 0): np.lib.format.read_array_header_2_0,
-            }[version]
-            shape, _, dtype = reader(stream)
-        if math.prod(shape) * dtype.itemsize > size:
-            raise ValueError(f"its header tells of {list(shape)}, which is more than there is")
-
-    def read(self, name: str) -> np.ndarray:
-        split, number = name.split("/")
-        pixels: np.ndarray = self.array(f"{split}_images")[int(number)]
-        return pixels[..., 0] if pixels.shape[2:] == (1,) else pixels
-
-    def signature(self, name: str) -> tuple[int, ...]:
-        return self.members[f"{name.partition('/')[0]}_images.npy"]
-
-
-def _from_names(root: Path, walked: Walked, source: _Tree | _Zip, positive: str) -> Index:
+def _from_names(root: Path, walked: Walked, source: Tree | Zip, reading: Reading) -> Index:
     """Finds the split and class folders in a list of paths; trees and zips alike."""
     found: list[tuple[str, str, str, str]] = []  # (prefix, split, class, name)
     left_out = [pair for pair in walked.refused if not any(map(hidden, pair[0].split("/")))]
@@ -299,11 +345,7 @@ def _from_names(root: Path, walked: Walked, source: _Tree | _Zip, positive: str)
     found = [(*_place(name), name) for name in once]
     if not class_folders:
         _expect_no_links_out(root, walked)
-        hint = f"; did you mean {root.parent}?" if root.name.lower() in SPLITS else ""
-        raise InputError(
-            f"{root} holds no images in class folders; "
-            f"it should look like train/NORMAL/*.jpeg and train/PNEUMONIA/*.jpeg{hint}"
-        )
+        return _from_flat(root, walked, source, reading)
     # The Kaggle archive carries a second copy of itself one folder down: take the outermost.
     top = min({prefix for prefix, _, _ in class_folders}, key=lambda p: (len(p.split("/")), p))
     if top.count("/") > 1:
@@ -315,19 +357,57 @@ def _from_names(root: Path, walked: Walked, source: _Tree | _Zip, positive: str)
         _expect_no_links_out(root, walked)
         raise InputError(f"{root} holds class folders but no {SUFFIXES} in them")
 
-    classes = _two_classes(root, {c for _, _, c in class_folders}, positive)
     filled = {(split, c) for _, split, c, _ in found}
-    return Index(
-        root=root,
-        classes=classes,
-        examples=_sorted(
-            Example(name, split, classes.index(c), _patient(name, source))
-            for _, split, c, name in found
-        ),
-        empty=tuple(sorted(f"{s}/{c}" for _, s, c in class_folders if (s, c) not in filled)),
-        left_out=tuple(sorted(left_out)),
-        source=source,
+    return _index_of(
+        root,
+        [_Found(name, split, kind) for _, split, kind, name in found],
+        source,
+        reading,
+        {kind for _, _, kind in class_folders},
+        [(split, kind) for _, split, kind in class_folders if (split, kind) not in filled],
+        left_out,
     )
+
+
+def _from_flat(root: Path, walked: Walked, source: Tree | Zip, reading: Reading) -> Index:
+    """Finds class folders that lie side by side, in no folders of splits."""
+    left_out = [pair for pair in walked.refused if not any(map(hidden, pair[0].split("/")))]
+    images = []
+    for name in walked.files:
+        if any(map(hidden, name.split("/"))):
+            continue
+        if name.lower().endswith(IMAGE_SUFFIXES) or _is_bare_dicom(name, source):
+            images.append(name)
+        else:
+            left_out.append((name, f"not {SUFFIXES}"))
+    once, again = walked.once(images)
+    left_out += again
+    folders = {PurePosixPath(name).parent for name in once}
+    above = {parent for folder in folders for parent in folder.parents}
+    folders -= above | {PurePosixPath()}  # what lies beside or above class folders is in none
+    parents = sorted({folder.parent for folder in folders})
+    if not folders or any(same_name(f.name).lower() in SPLITS for f in folders):
+        hint = f"; did you mean {root.parent}?" if root.name.lower() in SPLITS else ""
+        raise InputError(
+            f"{root} holds no images in class folders; it should look like train/NORMAL/*.jpeg and"
+            f" train/PNEUMONIA/*.jpeg, or NORMAL/*.jpeg and PNEUMONIA/*.jpeg{hint}"
+        )
+    if root.name.lower() in SPLITS:
+        raise InputError(f"{root} is one split of a data set; did you mean {root.parent}?")
+    if len(parents) > 1:
+        a, b = (min(f for f in folders if f.parent == parent) for parent in parents[:2])
+        raise InputError(
+            f"{root} holds images in {a} and in {b}, which do not lie side by side as class folders"
+            " do; move them, or list the images in a table (--data.table)"
+        )
+    found = []
+    for name in once:
+        folder = PurePosixPath(name).parent
+        if folder in folders:
+            found.append(_Found(name, ALL, same_name(folder.name)))
+        else:
+            left_out.append((name, "not in a class folder"))
+    return _index_of(root, found, source, reading, left_out=left_out)
 
 
 def _place(name: str) -> tuple[str, str, str]:
@@ -343,7 +423,7 @@ def _expect_no_links_out(root: Path, walked: Walked) -> None:
             raise InputError(f"{root}: {name} is {reason}, or give the folder that holds both")
 
 
-def _is_bare_dicom(name: str, source: _Tree | _Zip) -> bool:
+def _is_bare_dicom(name: str, source: Tree | Zip) -> bool:
     """Tells whether a file is DICOM, by its content, though its name does not end in .dcm."""
     if not may_be_dicom(name):
         return False
@@ -353,20 +433,20 @@ def _is_bare_dicom(name: str, source: _Tree | _Zip) -> bool:
         return False
 
 
-def _patient(name: str, source: _Tree | _Zip) -> str:
+def _patient(name: str, source: Source) -> str:
     """Returns whom an image shows: by its tag in a DICOM file, else by its name."""
-    if not name.lower().endswith((".jpeg", ".jpg", ".png")):
+    if not isinstance(source, Arrays) and not name.lower().endswith((".jpeg", ".jpg", ".png")):
         with contextlib.suppress(OSError, dicom.DicomError):
-            encoded = source.root / name if isinstance(source, _Tree) else source.read(name)
+            encoded = source.root / name if isinstance(source, Tree) else source.read(name)
+            assert not isinstance(encoded, np.ndarray)
             if patient := dicom.patient_of(encoded):
                 return patient
     return patient_of(name)
 
 
-def _from_npz(path: Path, positive: str) -> Index:
-    source = _Arrays(path)
-    classes = _two_classes(path, set(_MEDMNIST_CLASSES), positive)
-    examples: list[Example] = []
+def _from_npz(path: Path, reading: Reading) -> Index:
+    source = Arrays(path)
+    found: list[tuple[str, str, int]] = []  # (name, split, number of the class)
     for split in SPLITS:
         if f"{split}_labels.npy" not in source.members:
             continue
@@ -381,30 +461,34 @@ def _from_npz(path: Path, positive: str) -> Index:
             )
         if len(images) != len(labels):
             raise InputError(f"{path}: {len(labels)} {split}_labels for {len(images)} images")
-        if not np.isin(labels, (0, 1)).all():
-            raise InputError(f"{path}: {split}_labels holds values other than 0 and 1")
-        for number, label in enumerate(labels):
-            name = f"{split}/{number:05d}"
-            positive_here = _MEDMNIST_CLASSES[int(label)] == classes[1]
-            examples.append(Example(name, split, int(positive_here), patient_of(name)))
-    if not examples:
+        if not ((labels >= 0) & (labels == labels.astype(np.int64))).all():
+            raise InputError(f"{path}: {split}_labels holds values other than 0, 1, 2 and so on")
+        found += [
+            (f"{split}/{number:05d}", split, int(label)) for number, label in enumerate(labels)
+        ]
+    if not found:
         raise InputError(f"{path} holds no train_images and train_labels, as MedMNIST files do")
-    return Index(path, classes, _sorted(examples), (), (), source)
+    binary = all(label < 2 for _, _, label in found)
+    names = _MEDMNIST_CLASSES if binary else [str(k) for k in range(1 + max(k for *_, k in found))]
+    return _index_of(
+        path,
+        [_Found(name, split, names[label]) for name, split, label in found],
+        source,
+        reading,
+        names,
+    )
 
 
-def _two_classes(root: Path, names: set[str], positive: str) -> tuple[str, str]:
-    positive = same_name(positive)
-    listed = ", ".join(sorted(names))
-    if len(names) != 2:
-        raise InputError(f"{root} needs images of exactly two classes, found {listed}")
-    if positive not in names:
-        raise InputError(
-            f"{root} has the classes {listed}, not {positive}; for training, name one of them with"
-            " --data.positive"
-        )
-    (negative,) = names - {positive}
-    return negative, positive
-
-
-def _sorted(examples: Iterable[Example]) -> tuple[Example, ...]:
-    return tuple(sorted(examples, key=lambda e: (SPLITS.index(e.split), e.name)))
+def _from_table(path: Path, columns: str, root: Path, reading: Reading) -> Index:
+    if root.suffix.lower() == ".npz" and not root.is_dir():
+        raise InputError(f"a table names files, so it does not go with {root}; drop one of the two")
+    if not root.exists():
+        raise InputError(f"{root} does not exist; give the folder or .zip that holds the images")
+    if not root.is_dir() and root.suffix.lower() != ".zip":
+        raise InputError(f"{root} is no folder and no .zip; give where the paths of {path} begin")
+    source = Tree(root) if root.is_dir() else Zip(root)
+    found = [
+        _Found(row.name, row.split or ALL, same_name(row.label), row.patient, row.weight)
+        for row in read_rows(path, columns, source)
+    ]
+    return _index_of(path, found, source, reading)

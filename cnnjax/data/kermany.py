@@ -43,10 +43,19 @@ def patient_of(name: str) -> str:
     return name
 
 
+def cause_of(name: str) -> str | None:
+    """Returns the class that a published file name tells: BACTERIA, VIRUS, or None for neither.
+
+    (`IM-...` tells nothing: other programs name files so, too.)
+    """
+    match = _CAUSE.match(PurePosixPath(name).name)
+    return match[1].upper() if match else None
+
+
 def viral_of(name: str) -> int:
     """Returns 1 if the file name tells of a virus, 0 if of bacteria, -1 if of neither."""
-    match = _CAUSE.match(PurePosixPath(name).name)
-    return ("bacteria", "virus").index(match[1].lower()) if match else -1
+    cause = cause_of(name)
+    return ("BACTERIA", "VIRUS").index(cause) if cause else -1
 
 
 def group_of(patient: str) -> str:

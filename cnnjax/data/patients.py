@@ -29,13 +29,16 @@ def in_several_splits(examples: Sequence[Example]) -> dict[tuple[str, str], list
     }
 
 
-def grouped_folds(examples: Sequence[Example], folds: int, seed: int) -> np.ndarray:
+def grouped_folds(
+    examples: Sequence[Example], folds: int, seed: int, classes: Sequence[str] = ()
+) -> np.ndarray:
     """Assigns each image to a fold: patients whole, classes in equal shares, from a seed.
 
     Args:
         examples: n images.
         folds: how many folds.
         seed: of the order in which patients of the same mixture of classes are dealt out.
+        classes: names of the labels, for the message.
 
     Returns:
         int64 [n], the fold, from 0 to folds - 1, in which each image is held out.
@@ -45,15 +48,15 @@ def grouped_folds(examples: Sequence[Example], folds: int, seed: int) -> np.ndar
     """
     labels = np.array([e.label for e in examples])
     groups = np.array([group_of(e.patient) for e in examples])
-    for label in (0, 1):
-        _enough_patients(label, list(groups[labels == label]), folds)
+    for label in range(_count(examples, classes)):
+        _enough_patients(label, list(groups[labels == label]), folds, classes)
     names, group = np.unique(groups, return_inverse=True)
-    counts = np.zeros((len(names), 2))
+    counts = np.zeros((len(names), _count(examples, classes)))
     np.add.at(counts, (group, labels), 1)
     return _deal(counts, folds, seed)[group]
 
 
-def block_folds(examples: Sequence[Example], folds: int) -> np.ndarray:
+def block_folds(examples: Sequence[Example], folds: int, classes: Sequence[str] = ()) -> np.ndarray:
     """Assigns each image to a fold of neighbours in the file numbering, patients whole.
 
     Numbers follow the order in which a hospital took or kept its images, so that a block differs
@@ -65,6 +68,7 @@ def block_folds(examples: Sequence[Example], folds: int) -> np.ndarray:
     Args:
         examples: n images.
         folds: how many folds, at least 2.
+        classes: names of the labels, for the message.
 
     Returns:
         int64 [n], the fold, from 0 to folds - 1, in which each image is held out.
@@ -80,12 +84,12 @@ def block_folds(examples: Sequence[Example], folds: int) -> np.ndarray:
         )
     groups = [group_of(e.patient) for e in examples]
     fold_of: dict[str, int] = {}
-    for label in (0, 1):
+    for label in range(_count(examples, classes)):
         sizes: Counter[str] = Counter()
         for group, example in zip(groups, examples, strict=True):
             if example.label == label:
                 sizes[group] += 1
-        _enough_patients(label, list(sizes.elements()), folds)
+        _enough_patients(label, list(sizes.elements()), folds, classes)
         ranked = sorted(sizes, key=place_in_numbering)
         series = {place_in_numbering(group)[0] for group in ranked}
         runs = folds
@@ -98,7 +102,7 @@ def block_folds(examples: Sequence[Example], folds: int) -> np.ndarray:
                 ranked, runs = rest, folds - 1
         images = np.array([sizes[group] for group in ranked])
         middle = (np.cumsum(images) - images / 2) / images.sum()
-        # A patient of both classes stays where the first put it.
+        # A patient of several classes stays where the first put it.
         for group, place in zip(ranked, middle, strict=True):
             fold_of.setdefault(group, int(place * runs))
     return np.array([fold_of[group] for group in groups])
@@ -107,18 +111,24 @@ def block_folds(examples: Sequence[Example], folds: int) -> np.ndarray:
 _HASHED = re.compile("[0-9a-f]{16}")  # as `cnnjax.data.dicom` names a patient
 
 
-def _enough_patients(label: int, groups: Sequence[str], folds: int) -> None:
+def _count(examples: Sequence[Example], classes: Sequence[str]) -> int:
+    """Returns the number of classes, by their names or else by the labels."""
+    return len(classes) or max([2, *(1 + e.label for e in examples)])
+
+
+def _enough_patients(label: int, groups: Sequence[str], folds: int, classes: Sequence[str]) -> None:
     """Raises InputError where the images of a class, each with its patient, show too few."""
+    name = classes[label] if classes else label
     patients = len(set(groups))
     if patients == 1 < len(groups) and _HASHED.fullmatch(groups[0]):
         raise InputError(
-            f"all {len(groups)} images of class {label} carry the same PatientID (0010,0020), as"
+            f"all {len(groups)} images of class {name} carry the same PatientID (0010,0020), as"
             " some programs that anonymise write it, so that no folds of patients can be made;"
             " write into each file a PatientID of its patient's own"
         )
     if patients < folds:
         raise InputError(
-            f"{patients} patients of class {label} are too few for {folds} folds;"
+            f"{patients} patients of class {name} are too few for {folds} folds;"
             " lower --data.folds or add images"
         )
 

@@ -98,14 +98,18 @@ def data_of(
 def open_index(config: DataConfig, say: Say) -> Index:
     """Returns the index of the config's root; draws the phantoms first if that is the root.
 
+    A root that ends in .csv is a table of images whose paths begin at its own folder.
+
     Raises:
         InputError: see `read_index`.
     """
-    try:
-        root = Path(config.root).expanduser()  # not every shell does after a =
-    except RuntimeError:
-        raise InputError(f"{config.root} does not exist; there is no such user's home") from None
-    if config.root == "phantom":
+    root, table = _expanded(config.root), config.table and _expanded(str(config.table))
+    if table is None and root.suffix.lower() == ".csv":
+        table = root
+    if table is not None:
+        if config.root == "phantom" or root == table:
+            root = table.parent
+    elif config.root == "phantom":
         from cnnjax import phantom
 
         root = (config.cache or cache_folder()) / f"phantom-{phantom.VERSION}"
@@ -118,17 +122,35 @@ def open_index(config: DataConfig, say: Say) -> Index:
                 pass  # another process drew the same ones meanwhile
             except OSError as error:
                 raise no_cache(root, error) from None
-    return read_index(root, config.positive)
+    return read_index(
+        root,
+        config.positive,
+        classes=config.class_names,
+        patient_pattern=config.patient_pattern,
+        table=table,
+        columns=config.columns,
+    )
+
+
+def _expanded(path: str) -> Path:
+    try:
+        return Path(path).expanduser()  # not every shell does after a =
+    except RuntimeError:
+        raise InputError(f"{path} does not exist; there is no such user's home") from None
 
 
 def training_data(
-    config: DataConfig, seed: int, say: Say, mesh: Mesh | None = None
+    config: DataConfig,
+    seed: int,
+    say: Say,
+    mesh: Mesh | None = None,
+    index: Index | None = None,
 ) -> TrainingData:
     """Returns the decoded images of train and val, and which of them validate.
 
     The split is drawn over every image of the index, so that a file which cannot be decoded changes
     nothing for the others. Patients of whom images show the same film are then brought into one
-    fold, and films that are in both classes are left out (`cnnjax.data.duplicates`).
+    fold, and films that are in two classes are left out (`cnnjax.data.duplicates`).
 
     Args:
         config: where from and how.
@@ -136,11 +158,12 @@ def training_data(
         say: told what was found, a few lines at a time.
         mesh: the devices that find the lungs for `--data.frame lungs`; by default all of the
             fastest kind.
+        index: the images, where `open_index` has listed them already.
 
     Raises:
         InputError: the data cannot serve; see `read_index`, `Index.split`, `cache.load`.
     """
-    index = open_index(config, say)
+    index = open_index(config, say) if index is None else index
     say(index.describe())
     for (a, b), shared in in_several_splits(index.examples).items():
         if {a, b} == {"train", "val"} and config.validation != "official":
@@ -151,16 +174,25 @@ def training_data(
         index.split("val")
         index.split("train")
     examples = index.split("train", "val")
+    _expect_each_class(examples, index, config)
+    if (
+        config.table is not None
+        and config.validation != "official"
+        and {"train", "val"} <= {e.split for e in examples}
+    ):
+        say("  train and val are pooled and split anew; --data.validation official keeps them")
     if config.validation == "official":
         folds = np.array([int(e.split != "val") for e in examples])
         held_out_fold = 0
     elif config.validation == "blocks":
-        folds, held_out_fold = block_folds(examples, config.folds), config.fold
+        folds, held_out_fold = block_folds(examples, config.folds, index.classes), config.fold
     else:
-        folds, held_out_fold = grouped_folds(examples, config.folds, seed), config.fold
-    _expect_both_classes(
+        folds = grouped_folds(examples, config.folds, seed, index.classes)
+        held_out_fold = config.fold
+    _expect_classes_on_both_sides(
         np.array([e.label for e in examples]),
         folds == held_out_fold,
+        index.classes,
         f"{index.root}: with --data.validation {config.validation}, --data.folds {config.folds} and"
         f" --data.fold {config.fold},",
         "choose others",
@@ -172,7 +204,7 @@ def training_data(
         if broken := len(decoded.quarantine) - both:
             say(f"  left out: {broken:,} that cannot be decoded, see quarantine.csv")
         if both:
-            say(f"  left out: {both:,} of films that are in both classes, see quarantine.csv")
+            say(f"  left out: {both:,} of films that are in two classes, see quarantine.csv")
     if twice:
         say(_describe(twice))
     if config.frame == "lungs":
@@ -180,13 +212,13 @@ def training_data(
     if decoded.found is not None and (missed := int((~decoded.found).sum())):
         say(f"  no lungs found in {missed:,} images, which are taken whole")
     held_out = folds == held_out_fold
-    _expect_both_classes(
-        decoded.labels, held_out, f"{index.root}: after decoding,", "fix the files"
+    _expect_classes_on_both_sides(
+        decoded.labels, held_out, index.classes, f"{index.root}: after decoding,", "fix the files"
     )
     return TrainingData(decoded, held_out, index.classes, twice)
 
 
-_BOTH = "in both classes"
+_BOTH = "in two classes"
 _SHOWN = 2  # duplicates named in a line; duplicates.csv has them all
 
 
@@ -202,11 +234,11 @@ def _each_film_once(
         config: its data set's.
 
     Returns:
-        The m images that can be decoded and are not in both classes, int [m], their folds, and the
+        The m images that can be decoded and are not in two classes, int [m], their folds, and the
         duplicates among all.
 
     Raises:
-        InputError: see `cache.load`; with `--data.strict`, also where a film is in both classes.
+        InputError: see `cache.load`; with `--data.strict`, also where a film is in two classes.
     """
     size, folder = framing.decoded_size(config), config.cache
     decoded = cache.load(examples, index.source, size, folder=folder, strict=config.strict)
@@ -233,7 +265,7 @@ def _each_film_once(
         name, reason = next(iter(reasons.items()))
         raise InputError(f"{name} is {reason}; remove the wrong one or drop --data.strict")
     if both.all():
-        raise InputError(f"{index.root}: every film is in both classes; give each image one")
+        raise InputError(f"{index.root}: every film is in two classes; give each image one")
     left = tuple(e for e in examples if e.name not in reasons)
     known = dict(zip((e.name for e in decoded.examples), decoded.images, strict=True))
     fewer = cache.load(left, index.source, size, folder=folder, progress=False, known=known)
@@ -264,7 +296,26 @@ def _warn_of_copies(index: Index, say: Say) -> None:
         say(f"warning: {len(found):,} files of test are copies from train or val: {named}{more}")
 
 
-def _expect_both_classes(labels: np.ndarray, held_out: np.ndarray, when: str, do: str) -> None:
+def _expect_each_class(examples: Sequence[Example], index: Index, config: DataConfig) -> None:
+    """Raises InputError where a class has no image, or --data.positive has no effect."""
+    there = {e.label for e in examples}
+    for label, name in enumerate(index.classes):
+        if label not in there:
+            others = ", ".join(index.classes[k] for k in sorted(there))
+            raise InputError(
+                f"{index.root} has no image of class {name} to train on, but of {others};"
+                " name others with --data.classes, or add images"
+            )
+    if len(index.classes) > 2 and config.positive != DataConfig.positive:
+        raise InputError(
+            f"--data.positive {config.positive} is for two classes, and {index.root} has"
+            f" {', '.join(index.classes)}; leave it out, or choose two with --data.classes"
+        )
+
+
+def _expect_classes_on_both_sides(
+    labels: np.ndarray, held_out: np.ndarray, classes: Sequence[str], when: str, do: str
+) -> None:
     for side, name in ((~held_out, "training"), (held_out, "validation")):
-        if len(set(labels[side])) < 2:
-            raise InputError(f"{when} {name} lacks a class; {do}")
+        for label in sorted(set(range(len(classes))) - set(labels[side].tolist())):
+            raise InputError(f"{when} {name} lacks the class {classes[label]}; {do}")

@@ -166,12 +166,12 @@ def test_a_film_in_both_classes_is_left_out_by_name(copy: Path) -> None:
         data, said = prepared(copy)
         after = roles(data)
         assert names == {name for name, _ in data.decoded.quarantine}
-        assert all(reason.startswith("in both classes") for _, reason in data.decoded.quarantine)
+        assert all(reason.startswith("in two classes") for _, reason in data.decoded.quarantine)
         assert after == {n: role for n, role in roles(before).items() if n not in names}
-        assert any("left out: 2 of films that are in both classes" in line for line in said)
+        assert any("left out: 2 of films that are in two classes" in line for line in said)
     kept = [i for i, e in enumerate(before.decoded.examples) if e.name not in names]
     np.testing.assert_array_equal(data.decoded.images, before.decoded.images[kept])
-    with pytest.raises(InputError, match=r"in both classes: the film of .*drop --data\.strict"):
+    with pytest.raises(InputError, match=r"in two classes: the film of .*drop --data\.strict"):
         prepared(copy, strict=True)
 
 

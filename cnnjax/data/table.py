@@ -1,0 +1,223 @@
+"""A table of images: a CSV file with a row for each, its path, its label, and what else is known.
+
+Columns are found by name, whatever their order; others are passed over. `path` is relative to the
+root (a folder or a zip), or absolute and below it; `label` is the name of the class. These may be
+left out: `patient`, any text, the same for all images of a patient; `split`, train, val or test;
+`weight`, a number of at least 0 by which the image's loss is multiplied in training. Cells are
+separated by commas, semicolons or tabs, as spreadsheets write them; the text is UTF-8.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from cnnjax.data.bounds import read_file
+from cnnjax.data.names import LEADS_OUT, in_archive
+from cnnjax.data.sources import Tree, Zip
+from cnnjax.errors import InputError
+
+COLUMNS = ("path", "label", "patient", "split", "weight")
+"""Names of the columns, as the tables have them where `--data.columns` says nothing else."""
+
+_NEEDED = COLUMNS[:2]
+_SPLITS = {
+    **{name: name for name in ("train", "val", "test")},
+    **dict.fromkeys(("valid", "validation"), "val"),
+}
+
+
+class Row(NamedTuple):
+    """What a row of the table says of an image."""
+
+    name: str
+    """Path relative to the root, with forward slashes."""
+    label: str
+    patient: str | None
+    """None where the table has no such column."""
+    split: str | None
+    """Likewise."""
+    weight: float
+
+
+def read_rows(path: Path, columns: str, source: Tree | Zip) -> list[Row]:
+    """Reads a table.
+
+    Args:
+        path: the CSV file.
+        columns: other names of columns, as `path=file,label=finding`; a name that is left empty
+            (`weight=`) says not to use the column.
+        source: where the images are.
+
+    Raises:
+        InputError: it cannot be read, lacks a column, or a row says something that cannot be. The
+            sentence names the row as a spreadsheet counts it: the header is row 1.
+    """
+    names = _names(columns)
+    rows = _cells(path, names)
+    _, header = next(rows, (1, []))
+    place = _places(path, header, names)
+    locate = _locator(source)
+    found: list[Row] = []
+    seen: dict[str, int] = {}
+    missing: list[tuple[int, str]] = []
+    for number, cells in rows:
+        if not any(cells):
+            continue
+        if len(cells) > len(header):
+            raise _wrong(
+                path,
+                number,
+                f"{len(cells)} cells for {len(header)} columns; quote those that hold a separator",
+            )
+        cells += [""] * (len(header) - len(cells))
+        row = {name: cells[at] for name, at in place.items()}
+        for name, cell in row.items():
+            if not cell:
+                raise _wrong(path, number, f"the column {names[name]} is empty; fill it in")
+        name, file, fault = locate(row["path"])
+        if fault:
+            missing.append((number, f"{row['path']} {fault}"))
+            continue
+        first = seen.setdefault(file, number)
+        if first != number:
+            raise _wrong(path, number, f"{row['path']} is the image of row {first}; keep one row")
+        found.append(
+            Row(
+                name,
+                row["label"],
+                row.get("patient"),
+                _split(path, number, row["split"]) if "split" in row else None,
+                _weight(path, number, row["weight"]) if "weight" in row else 1.0,
+            )
+        )
+    if missing:
+        more = f" (and so for {len(missing) - 1:,} more rows)" if len(missing) > 1 else ""
+        raise _wrong(path, *missing[0], more)
+    if not found:
+        raise InputError(f"{path} has no rows below its header; add one for each image")
+    if not any(row.weight for row in found):
+        raise InputError(f"{path}: the column {names['weight']} is 0 in every row")
+    return found
+
+
+def _names(columns: str) -> dict[str, str]:
+    """Returns the name of each column in the table; empty for one that is not to be used."""
+    names = dict(zip(COLUMNS, COLUMNS, strict=True))
+    for part in filter(None, (part.strip() for part in columns.split(","))):
+        ours, sign, theirs = (text.strip() for text in part.partition("="))
+        if not sign or ours not in COLUMNS:
+            raise InputError(
+                f"--data.columns must be like path=file,label=finding, of {', '.join(COLUMNS)};"
+                f" got {part}"
+            )
+        if not theirs and ours in _NEEDED:
+            raise InputError(f"--data.columns {part}: a table needs the column {ours}; name it")
+        names[ours] = theirs
+    return names
+
+
+def _cells(path: Path, names: dict[str, str]) -> Iterator[tuple[int, list[str]]]:
+    """Yields (number, cells without the space around them) of each row, the header first."""
+    try:
+        text = read_file(path).decode("utf-8-sig")
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"--data.table {path} cannot be read ({reason})") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is no table in UTF-8; save it as CSV in UTF-8") from None
+    first = text.partition("\n")[0]
+    wanted = {name.casefold() for name in names.values()}
+
+    def found(separator: str) -> int:
+        header = next(csv.reader([first], delimiter=separator), [])
+        return len(wanted & {cell.strip().casefold() for cell in header})
+
+    separator = max(",;\t", key=found)
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    try:
+        for number, cells in enumerate(rows, 1):
+            yield number, [cell.strip() for cell in cells]
+    except csv.Error as error:
+        raise InputError(f"{path}, line {rows.line_num}: {error}; save it as CSV again") from None
+
+
+def _places(path: Path, header: list[str], names: dict[str, str]) -> dict[str, int]:
+    """Returns in which column each of ours stands that is there."""
+    folded = [cell.casefold() for cell in header]
+    place = {}
+    for ours, theirs in names.items():
+        count = folded.count(theirs.casefold()) if theirs else 0
+        if count > 1:
+            raise InputError(f"{path} has {count} columns named {theirs}; rename one")
+        if count:
+            place[ours] = folded.index(theirs.casefold())
+        elif ours in _NEEDED or theirs not in ("", ours):
+            shown = ", ".join(header) or "nothing"
+            raise InputError(
+                f"{path} has no column {theirs}, but {shown}; its first row must name the columns,"
+                " others by --data.columns path=...,label=..."
+            )
+    return place
+
+
+def _locator(source: Tree | Zip) -> Callable[[str], tuple[str, str, str]]:
+    """Returns what gives the name of a path, the file that it leads to, and what is wrong."""
+    if isinstance(source, Zip):
+        archive = source
+
+        def entry(path: str) -> tuple[str, str, str]:
+            name = in_archive(path) or ""
+            return name, name, "" if name in archive.infos else "is not in the zip"
+
+        return entry
+    root = source.root
+    home, plain = os.path.realpath(root), os.path.abspath(root)  # noqa: PTH100
+
+    def file(path: str) -> tuple[str, str, str]:
+        relative = path
+        if os.path.isabs(path):  # noqa: PTH117
+            relative = next(
+                (
+                    str(Path(path).relative_to(top))
+                    for top in (plain, home)
+                    if Path(path).is_relative_to(top)
+                ),
+                "..",
+            )
+        name = in_archive(relative)
+        if not name:
+            return "", "", f"is not below {root}; give that folder with --data.root"
+        if not (root / name).is_file():
+            return name, "", f"is no file in {root}; paths begin at --data.root"
+        target = os.path.realpath(root / name)
+        fault = "" if Path(target).is_relative_to(home) else f"is {LEADS_OUT}"
+        return name, target, fault
+
+    return file
+
+
+def _split(path: Path, number: int, cell: str) -> str:
+    split = _SPLITS.get(cell.casefold())
+    if split is None:
+        raise _wrong(path, number, f"the split {cell} is none of train, val and test")
+    return split
+
+
+def _weight(path: Path, number: int, cell: str) -> float:
+    try:
+        weight = float(cell)
+    except ValueError:
+        weight = math.nan
+    if not (math.isfinite(weight) and weight >= 0):
+        raise _wrong(path, number, f"the weight {cell} is no number of at least 0")
+    return weight
+
+
+def _wrong(path: Path, number: int, what: str, more: str = "") -> InputError:
+    return InputError(f"{path}, row {number}: {what}{more}")

@@ -35,6 +35,9 @@ class Batch(NamedTuple):
     auxiliary: jax.Array | None = None
     """int32 [batch], 0 or 1, what the auxiliary head learns; -1 where that is not known; None where
     there is no such head."""
+    weights: jax.Array | None = None
+    """float32 [batch], by which the train step multiplies each image's losses; None for 1. (A mixed
+    image has the weight of its larger share.)"""
 
 
 class Losses(NamedTuple):

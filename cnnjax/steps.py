@@ -116,9 +116,10 @@ def make_train_step(
 ) -> TrainStep:
     """Returns the jitted pure step (state, batch, key) -> (state, metrics); `state` is donated.
 
-    One step augments the batch, takes the gradient of the objective's mean loss over it, and
-    updates weights, batch statistics and moving average. Where the loss, a gradient or a batch
-    statistic is not finite, the state stays as it was, and the metrics say so. `key` is that of the
+    One step augments the batch, takes the gradient of the objective's mean loss over it, each
+    image's multiplied by its weight if the batch has weights, and updates parameters, batch
+    statistics and moving average. Where the loss, a gradient or a batch statistic is not finite,
+    the state stays as it was, and the metrics say so. `key` is that of the
     run: the step folds its own number into it.
 
     Args:
@@ -146,6 +147,9 @@ def make_train_step(
                 mutable=["batch_stats", *objective.collections],
             )
             losses = objective.losses(outputs, changed, targets)
+            if batch.weights is not None:
+                minimized, reported = (batch.weights * x for x in losses[:2])
+                losses = losses._replace(minimized=minimized, reported=reported)
             return losses.minimized.mean(), (losses, changed.get("batch_stats", {}))
 
         gradient, (losses, batch_stats) = jax.grad(loss_of, has_aux=True)(state.params)

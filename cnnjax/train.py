@@ -232,9 +232,11 @@ class Run:
 
     def feeder(self) -> Feeder:
         """Returns what brings the images to the devices."""
-        auxiliary = self.data.decoded.viral if self.config.train.auxiliary else None
-        limit = self.config.data.resident_mib
-        return Feeder(self.data.decoded.images, self.data.labels, self.mesh, limit, auxiliary)
+        decoded, limit = self.data.decoded, self.config.data.resident_mib
+        auxiliary = decoded.viral if self.config.train.auxiliary else None
+        return Feeder(
+            decoded.images, self.data.labels, self.mesh, limit, auxiliary, decoded.weights
+        )
 
     def new_state(self, key: jax.Array) -> TrainState:
         """Returns the state before the first step, drawn at random; pure, for jit."""

@@ -44,7 +44,9 @@ def test_batches_hold_the_images_of_their_rows(devices: int, resident_mib: int) 
     images = rng.integers(0, 255, (20, 4, 4), dtype=np.uint8)
     labels = rng.integers(0, 2, 20).astype(np.int32)
     auxiliary = rng.integers(-1, 2, 20).astype(np.int32)
-    feeder = Feeder(images, labels, make_mesh(DeviceConfig(count=devices)), resident_mib, auxiliary)
+    weights = rng.random(20, np.float32)
+    mesh = make_mesh(DeviceConfig(count=devices))
+    feeder = Feeder(images, labels, mesh, resident_mib, auxiliary, weights)
     assert (feeder.data is None) == (resident_mib == 0)
     rows = in_batches(np.arange(20, dtype=np.int32)[::-1], 8)
     fetch = jax.jit(load)
@@ -58,6 +60,7 @@ def test_batches_hold_the_images_of_their_rows(devices: int, resident_mib: int) 
         np.testing.assert_array_equal(batch.images[: len(valid)], images[valid])
         np.testing.assert_array_equal(batch.labels[: len(valid)], labels[valid])
         np.testing.assert_array_equal(batch.auxiliary[: len(valid)], auxiliary[valid])
+        np.testing.assert_array_equal(batch.weights[: len(valid)], weights[valid])
 
 
 def test_a_failure_while_reading_ahead_is_raised() -> None:

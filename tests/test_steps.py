@@ -273,6 +273,18 @@ def test_mixup_is_a_mix_of_images_labels_and_weights() -> None:
     assert float(sums.loss) == pytest.approx(losses.sum(), rel=1e-5)
 
 
+def test_an_image_of_weight_0_counts_for_nothing() -> None:
+    batch = batch_of(8)
+    step, state = started(BaselineCNN(), TrainConfig(optimizer="sgd"))
+    weights = jnp.asarray([2.0] * 4 + [0.0] * 4)
+    weighted, sums = step(state, batch._replace(weights=weights), KEY)
+    step, state = started(BaselineCNN(), TrainConfig(optimizer="sgd"))
+    alone, fewer = step(state, Batch(batch.images[:4], batch.labels[:4]), KEY)
+    close(weighted.params, alone.params)
+    assert float(sums.loss) == pytest.approx(2 * float(fewer.loss), rel=1e-5)
+    assert int(sums.images) == 8
+
+
 @pytest.mark.parametrize("what", ["image", "gradient"])
 def test_a_step_that_is_not_finite_is_rejected(what: str) -> None:
     """The state stays as it was, and the metrics say so."""

@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from test_dicom import file_of
 
-from cnnjax.config import Config, DataConfig, expect_effect, from_json, to_json
+from cnnjax.config import Config, DataConfig, TrainConfig, expect_effect, from_json, to_json
 from cnnjax.data.index import Index, read_index
 from cnnjax.data.prepare import open_index, training_data
 from cnnjax.errors import InputError
+from cnnjax.run.workdir import Workdir
+from cnnjax.train import fit
 
 ROWS = (
     ("a/1.png", "normal", "p1"),
@@ -321,3 +323,24 @@ def test_a_run_of_version_0_2_can_be_read() -> None:
     assert from_json(json.dumps(values), "config.json") == Config()
     with pytest.raises(InputError, match=r"--data\.columns needs --data\.table"):
         expect_effect(Config(data=DataConfig(columns="path=file")))
+
+
+def test_weights_of_a_table_weigh_the_losses(tree: Path, tmp_path: Path) -> None:
+    names = [path.relative_to(tree) for path in sorted(tree.glob("train/*/*.jpeg"))]
+    losses = []
+    for weight in ("1", "2"):
+        path = table(
+            tmp_path / f"{weight}.csv",
+            *(f"{name},{name.parent.name},{weight}" for name in names),
+            header="path,label,weight",
+        )
+        config = Config(
+            workdir=tmp_path / weight,
+            data=DataConfig(str(tree), size=16, table=path),
+            train=TrainConfig(epochs=1, optimizer="sgd", learning_rate=1e-7),
+        )
+        fit(config)
+        losses.append(Workdir(config.workdir).read_history(1)[0]["train"]["loss"])
+    assert losses[1] == pytest.approx(2 * losses[0], rel=1e-3)
+    fingerprints = {(tmp_path / weight / "data.json").read_text("utf-8") for weight in ("1", "2")}
+    assert len(fingerprints) == 2

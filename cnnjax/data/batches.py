@@ -32,6 +32,8 @@ class Resident(NamedTuple):
     """int32 [n]."""
     auxiliary: jax.Array | None = None
     """int32 [n], see `cnnjax.objectives.Batch`."""
+    weights: jax.Array | None = None
+    """float32 [n], likewise."""
 
 
 def step_rows(key: jax.Array, steps: range, rows: np.ndarray, batch: int) -> np.ndarray:
@@ -90,6 +92,7 @@ class Feeder:
         resident_mib: up to this size, in MiB, the data set is put on each device whole; below 0
             never.
         auxiliary: int32 [n], see `cnnjax.objectives.Batch`; None to leave it out.
+        weights: float32 [n], likewise.
 
     Attributes:
         mesh: the devices.
@@ -104,13 +107,14 @@ class Feeder:
         mesh: Mesh,
         resident_mib: int,
         auxiliary: np.ndarray | None = None,
+        weights: np.ndarray | None = None,
     ) -> None:
         self.mesh, self.side = mesh, images.shape[1]
-        self._set = images, labels, auxiliary
+        self._set = images, labels, auxiliary, weights
         self._by_row = divided(mesh)
         self.data: Resident | None = None
         if images.nbytes <= resident_mib * 2**20:
-            whole = np.asarray(images), labels, auxiliary
+            whole = np.asarray(images), labels, auxiliary, weights
             self.data = Resident(*jax.device_put(whole, replicated(mesh)))
 
     def feed(self, rows: np.ndarray) -> Iterator[Batch | jax.Array]:

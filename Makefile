@@ -11,11 +11,11 @@ BIN := $(VENV)/bin
 # Seconds for each of the tests that change bytes at random.
 FUZZ_SECONDS ?= 60
 
-.PHONY: help install train test test-slow faults fuzz lint lock clean
+.PHONY: help install train test test-slow faults fuzz docs lint lock clean
 
 help:
 	@echo "make train [DATA=DIR|ZIP|NPZ] [RUN=DIR] [ARGS='--train.epochs 40']"
-	@echo "make test | test-slow | faults | fuzz [FUZZ_SECONDS=60] | lint | install | lock | clean"
+	@echo "make test | test-slow | faults | fuzz [FUZZ_SECONDS=60] | lint | docs | install | lock | clean"
 
 install: $(VENV)/installed
 
@@ -42,6 +42,10 @@ faults: install
 
 fuzz: install
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest -n auto -rP -p no:logging tests/faults/test_fuzz.py
+
+# The documentation as a site in site/; a broken link is an error.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: install
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -72,6 +73,21 @@ def test_links_lead_somewhere(document: Path) -> None:
     assert links
     for link in links:
         assert (document.parent / link).exists(), link
+
+
+def test_the_site_builds_without_a_broken_link(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path],
+        cwd=ROOT,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for page in ("reference", "model-card", "benchmarks-all"):
+        assert (tmp_path / page / "index.html").exists()
+    assert "fit(" in (tmp_path / "reference" / "index.html").read_text("utf-8")
 
 
 def test_flags_of_commands_are_fields() -> None:

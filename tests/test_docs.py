@@ -70,7 +70,6 @@ def test_the_package_alone_starts_no_jax() -> None:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_somewhere(document: Path) -> None:
     links = re.findall(r"\]\(([^):]+)\)", document.read_text("utf-8"))
-    assert links
     for link in links:
         assert (document.parent / link).exists(), link
 

@@ -86,7 +86,7 @@ def test_the_site_builds_without_a_broken_link(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for page in ("reference", "model-card", "benchmarks-all"):
         assert (tmp_path / page / "index.html").exists()
-    assert "fit(" in (tmp_path / "reference" / "index.html").read_text("utf-8")
+    assert 'id="cnnjax.train.fit"' in (tmp_path / "reference" / "index.html").read_text("utf-8")
 
 
 def test_flags_of_commands_are_fields() -> None:

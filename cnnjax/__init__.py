@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cnnjax import recipes as recipes
     from cnnjax.config import (
         AugmentConfig,
         Config,
@@ -58,6 +59,8 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
+    if name == "recipes":
+        return import_module("cnnjax.recipes")
     if name not in __all__:
         raise AttributeError(f"module 'cnnjax' has no attribute {name!r}")
     return getattr(import_module(_HOME_OF.get(name, "cnnjax.config")), name)

@@ -121,9 +121,9 @@ class Evaluation:
             )
         lines += [
             "",
-            f"decided at probability {self.threshold:.3g}:"
-            f" {c.tp:,} true and {c.fp:,} false positives,"
-            f" {c.tn:,} true and {c.fn:,} false negatives;"
+            f"positive from probability {self.threshold:.3f} on: {c.tp:,} true and {c.fp:,} false"
+            " positives,",
+            f"  {c.tn:,} true and {c.fn:,} false negatives;"
             f" {self.n:,} images of {self.patients:,} patients",
         ]
         return "\n".join(lines)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +37,7 @@ from cnnjax.machine.files import write_atomically, write_rows
 from cnnjax.networks import model_of
 from cnnjax.objectives import Batch, Binary, Objective
 from cnnjax.operating import fit_operating_point, points_to_json
+from cnnjax.phantom import DRAWN, is_drawn
 from cnnjax.run import parts, signals
 from cnnjax.run.checkpoint import KINDS, Checkpoints, Kind, template_of
 from cnnjax.run.events import Events
@@ -77,12 +79,14 @@ class Result:
 
     @property
     def best(self) -> metrics.Evaluation:
-        """The best checkpoint on the images that chose it, so a little optimistic."""
+        """The best checkpoint at its operating point, on the images that chose both, so a little
+        optimistic."""
         return self.evaluations["best"]
 
     @property
     def last(self) -> metrics.Evaluation:
-        """The last epoch on the same images, which did not choose it (but for --train.patience)."""
+        """The last epoch on the same images, which did not choose it (but for --train.patience);
+        they did choose its operating point."""
         return self.evaluations["latest"]
 
 
@@ -207,6 +211,7 @@ class Run:
         self.train_step = train_step
         self._checkpoints = Checkpoints(workdir.checkpoints)
         self.done = self._checkpoints.epoch("latest") or 0
+        self._shown = False  # whether a line of the epochs' table is on the screen
         self.history = workdir.read_history(self.done)
         # A checkpoint within an epoch counts where that epoch is the next.
         within = (self._checkpoints.epoch("within") or 0) - self.done * self.steps_per_epoch
@@ -381,19 +386,22 @@ class Run:
         speed = self.steps_per_epoch * config.batch / seconds[0]
         times = {"epoch": epoch, "train_seconds": seconds[0], "validation_seconds": seconds[1]}
         append_line(self.workdir.throughput, times | {"images_per_second": speed})
-        return _epoch_line(line, config, speed)
+        first, self._shown = not self._shown, True
+        return _epoch_line(line, config, speed, first=first)
 
     def conclude(self) -> Result:
         """Evaluates the best and the last state, and writes what remains of the run."""
         config, data, workdir = self.config, self.data, self.workdir
         labels, feeder = data.labels[data.validation], self.feeder()
         states = {kind: self.restored(kind) for kind in KINDS}
-        each: dict[int, dict[str, np.ndarray]] = {}
-        for views in config.augment.looks:
-            outputs_of = make_logits(self.network, self.mesh, views, config.augment)
-            each[views] = {
-                kind: outputs_of(state, feeder, data.validation) for kind, state in states.items()
-            }
+        each: dict[int, dict[str, np.ndarray]] = {views: {} for views in config.augment.looks}
+        with tqdm(total=len(each) * len(KINDS), leave=False, disable=None) as bar:
+            for views, some in each.items():
+                outputs_of = make_logits(self.network, self.mesh, views, config.augment)
+                for kind, state in states.items():
+                    bar.set_description(f"evaluating the {kind} epoch, views: {views}")
+                    some[kind] = outputs_of(state, feeder, data.validation)
+                    bar.update()
         outputs = each[config.augment.views]
         summary: dict[str, Any] = {
             "protocol": _protocol(config),
@@ -403,6 +411,7 @@ class Run:
             "epochs": self.history[-1]["epoch"],
             "views": config.augment.views,
             "best_epoch": self.best,
+            "notes": [DRAWN] if workdir.read_drawn() else [],
         }
         workdir.write_config(config)
         self._checkpoints.drop("within")
@@ -411,30 +420,45 @@ class Run:
             summary |= {"best": figures["best"], "last": figures["latest"]}
             write_json(workdir.summary, summary)
             return Result(data.classes, summary, {})
-        points: dict[str, Any] = {
-            kind: points_to_json(
-                {
-                    views: fit_operating_point(out[kind], labels, config.operating)
-                    for views, out in each.items()
-                }
-            )
+        points = {
+            kind: {
+                views: fit_operating_point(out[kind], labels, config.operating)
+                for views, out in each.items()
+            }
             for kind in KINDS
         }
         held_out = [data.decoded.examples[i] for i in data.validation]
         patients = [e.patient for e in held_out]
-        judged: dict[str, metrics.Evaluation] = {
-            kind: metrics.evaluate(out, labels, patients) for kind, out in outputs.items()
-        }
+        judged: dict[str, metrics.Evaluation] = {}
+        for kind, out in tqdm(outputs.items(), "intervals", leave=False, disable=None):
+            point = points[kind][config.augment.views]
+            judged[kind] = metrics.evaluate(
+                point.calibrated(out), labels, patients, threshold=point.probability_threshold()
+            )
         with write_atomically(workdir.validation) as file:
             write_rows(file, [["image", "patient", "label", "logit_best", "logit_last"]])
             for e, a, b in zip(held_out, outputs["best"], outputs["latest"], strict=True):
                 write_rows(file, [[e.name, e.patient, e.label, float(a), float(b)]])
+        rules = _trivial_rules(data)
+        undecided = {kind: metrics.at_zero(out, labels) for kind, out in outputs.items()}
         summary |= {
             "best": judged["best"].to_json(),
             "last": judged["latest"].to_json(),
-            "rules": _trivial_rules(data),
+            # At the network's own probability 0.5, before calibration, as in metrics.jsonl.
+            "at_0.5": {"best": undecided["best"], "last": undecided["latest"]},
+            "rules": rules,
         }
-        write_json(workdir.operating, points)
+        found = undecided["latest"]
+        if found["accuracy"] <= rules["majority_accuracy"]:
+            summary["notes"].append(
+                f"on the held-out images the last epoch (accuracy {found['accuracy']:.4f} at its"
+                f" probability 0.5, AUC {found['auc']:.4f}) is no better than calling them all what"
+                f" most are (accuracy {rules['majority_accuracy']:.4f}): training diverged, or was"
+                f" too short; {_ADVICE}"
+            )
+        for note in summary["notes"]:
+            print(textwrap.fill(f"note: {note}", 80, break_on_hyphens=False))
+        write_json(workdir.operating, {kind: points_to_json(each) for kind, each in points.items()})
         write_json(workdir.summary, summary)
         return Result(data.classes, summary, judged)
 
@@ -526,9 +550,12 @@ def open_run(
         mesh, whole = devices.dividing(mesh, config.train.batch), mesh
         some = f", of {whole.size}: a batch is divided evenly" if mesh.size < whole.size else ""
         print(f"devices   {devices.describe(mesh)}{some}")
+        drawn = data is None and is_drawn(config.data.root)
         if data is None:
             data = training_data(config.data, config.seed, print, mesh)
-        workdir.claim_data(data.decoded.fingerprint, data.classes)
+        if drawn:
+            print(f"note      {DRAWN}")
+        workdir.claim_data(data.decoded.fingerprint, data.classes, drawn)
         given = {
             "network": None if network is None else parts.described(network),
             "objective": None if objective is None else parts.described(objective),
@@ -767,9 +794,27 @@ def _protocol(config: Config) -> str:
     return f"fold {config.data.fold} of {config.data.folds}, {kind}, seed {config.seed}"
 
 
-def _epoch_line(line: dict[str, Any], config: TrainConfig, speed: float) -> str:
-    figures = "  ".join(f"{name} {value:.4f}" for name, value in line["validation"].items())
-    return (
-        f"epoch {line['epoch']:>3}/{config.epochs}  loss {line['train']['loss']:.4f}"
-        f"  validation: {figures}  {speed:,.0f} images/s{'  *' if line['best'] else ''}"
-    )
+def _epoch_line(line: dict[str, Any], config: TrainConfig, speed: float, *, first: bool) -> str:
+    """Returns an epoch as the row of a table of at most 80 columns, as far as names allow.
+
+    Args:
+        line: of `metrics.jsonl`.
+        config: the run's.
+        speed: of training, in images/s.
+        first: whether to put the table's head above it.
+    """
+    figures = line["validation"]
+    # Validation has a loss too: the first one is training's.
+    heads = ["epoch", "loss", *(f"val {name}" if name == "loss" else name for name in figures)]
+    heads.append("images/s")
+    cells = [
+        f"{line['epoch']}/{config.epochs}",
+        f"{line['train']['loss']:.4f}",
+        *(f"{value:.4f}" for value in figures.values()),
+        f"{speed:,.0f}",
+    ]
+    least = [2 * len(str(config.epochs)) + 1, *(6 for _ in cells[1:-1]), 7]
+    widths = [max(len(head), n) for head, n in zip(heads, least, strict=True)]
+    rows = [heads, cells] if first else [cells]
+    lines = ["  ".join(f"{x:>{n}}" for x, n in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(lines) + (" *" if line["best"] else "")

@@ -538,23 +538,39 @@ def test_a_platform_that_is_not_there_is_told() -> None:
 
 
 def test_a_recipe_from_the_shell(tree: Path, tmp_path: Path) -> None:
-    """In a process of its own, killed once on its way, ending like one that was not."""
+    """As the command and as the script, killed once on its way, ending like one that was not."""
+    recipe = [str(ROOT / "experiments" / "baseline.py")]
 
     def command(run: str) -> list[str]:
         flags = {"data.root": tree, "data.size": 20, "train.epochs": 3, "workdir": tmp_path / run}
         return [
             sys.executable,
-            str(ROOT / "experiments" / "baseline.py"),
+            *(recipe if run == "killed" else ["-m", "cnnjax", "train", "baseline"]),
             *(str(part) for k, v in flags.items() for part in (f"--{k}", v)),
         ]
 
     whole = subprocess.run(command("whole"), capture_output=True, text=True, check=True)
-    assert "accuracy" in whole.stdout
+    assert [line for line in whole.stdout.splitlines() if len(line) > 80 and "/" not in line] == []
+    found = json.loads((tmp_path / "whole" / "summary.json").read_text())
+    page = (tmp_path / "whole" / "report.html").read_text()
+    for name in ("accuracy", "sensitivity", "specificity", "auc", "brier", "ece"):
+        value = found["best"][name]["value"]  # one figure on the screen, in the file, on the page
+        assert re.search(rf"^{name} +{value:.4f}  ", whole.stdout, re.MULTILINE), name
+        assert f"<td>{value:.3f}</td>" in page, name
+    threshold = f"from probability {found['best']['threshold']:.3f} on"
+    assert threshold in whole.stdout
+    assert threshold in page
+    half = f"accuracy {found['at_0.5']['best']['accuracy']:.4f},"
+    assert half in whole.stdout
+    assert half in page
+    assert "by 1 view of each image" in whole.stdout
+    assert "one view of each image" in page
+    assert "--split test" in whole.stdout
     assert whole.stderr == ""  # no bar and no warning where there is no terminal
     killed = subprocess.Popen(command("killed"), stdout=subprocess.PIPE, text=True)
     assert killed.stdout is not None
     for line in killed.stdout:
-        if line.startswith("epoch   1/3"):
+        if re.match(" *1/3 ", line):
             killed.kill()
             break
     killed.communicate()

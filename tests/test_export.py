@@ -130,7 +130,7 @@ def test_what_is_not_installed_is_named(
     with pytest.raises(SystemExit) as ended:
         cli.main(["export", "--run", str(run), "--format", form, str(tmp_path / "x")])
     assert ended.value.code == 2
-    assert f"pip install -e '.[{extra}]'" in capsys.readouterr().err
+    assert f"pip install 'cnnjax[{extra}]'" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

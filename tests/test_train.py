@@ -89,7 +89,12 @@ def test_a_run_learns_and_leaves_its_files(finished: Path) -> None:
             *((int(r["label"]), float(r["logit_best"])) for r in csv.DictReader(file)), strict=True
         )
     right = np.mean((np.array(logits) >= 0) == np.array(labels))
+    assert right == pytest.approx(summary["at_0.5"]["best"]["accuracy"])
+    assert summary["at_0.5"]["last"]["auc"] == lines[-1]["validation"]["auc"]
+    point = json.loads((finished / "operating.json").read_text())["best"]["1"]
+    right = np.mean((np.array(logits) >= point["threshold"]) == np.array(labels))
     assert right == pytest.approx(summary["best"]["accuracy"]["value"])
+    assert summary["notes"] == []
 
 
 @pytest.mark.parametrize("where", ["before the line", "after the line", "after the latest state"])

@@ -1,4 +1,4 @@
-"""The command line: a module for each command of `cnnjax`, and the recipes' entry.
+"""The command line: a module for each command of `cnnjax`.
 
 Modules that import JAX are imported where they are used: `cnnjax --help` answers at once, and
 `cnnjax.machine.devices.make_mesh` can still divide the CPU into devices.
@@ -19,23 +19,27 @@ from cnnjax.cli.evaluate import Evaluate
 from cnnjax.cli.export import Export
 from cnnjax.cli.phantom import Phantom
 from cnnjax.cli.predict import Predict
-from cnnjax.cli.recipe import train
 from cnnjax.cli.report import Report
+from cnnjax.cli.train import Train, train_recipe
 
-__all__ = ["guarded", "main", "train"]
+__all__ = ["guarded", "main", "train_recipe"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the `cnnjax` command and exits with its status."""
-    if (sys.argv[1:] if arguments is None else list(arguments)) == ["--version"]:
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given == ["--version"]:
         print(f"cnnjax {__version__}")
         sys.exit(0)
+    if given[:1] == ["train"]:  # whose flags' defaults depend on the recipe
+        sys.exit(guarded(Train(tuple(given[1:]))))
     commands: Any = (
-        Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+        Annotated[Train, tyro.conf.subcommand("train")]
+        | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Predict, tyro.conf.subcommand("predict")]
         | Annotated[Report, tyro.conf.subcommand("report")]
         | Annotated[Export, tyro.conf.subcommand("export")]
         | Annotated[Phantom, tyro.conf.subcommand("phantom")]
         | Annotated[Devices, tyro.conf.subcommand("devices")]
     )
-    sys.exit(guarded(lambda: tyro.cli(commands, prog="cnnjax", args=arguments)()))
+    sys.exit(guarded(lambda: tyro.cli(commands, prog="cnnjax", args=given)()))

@@ -112,6 +112,14 @@ def tell_uncalibrated(predictor: Predictor) -> None:
         )
 
 
+def tell_drawn(run: Path | None) -> None:
+    """Says so where a run was trained on drawn images."""
+    from cnnjax.run.workdir import Workdir
+
+    if run is not None and Workdir(run).begun and Workdir(run).read_drawn():
+        print("note: the run was trained on drawn images (phantoms)", file=sys.stderr)
+
+
 def check_probabilities(threshold: float | None, prevalence: float | None) -> None:
     """Raises InputError where --threshold or --prevalence is no probability."""
     if threshold is not None and not 0 <= threshold <= 1:

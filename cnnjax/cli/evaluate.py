@@ -55,6 +55,7 @@ class Evaluate:
         from cnnjax.evaluation.predict import Predictor
         from cnnjax.machine import devices
         from cnnjax.machine.files import write_atomically
+        from cnnjax.phantom import DRAWN, is_drawn
         from cnnjax.run.workdir import Workdir, write_json
 
         check_probabilities(self.threshold, self.prevalence)
@@ -73,16 +74,18 @@ class Evaluate:
         decoded = framing.load(index.split(self.split), index.source, config, mesh)
         for name, reason in decoded.quarantine:
             print(f"  left out: {name}: {reason}")
+        if is_drawn(self.data):
+            print(f"  note: {DRAWN}")
         if self.run is None or release.is_release(self.run):
-            if self.data == "phantom":
-                print("  note: drawn images; give real ones with --data")
             if self.split != "test":
                 print("  note: a release is trained on all images of train and val of its data set")
         else:
             workdir = Workdir(self.run)
             root = workdir.read_config().data.root
-            if self.data == "phantom" != root:
-                print(f"  note: drawn images; the run was trained on {root}, which --data may name")
+            if workdir.read_drawn() and not is_drawn(self.data):
+                print(f"  note: the run was trained on {DRAWN}")
+            elif self.data == "phantom" != root:
+                print(f"  note: the run was trained on {root}, which --data may name")
             if seen := workdir.trained_on(e.name for e in decoded.examples):
                 print(f"  warning: the run was trained on {seen:,} images of these names")
         point, threshold = predictor.operating, self.threshold
@@ -94,7 +97,9 @@ class Evaluate:
         judged = metrics.evaluate(logits, decoded.labels, patients, threshold=threshold)
         if self.prevalence is not None:
             judged = replace(judged, brier=metrics.UNDEFINED, ece=metrics.UNDEFINED)
-        print(f"\n{self.split} split, {predictor.about}, with 95 % intervals")
+        views = "1 view" if predictor.views == 1 else f"{predictor.views} views"
+        print(f"\n{self.split} split, {predictor.about},")
+        print(f"by {views} of each image, with 95 % intervals\n")
         print(judged.report(predictor.classes))
         if self.prevalence is not None:
             print(judged.elsewhere(self.prevalence))
@@ -105,7 +110,12 @@ class Evaluate:
                 " whole; are these frontal chest radiographs?"
             )
         if self.json is not None:
-            more = {"prevalence": self.prevalence, "no_lungs_found": without}
+            more = {
+                "views": predictor.views,
+                "prevalence": self.prevalence,
+                "no_lungs_found": without,
+                "drawn": is_drawn(self.data),
+            }
             with writing(self.json, "--json"):
                 write_json(self.json, judged.to_json() | more)
         if self.csv is not None:

@@ -13,7 +13,13 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from cnnjax.cli.common import check_probabilities, expect_place, tell_uncalibrated, writing
+from cnnjax.cli.common import (
+    check_probabilities,
+    expect_place,
+    tell_drawn,
+    tell_uncalibrated,
+    writing,
+)
 from cnnjax.config import DeviceConfig
 
 if TYPE_CHECKING:
@@ -74,6 +80,7 @@ class Predict:
         mesh = devices.make_mesh(self.device)
         predictor = Predictor.open(self.run, mesh, self.checkpoint, self.views)
         tell_uncalibrated(predictor)
+        tell_drawn(self.run)
         threshold = self.threshold
         if threshold is None:
             threshold = predictor.operating.probability_threshold(self.prevalence)

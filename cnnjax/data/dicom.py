@@ -152,7 +152,7 @@ def _open(encoded: bytes | Path, *, pixels: bool = True) -> Any:
     try:
         import pydicom
     except ImportError:
-        raise NoDecoder('a DICOM file; to read it: pip install -e ".[dicom]"') from None
+        raise NoDecoder('a DICOM file; to read it: pip install "cnnjax[dicom]"') from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the many ways to bend the standard

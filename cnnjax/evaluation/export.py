@@ -197,5 +197,5 @@ def _require(module: str, extra: str) -> None:
         __import__(module)
     except ImportError:
         raise InputError(
-            f"this export needs {module}; install it with: pip install -e '.[{extra}]'"
+            f"this export needs {module}; install it with: pip install 'cnnjax[{extra}]'"
         ) from None

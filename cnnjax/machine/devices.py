@@ -48,7 +48,7 @@ def make_mesh(config: DeviceConfig) -> Mesh:
             raise InputError(
                 f"JAX finds nothing to compute on ({first_line(error)}); look at JAX_PLATFORMS"
             ) from None
-        hint = "" if config.platform == "tpu" else ' with pip install -e ".[cuda13]"'
+        hint = "" if config.platform == "tpu" else ' with pip install "cnnjax[cuda13]"'
         raise InputError(
             f"--device.platform {config.platform}: JAX finds none here; drop the flag,"
             f" or install JAX for it{hint} ({first_line(error)})"

@@ -22,9 +22,9 @@ residual network of four blocks, 64 px, 12 epochs, two seeds           0.994
 """
 
 from cnnjax.phantom.film import Kind, Phantom, draw
-from cnnjax.phantom.tree import write_tree
+from cnnjax.phantom.tree import DRAWN, is_drawn, write_tree
 
 VERSION = 1
 """Raised whenever the same seed draws other pixels, so that stored trees are told apart."""
 
-__all__ = ["VERSION", "Kind", "Phantom", "draw", "write_tree"]
+__all__ = ["DRAWN", "VERSION", "Kind", "Phantom", "draw", "is_drawn", "write_tree"]

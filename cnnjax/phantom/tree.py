@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -20,6 +21,16 @@ _PLAN = 3  # a stream of random numbers beside those of `cnnjax.phantom.film`
 _MOST_SHOTS = 4
 _NORMAL_SHARE = 1 / 3
 _VIRUS_SHARE = 1 / 3  # of the pneumonias
+
+_MARK = ".phantom"  # says of a tree that it is drawn
+
+DRAWN = "drawn images (phantoms): no figure tells anything about radiographs"
+"""What is said beside every figure of a run on them."""
+
+
+def is_drawn(root: str) -> bool:
+    """Tells whether a data root is the word `phantom` or a tree that `write_tree` made."""
+    return root == "phantom" or (Path(os.path.expanduser(root)) / _MARK).is_file()  # noqa: PTH111
 
 
 def write_tree(
@@ -62,6 +73,8 @@ def write_tree(
     _check_free(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     with work_folder(directory) as root:
+        text = "Drawn by cnnjax.phantom: these are no radiographs of anyone.\n"
+        (root / _MARK).write_text(text, "utf-8")
         for folder in {film.name.parent for film in films}:
             (root / folder).mkdir(parents=True)
 

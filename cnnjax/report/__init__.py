@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
+from tqdm import tqdm
 
 from cnnjax import metrics
 from cnnjax.augment import make_augment
@@ -35,6 +36,7 @@ from cnnjax.lungs import Framed, put_back
 from cnnjax.machine.files import write_atomically
 from cnnjax.metrics import Estimate, Evaluation
 from cnnjax.objectives import to_float
+from cnnjax.phantom import DRAWN, is_drawn
 from cnnjax.report import plots
 from cnnjax.report.comparison import compare
 from cnnjax.report.template import render
@@ -93,7 +95,8 @@ def write(
         if seen := workdir.trained_on(judged.names):
             where += f", {seen:,} of whose images bear names of those it was trained on"
     rules = workdir.read_summary()["rules"] if data is None else None
-    page = _render(workdir, config, predictor, judged, where, images, rules)
+    drawn = workdir.read_drawn() or (data is not None and is_drawn(data))
+    page = _render(workdir, config, predictor, judged, where, images, rules, drawn)
     name = "report.html" if data is None else f"report-{split}.html"
     path = run / name if out is None else out
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,6 +145,7 @@ def _render(
     where: str,
     images: np.ndarray | None,
     rules: dict[str, float] | None,
+    drawn: bool,
 ) -> str:
     point = predictor.operating
     threshold = point.probability_threshold()
@@ -150,20 +154,33 @@ def _render(
         point.calibrated(judged.logits), judged.labels, judged.patients, threshold=threshold
     )
     summary = workdir.read_summary()
+    notes = [DRAWN] if drawn else []
+    if rules is not None:  # of the held-out images, as training found them
+        notes += [note for note in summary.get("notes", ()) if note != DRAWN]
     history, speeds = read_lines(workdir.metrics), read_lines(workdir.throughput)
     rows = workdir.read_split()
     labels, patients = judged.labels, judged.patients
     both = len(set(labels.tolist())) == 2
-    figures = {
-        "curves": plots.curves(history, summary["best_epoch"]),
-        "quality": plots.quality(history, summary["best_epoch"]),
-        "thresholds": plots.thresholds(probabilities, labels, threshold),
-        "calibration": plots.calibration(probabilities, labels),
-        "scores": plots.scores(probabilities, labels, predictor.classes, threshold),
+    draw: dict[str, Callable[[], str]] = {
+        "curves": lambda: plots.curves(history, summary["best_epoch"]),
+        "quality": lambda: plots.quality(history, summary["best_epoch"]),
+        "thresholds": lambda: plots.thresholds(probabilities, labels, threshold),
+        "calibration": lambda: plots.calibration(probabilities, labels),
+        "scores": lambda: plots.scores(probabilities, labels, predictor.classes, threshold),
     }
     if both:
-        figures["roc"] = plots.roc(judged.logits, labels, patients, found)
-        figures["precision_recall"] = plots.precision_recall(judged.logits, labels, patients, found)
+        draw["roc"] = lambda: plots.roc(judged.logits, labels, patients, found)
+        draw["precision_recall"] = lambda: plots.precision_recall(
+            judged.logits, labels, patients, found
+        )
+    figures = {}
+    with tqdm(total=len(draw) + 1, desc="report", leave=False, disable=None) as bar:
+        for name, figure in draw.items():
+            figures[name] = figure()
+            bar.update()
+        bar.set_description("report, heat maps")
+        pictures = _pictures(config, predictor, judged, images, probabilities, found)
+        bar.update()
     return render(
         "page.html.jinja",
         figures,
@@ -182,13 +199,16 @@ def _render(
         where=where,
         found=found,
         estimates=[(n, v) for n, v in vars(found).items() if isinstance(v, Estimate)],
-        others=() if config.data.root == "phantom" else PUBLISHED,
+        half=metrics.evaluate(judged.logits, labels, patients, replicates=0),
+        views="one view" if predictor.views == 1 else f"{predictor.views} views",
+        notes=notes,
+        others=() if drawn else PUBLISHED,
         point=point,
         threshold=threshold,
         history=history,
         seconds=sum(s["train_seconds"] + s["validation_seconds"] for s in speeds),
         speed=float(np.median([s["images_per_second"] for s in speeds])),
-        **_pictures(config, predictor, judged, images, probabilities, found),
+        **pictures,
     )
 
 

@@ -15,6 +15,7 @@ from cnnjax.config import flags
 from cnnjax.errors import InputError
 from cnnjax.machine.files import write_atomically
 from cnnjax.metrics import Estimate, Evaluation
+from cnnjax.phantom import DRAWN
 from cnnjax.report import plots
 from cnnjax.report.template import render
 from cnnjax.run.workdir import Workdir, read_lines
@@ -41,6 +42,8 @@ class Run:
     """Of the best epoch, log-odds above the run's own operating point."""
     found: Evaluation
     """At the run's own operating point."""
+    notes: list[str]
+    """What is to be said beside its figures."""
     seconds: float
     speed: float
     """Images a second in training, the median over epochs."""
@@ -60,13 +63,15 @@ def read(folder: Path, name: str) -> Run:
     config = workdir.read_config()
     workdir.expect_ended()
     held_out = workdir.read_validation()
+    summary = workdir.read_summary()
+    notes = summary.get("notes", [DRAWN] if workdir.read_drawn() else [])
     point = workdir.read_operating("best")[config.augment.views]
     speeds = read_lines(workdir.throughput)
     return Run(
         name=name,
         classes=workdir.read_classes(),
         settings=flags(config),
-        summary=workdir.read_summary(),
+        summary=summary,
         history=read_lines(workdir.metrics),
         names=held_out.names,
         patients=held_out.patients,
@@ -78,6 +83,7 @@ def read(folder: Path, name: str) -> Run:
             held_out.patients,
             threshold=point.probability_threshold(),
         ),
+        notes=notes,
         seconds=sum(line["train_seconds"] + line["validation_seconds"] for line in speeds),
         speed=float(np.median([line["images_per_second"] for line in speeds])),
     )
@@ -135,6 +141,7 @@ def compare(folders: Sequence[Path], out: Path) -> Path:
         figures,
         runs=runs,
         differing=differing,
+        notes=[f"{run.name}: {note}" for run in runs for note in run.notes],
         against=[differences(runs[0], run) for run in runs[1:]],
     )
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -29,7 +29,8 @@ class Events:
             from tensorboardX import SummaryWriter
         except ImportError:
             raise InputError(
-                "--tensorboard needs tensorboardX; install it with: pip install -e '.[tensorboard]'"
+                "--tensorboard needs tensorboardX; install it with:"
+                " pip install 'cnnjax[tensorboard]'"
             ) from None
         shutil.rmtree(folder, ignore_errors=True)
         self._writer = SummaryWriter(str(folder))

@@ -38,7 +38,8 @@ class Workdir:
 
     Attributes:
         config: `config.json`, all that decides the run.
-        data: `data.json`, the fingerprint of the images it was trained on, and the class names.
+        data: `data.json`, the fingerprint of the images it was trained on, the class names, and
+            whether they are drawn.
         parts: `parts.json`, what `fit` was given beside the config, if anything (see
             `cnnjax.run.parts`).
         split: `split.csv`, each image's patient, label and role.
@@ -174,14 +175,27 @@ class Workdir:
         ours = {PurePosixPath(row["image"]).parts[-3:] for row in rows if row["role"] == "train"}
         return sum(PurePosixPath(name).parts[-3:] in ours for name in names)
 
-    def claim_data(self, fingerprint: str, classes: tuple[str, ...]) -> None:
+    def read_drawn(self) -> bool:
+        """Tells whether the run was trained on drawn images (phantoms)."""
+        values = read_json(self.data)
+        if "drawn" not in values:  # as of 0.2
+            return self.read_config().data.root == "phantom"
+        return bool(values["drawn"])
+
+    def claim_data(self, fingerprint: str, classes: tuple[str, ...], drawn: bool = False) -> None:
         """Notes what the run is trained on, or checks that it is the same as before.
+
+        Args:
+            fingerprint: of the images.
+            classes: their names.
+            drawn: whether they are phantoms.
 
         Raises:
             InputError: it is not.
         """
         if not self.data.exists() and not self.checkpoints.exists():
-            write_json(self.data, {"fingerprint": fingerprint, "classes": classes})
+            values = {"fingerprint": fingerprint, "classes": classes, "drawn": drawn}
+            write_json(self.data, values)
         elif read_json(self.data, "fingerprint") != fingerprint:
             raise InputError(
                 f"{self.root} was trained on other images than --data.root holds now;"

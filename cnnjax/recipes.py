@@ -1,0 +1,48 @@
+"""The recipes: the `Config` of each training that `cnnjax train NAME` knows by name.
+
+A recipe is a default: change it with flags, as in `cnnjax train pneumonia --train.epochs 40`, or in
+Python, as in `dataclasses.replace(cnnjax.recipes.pneumonia, seed=1)`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cnnjax.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainConfig
+
+# All else that the post sets are the defaults of cnnjax.config.
+baseline = Config(workdir=Path("runs/baseline"), model=ModelConfig("baseline", channels=3))
+"""The blog post to the letter: its network, its augmentation, its optimizer, its batches of 32."""
+
+pneumonia = Config(
+    workdir=Path("runs/pneumonia"),
+    data=DataConfig(size=96, frame="lungs"),
+    model=ModelConfig(
+        "resnet", width=32, depth=1, stages=3, stem=4, standardize=True, local_contrast=True
+    ),
+    augment=AugmentConfig(
+        shear=0,
+        zoom=0.1,
+        rotate=5,
+        shift=0.04,
+        flip=False,
+        black=0.5,
+        crop=0.5,
+        contrast=0.2,
+        brightness=0.1,
+        gamma=0.25,
+        sharpness=0.5,
+    ),
+    train=TrainConfig(
+        epochs=36,
+        batch=32,
+        optimizer="adamw",
+        learning_rate=3e-3,
+        weight_decay=0.02,
+        schedule="cosine",
+        ema=0.98,
+        label_smoothing=0.05,
+        auxiliary=0.3,
+    ),
+)
+"""Our own: a small residual network on images that are cut to the lungs."""

@@ -74,7 +74,7 @@ def measure(options: Options, scratch: Path) -> list[dict[str, Any]]:
                     "precision": precision,
                     "seed": seed,
                     "auc": result.last.auc.value,
-                    "accuracy": result.last.accuracy.value,
+                    "accuracy": result.summary["at_0.5"]["last"]["accuracy"],
                     "seconds": time.perf_counter() - start,
                 }
             )

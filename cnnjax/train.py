@@ -29,7 +29,7 @@ from cnnjax.data.batches import Feeder, Resident, load, step_rows
 from cnnjax.data.cache import write_quarantine
 from cnnjax.data.duplicates import write_duplicates
 from cnnjax.data.patients import write_split
-from cnnjax.data.prepare import TrainingData, training_data
+from cnnjax.data.prepare import TrainingData, protocol, training_data
 from cnnjax.errors import InputError, TrainingError, first_line
 from cnnjax.logits import make_logits
 from cnnjax.machine import devices
@@ -404,7 +404,7 @@ class Run:
                     bar.update()
         outputs = each[config.augment.views]
         summary: dict[str, Any] = {
-            "protocol": _protocol(config),
+            "protocol": protocol(config.data, config.seed),
             "train_images": len(data.train),
             "validation_images": len(data.validation),
             "parameters": self.parameters,
@@ -505,7 +505,7 @@ class Run:
         config, data = self.config, self.data
         size = config.data.size
         place = "on the device" if self.resident else "streamed from the cache"
-        print(f"split     {_protocol(config)}")
+        print(f"split     {protocol(config.data, config.seed)}")
         for name, rows in (("train", data.train), ("validate", data.validation)):
             counts = np.bincount(data.labels[rows], minlength=len(data.classes))
             shown = (f"{n:,} {c}" for n, c in zip(counts, data.classes, strict=True))
@@ -782,16 +782,6 @@ def _trivial_rules(data: TrainingData) -> dict[str, float]:
         ),
         "brightness_auc": validated if area(data.train) >= 0.5 else 1 - validated,
     }
-
-
-def _protocol(config: Config) -> str:
-    if config.data.validation == "official":
-        return f"official val folder, seed {config.seed}"
-    kind = {
-        "patients": "patient-grouped and class-stratified",
-        "blocks": "blocks of the file numbering",
-    }[config.data.validation]
-    return f"fold {config.data.fold} of {config.data.folds}, {kind}, seed {config.seed}"
 
 
 def _epoch_line(line: dict[str, Any], config: TrainConfig, speed: float, *, first: bool) -> str:

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import tyro
 
 from cnnjax import __version__
+from cnnjax.cli.check import Check
 from cnnjax.cli.common import guarded
 from cnnjax.cli.devices import Devices
 from cnnjax.cli.evaluate import Evaluate
@@ -35,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(guarded(Train(tuple(given[1:]))))
     commands: Any = (
         Annotated[Train, tyro.conf.subcommand("train")]
+        | Annotated[Check, tyro.conf.subcommand("check")]
         | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
         | Annotated[Predict, tyro.conf.subcommand("predict")]
         | Annotated[Report, tyro.conf.subcommand("report")]

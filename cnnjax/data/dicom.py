@@ -107,6 +107,20 @@ def patient_of(encoded: bytes | Path) -> str | None:
     return hashlib.sha256(identifier.encode()).hexdigest()[:16] if identifier else None
 
 
+def layout_of(encoded: bytes) -> tuple[str, int, int]:
+    """Returns how a file's pixels are kept, as `MONOCHROME2, 12 bits`, and their width and height.
+
+    Raises:
+        DicomError: it is none, or the tags do not tell.
+    """
+    file = _open(encoded, pixels=False)
+    names = ("PhotometricInterpretation", "BitsStored", "Columns", "Rows")
+    kept, bits, width, height = (_tag(file, name) for name in names)
+    if not (width.isdecimal() and height.isdecimal()):
+        raise DicomError("a DICOM file that tells no size")
+    return f"{kept}, {bits} bits", int(width), int(height)
+
+
 def doubts(encoded: bytes) -> list[str]:
     """Returns sentences about what makes this no frontal chest radiograph, by its tags.
 

@@ -165,9 +165,7 @@ def training_data(
     """
     index = open_index(config, say) if index is None else index
     say(index.describe())
-    for (a, b), shared in in_several_splits(index.examples).items():
-        if {a, b} == {"train", "val"} and config.validation != "official":
-            continue  # these two are pooled and split anew
+    for (a, b), shared in leaking_patients(index, config).items():
         names = ", ".join(shared[:_NAMED]) + (", ..." if len(shared) > _NAMED else "")
         say(f"warning: {len(shared)} patients are in both {a} and {b}: {names}")
     if config.validation == "official":
@@ -176,7 +174,7 @@ def training_data(
     examples = index.split("train", "val")
     _expect_each_class(examples, index, config)
     if (
-        config.table is not None
+        index.root.suffix.lower() == ".csv"
         and config.validation != "official"
         and {"train", "val"} <= {e.split for e in examples}
     ):
@@ -216,6 +214,36 @@ def training_data(
         decoded.labels, held_out, index.classes, f"{index.root}: after decoding,", "fix the files"
     )
     return TrainingData(decoded, held_out, index.classes, twice)
+
+
+def protocol(config: DataConfig, seed: int) -> str:
+    """Returns a phrase that says which images validate."""
+    if config.validation == "official":
+        return f"official val folder, seed {seed}"
+    kind = {
+        "patients": "patient-grouped and class-stratified",
+        "blocks": "blocks of the file numbering",
+    }[config.validation]
+    return f"fold {config.fold} of {config.folds}, {kind}, seed {seed}"
+
+
+def side_of(example: Example, config: DataConfig) -> str:
+    """Returns on which side of the given splits an image is: train and val are one if pooled."""
+    return example.split if config.validation == "official" else _pooled(example.split)
+
+
+def _pooled(split: str) -> str:
+    return split if split == "test" else "train"
+
+
+def leaking_patients(index: Index, config: DataConfig) -> dict[tuple[str, str], list[str]]:
+    """Returns the sorted patients of each pair of splits that share some, train and val apart
+    where these are pooled and split anew."""
+    return {
+        (a, b): shared
+        for (a, b), shared in in_several_splits(index.examples).items()
+        if config.validation == "official" or _pooled(a) != _pooled(b)
+    }
 
 
 _BOTH = "in two classes"

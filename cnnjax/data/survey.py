@@ -1,0 +1,225 @@
+"""What a data set holds, and what training would make of it, before anything is trained."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from cnnjax.config import DataConfig
+from cnnjax.data import cache, dicom, duplicates, framing
+from cnnjax.data.decode import FORMATS
+from cnnjax.data.index import ALL, SPLITS, Example, Index
+from cnnjax.data.prepare import (
+    TrainingData,
+    leaking_patients,
+    protocol,
+    side_of,
+    training_data,
+)
+from cnnjax.errors import InputError
+from cnnjax.machine.host import cpu_cores
+
+
+class Layout(NamedTuple):
+    """What the header of an image file says."""
+
+    form: str
+    """JPEG, PNG, DICOM, or array for one of an .npz."""
+    mode: str
+    """Of the pixels: Pillow's (`L`, `RGB`, `I;16`), or DICOM's with the number of bits."""
+    width: int
+    height: int
+
+
+class Pair(NamedTuple):
+    """Two images that show the same film."""
+
+    image: Example
+    like: Example
+    bits: int
+    """Hamming distance of their hashes, of 240 (`cnnjax.data.duplicates`)."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What `survey` found."""
+
+    index: Index
+    layouts: tuple[Layout, ...]
+    """Of the files whose header can be read."""
+    unreadable: tuple[tuple[str, str], ...]
+    """(name, reason) of each file that cannot be decoded."""
+    blank: tuple[str, ...]
+    """Names of images whose pixels all have the same gray level."""
+    pairs: tuple[Pair, ...]
+    """One for each image that shows the film of an earlier one."""
+    leaks: tuple[Pair, ...]
+    """Those of them whose images are on two sides of the given splits."""
+    patients: dict[tuple[str, str], list[str]]
+    """Patients who are on two sides of the given splits, by the names of these."""
+    data: TrainingData | None
+    """What training would use; None where it would refuse the data."""
+    refusal: str
+    """Why it would; else empty."""
+    shown: dict[tuple[str, str], list[tuple[str, np.ndarray]]]
+    """Some (name, uint8 [size, size]) of each split and class."""
+
+
+def survey(config: DataConfig, seed: int, index: Index, shown: int = 8) -> Survey:
+    """Looks at every image of a data set; decodes them into the cache, where training finds them.
+
+    Args:
+        config: where from and how, as for training.
+        seed: of the folds.
+        index: of `cnnjax.data.prepare.open_index`, for the same config.
+        shown: how many images of each split and class to keep for a contact sheet.
+
+    Raises:
+        InputError: no image can be decoded, or the cache cannot be written.
+    """
+    whole = replace(config, frame="whole", size=framing.decoded_size(config))
+    # As training and evaluation load them, so that these find them in the cache.
+    parts = [
+        cache.load(examples, index.source, whole.size, folder=config.cache)
+        for examples in (
+            [e for e in index.examples if e.split != "test"],
+            [e for e in index.examples if e.split == "test"],
+        )
+        if examples
+    ]
+    examples = [e for part in parts for e in part.examples]
+    small = np.concatenate([part.thumbnails for part in parts if part.thumbnails is not None])
+    pairs = tuple(
+        Pair(examples[pair.image], examples[pair.like], pair.bits)
+        for pair in duplicates.find(small, whole.size)
+    )
+    data, refusal = None, ""
+    try:
+        data = training_data(whole, seed, lambda _: None, index=index)
+    except InputError as error:
+        refusal = str(error)
+    images = [image for part in parts for image in part.images]  # views of what is on disk
+    flat = np.flatnonzero(small.min((1, 2)) == small.max((1, 2)))
+    return Survey(
+        index,
+        tuple(_layouts(index)),
+        tuple(pair for part in parts for pair in part.quarantine),
+        tuple(examples[i].name for i in flat if images[i].min() == images[i].max()),
+        pairs,
+        tuple(p for p in pairs if side_of(p.image, config) != side_of(p.like, config)),
+        leaking_patients(index, config),
+        data,
+        refusal,
+        _some(index, examples, images, shown),
+    )
+
+
+def _some(
+    index: Index, examples: Sequence[Example], images: Sequence[np.ndarray], count: int
+) -> dict[tuple[str, str], list[tuple[str, np.ndarray]]]:
+    """Returns images of each split and class, evenly spaced in the order of their names."""
+    found = {}
+    for split in (*SPLITS, ALL):
+        for label, name in enumerate(index.classes):
+            rows = [i for i, e in enumerate(examples) if (e.split, e.label) == (split, label)]
+            if rows:
+                at = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)
+                found[split, name] = [(examples[rows[i]].name, images[rows[i]]) for i in at]
+    return found
+
+
+def _layouts(index: Index) -> Iterator[Layout]:
+    """Yields what the headers say of the files that have one."""
+
+    def one(example: Example) -> Layout | None:
+        try:
+            return layout_of(index.source.read(example.name))
+        except (OSError, ValueError):
+            return None
+
+    with ThreadPoolExecutor(cpu_cores()) as pool:
+        found = pool.map(one, index.examples)
+        bar = tqdm(found, desc="headers", total=len(index.examples), unit="image", disable=None)
+        yield from (layout for layout in bar if layout is not None)
+
+
+def layout_of(encoded: bytes | np.ndarray) -> Layout:
+    """Returns what the header of an image says; its pixels are not decoded.
+
+    Raises:
+        ValueError: it has none that can be read.
+    """
+    if isinstance(encoded, np.ndarray):
+        return Layout("array", "RGB" if encoded.ndim == 3 else "L", *encoded.shape[1::-1])
+    try:
+        if dicom.is_dicom(encoded):
+            return Layout("DICOM", *dicom.layout_of(encoded))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of images that are too large: decoding refuses them
+            with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+                return Layout(str(image.format), image.mode, image.width, image.height)
+    except Exception as error:  # a header can break Pillow's parsers in many ways
+        raise ValueError(str(error)) from None
+
+
+def to_json(found: Survey, config: DataConfig, seed: int) -> dict[str, Any]:
+    """Returns what was found as plain JSON."""
+    index, classes = found.index, found.index.classes
+
+    def pair(p: Pair) -> dict[str, Any]:
+        return {
+            side: {"image": e.name, "split": e.split, "class": classes[e.label]}
+            for side, e in (("image", p.image), ("like", p.like))
+        } | {"bits": p.bits}
+
+    def part(examples: Sequence[Example]) -> dict[str, Any]:
+        count = Counter(e.label for e in examples)
+        return {
+            "images": {name: count[label] for label, name in enumerate(classes)},
+            "patients": len({e.patient for e in examples}),
+        }
+
+    splits = {s: [e for e in index.examples if e.split == s] for s in (*SPLITS, ALL)}
+    sides = None
+    if found.data is not None:
+        rows = {"train": found.data.train, "validation": found.data.validation}
+        sides = {
+            name: part([found.data.decoded.examples[i] for i in at]) for name, at in rows.items()
+        }
+    return {
+        "root": str(index.root),
+        "classes": list(classes),
+        "splits": {split: part(examples) for split, examples in splits.items() if examples},
+        "left_out": [{"file": name, "reason": reason} for name, reason in index.left_out],
+        "formats": dict(Counter(x.form for x in found.layouts)),
+        "modes": dict(Counter(x.mode for x in found.layouts)),
+        "width": _range([x.width for x in found.layouts]),
+        "height": _range([x.height for x in found.layouts]),
+        "unreadable": [{"file": name, "reason": reason} for name, reason in found.unreadable],
+        "blank": list(found.blank),
+        "duplicates": list(map(pair, found.pairs)),
+        "leaks": {
+            "patients": [
+                {"splits": list(pair), "patients": names} for pair, names in found.patients.items()
+            ],
+            "images": list(map(pair, found.leaks)),
+        },
+        "protocol": protocol(config, seed),
+        "training": sides,
+        "refusal": found.refusal or None,
+    }
+
+
+def _range(values: Sequence[int]) -> dict[str, float] | None:
+    if not values:
+        return None
+    return {"least": min(values), "median": float(np.median(values)), "most": max(values)}

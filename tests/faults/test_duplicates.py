@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from cnnjax import report
 from cnnjax.config import Config, DataConfig, DeviceConfig, TrainConfig
@@ -79,12 +79,21 @@ CHANGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_film_that_was_made_anew_is_found_and_no_other(change: str) -> None:
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_film_that_was_made_anew_is_found_and_no_other(change: str, mirrored: bool) -> None:
     rng = np.random.default_rng(0)
     films = [film(rng) for _ in range(40)]
-    images = np.stack([*films, CHANGES[change](films[7])])
+    again = CHANGES[change](films[7])
+    images = np.stack([*films, again[:, ::-1] if mirrored else again])
     (pair,) = duplicates.find(duplicates.thumbnails(images), images.shape[1])
-    assert (pair.image, pair.like) == (40, 7)
+    assert (pair.image, pair.like, pair.mirrored) == (40, 7, mirrored)
+
+
+def test_an_image_that_is_its_own_mirror_image_is_no_duplicate() -> None:
+    half = film(np.random.default_rng(0))
+    whole = np.concatenate([half, half[:, ::-1]], 1)[:, ::2]
+    images = np.stack([whole, film(np.random.default_rng(1))])
+    assert duplicates.find(duplicates.thumbnails(images), 224) == []
 
 
 def test_images_of_one_gray_level_are_no_films() -> None:
@@ -204,12 +213,15 @@ def test_thumbnails_are_kept_and_made_anew_where_they_are_damaged(
 
 
 def test_duplicates_csv(copy: Path, tmp_path: Path) -> None:
-    one, other = sorted((copy / "train" / "PNEUMONIA").iterdir())[:2]
+    one, other, mirrored = sorted((copy / "train" / "PNEUMONIA").iterdir())[:3]
     shutil.copy(one, other)
+    ImageOps.mirror(Image.open(one)).save(mirrored, quality=95)
     data, _ = prepared(copy)
     duplicates.write_duplicates(tmp_path / "duplicates.csv", data.duplicates)
     with (tmp_path / "duplicates.csv").open(newline="") as file:
-        (row,) = csv.DictReader(file)
+        row, turned = csv.DictReader(file)
+    assert turned["image"].endswith(mirrored.name)
+    assert turned["done"].endswith("; one is the mirror image of the other")
     assert row["image"].endswith(other.name)
     assert row["like"].endswith(one.name)
     assert (row["bits"], float(row["correlation"])) == ("0", 1.0)

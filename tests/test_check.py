@@ -82,9 +82,9 @@ def test_it_says_what_is_there(
         "  width   32 to 40 pixels, median 32",
         "damaged   files that cannot be decoded: 1\n    train/NORMAL/broken.jpeg: broken header",
         "blank     images of one gray level: 1\n    train/NORMAL/black.png",
-        "repeated  images that show the film of another: 2\n",
+        "repeated  images that show the same radiograph as another: 2\n",
         "  warning: of these in two classes: 1\n",
-        "leaks     films on two sides of the given splits: 1\n",
+        "leaks     radiographs on two sides of the given splits: 1\n",
         f"  warning: patients in both test and train: 1\n    {patients['patients'][0]}\n",
         "held out  fold 0 of 5, patient-grouped and class-stratified, seed 0\n",
     ):
@@ -125,7 +125,7 @@ def test_what_training_would_refuse_is_said_and_status_2(
 ) -> None:
     assert check(tree, *SIZE, "--data.folds", 50) == 2
     printed = capsys.readouterr().out
-    assert "leaks     films on two sides of the given splits: 0\n" in printed
+    assert "leaks     radiographs on two sides of the given splits: 0\n" in printed
     assert "  training would refuse this: 26 patients of class NORMAL are too few" in printed
 
 

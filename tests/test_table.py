@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -344,3 +345,17 @@ def test_weights_of_a_table_weigh_the_losses(tree: Path, tmp_path: Path) -> None
     assert losses[1] == pytest.approx(2 * losses[0], rel=1e-3)
     fingerprints = {(tmp_path / weight / "data.json").read_text("utf-8") for weight in ("1", "2")}
     assert len(fingerprints) == 2
+
+
+def test_the_table_that_the_page_shows_can_be_read(make_tree: Callable[..., Path]) -> None:
+    page = Path(__file__).parent.parent / "docs" / "data.md"
+    block = re.search(r"^```csv\n(.*?)^```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    assert block is not None
+    lines = block[1].splitlines()
+    root = make_tree(*(line.partition(",")[0] for line in lines[1:]))
+    index = read_index(root, table=table(root / "images.csv", *lines[1:], header=lines[0]))
+    assert rows(index) == [
+        ("2024/a17.png", "train", "NORMAL", "p001"),
+        ("2024/a18.png", "train", "BACTERIA", "p002"),
+        ("2023/IM000001", "test", "VIRUS", "p003"),
+    ]

@@ -85,7 +85,8 @@ def _described(found: Survey, protocol: str) -> Iterator[str]:
     yield f"damaged   {_some(broken, 'files that cannot be decoded')}"
     if found.blank:
         yield f"blank     {_some(found.blank, 'images of one gray level')}"
-    yield f"repeated  {_some(_pairs(found.pairs), 'images that show the film of another')}"
+    twice = _some(_pairs(found.pairs), "images that show the same radiograph as another")
+    yield f"repeated  {twice}"
     mixed = [
         f"{p.image.name} ({classes[p.image.label]}) = {p.like.name} ({classes[p.like.label]})"
         for p in found.pairs
@@ -93,7 +94,7 @@ def _described(found: Survey, protocol: str) -> Iterator[str]:
     ]
     if mixed:
         yield f"  warning: {_some(mixed, 'of these in two classes')}"
-    yield f"leaks     {_some(_pairs(found.leaks), 'films on two sides of the given splits')}"
+    yield f"leaks     {_some(_pairs(found.leaks), 'radiographs on two sides of the given splits')}"
     for (a, b), patients in found.patients.items():
         yield f"  warning: {_some(patients, f'patients in both {a} and {b}')}"
     yield f"held out  {protocol}"

@@ -187,6 +187,7 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], float]] = {
     "AUC as they are": lambda row: row["plain"]["auc"],
     "middle 0.7": lambda row: row["sets"]["middle 0.7"]["auc"],
     **{f"{group}, worst": _worst(group) for group in GROUPS},
+    "across framings": _worst("framing", "across"),
     "specificity, framing": _worst("framing", "specificity"),
     "sensitivity, framing": _worst("framing", "sensitivity"),
 }
@@ -196,11 +197,12 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], float]] = {
 def table(rows: list[dict[str, Any]]) -> str:
     """Returns the means over seeds as a Markdown table.
 
-    The last column is the paired difference of the score from the recipe's on the same held-out
-    images: its mean, and its standard error over seeds.
+    The last columns are paired differences from the recipe on the same held-out images, of the
+    score and of the AUC across framings: their mean, and its standard error over seeds.
     """
     external = [f"external, {name}" for name in rows[0].get("external", ())]
-    names = [*COLUMNS, *external, "score less the recipe's"]
+    differences = ("score", "across framings")
+    names = [*COLUMNS, *external, *(f"{name}, less the recipe's" for name in differences)]
     lines = [
         f"| variant | held out | seeds | {' | '.join(names)} |",
         f"| --- | --- | ---{' | ---' * len(names)} |",
@@ -214,16 +216,18 @@ def table(rows: list[dict[str, Any]]) -> str:
             cells += [f"{np.mean([value(row) for row in mine]):.4f}" for value in COLUMNS.values()]
             for place in rows[0].get("external", ()):
                 cells.append(f"{np.mean([row['external'][place] for row in mine]):.3f}")
-            cells.append(difference(mine, rows))
+            cells += [difference(mine, rows, COLUMNS[name]) for name in differences]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
-def difference(mine: list[dict[str, Any]], rows: list[dict[str, Any]]) -> str:
-    """Returns by how much a variant's scores differ from the recipe's, seed by seed."""
+def difference(
+    mine: list[dict[str, Any]], rows: list[dict[str, Any]], value: Callable[[dict[str, Any]], float]
+) -> str:
+    """Returns by how much a value of a variant differs from the recipe's, over seeds."""
     key = ("validation", "seed")
-    recipe = {tuple(r[k] for k in key): r["score"] for r in rows if r["variant"] == RECIPE}
-    paired = [r["score"] - recipe[at] for r in mine if (at := tuple(r[k] for k in key)) in recipe]
+    recipe = {tuple(r[k] for k in key): value(r) for r in rows if r["variant"] == RECIPE}
+    paired = [value(r) - recipe[at] for r in mine if (at := tuple(r[k] for k in key)) in recipe]
     if mine[0]["variant"] == RECIPE or len(paired) < 2:
         return ""
     error = np.std(paired, ddof=1) / np.sqrt(len(paired))

@@ -176,6 +176,8 @@ def show(document: dict[str, Any]) -> None:
         print(f"\nscore {document['score']:.4f}, the mean of the groups' worst AUC ({by_fold})")
         errors = ", ".join(f"{g} {row['ece']:.3f}" for g, row in document["groups"].items())
         print(f"expected calibration error by group: {errors}")
+        across = ", ".join(f"{g} {row['across']:.4f}" for g, row in document["groups"].items())
+        print(f"AUC of one rendering's negatives and another's positives, worst: {across}")
     for name in document.get("external", [{}])[0]:
         areas = [run[name] for run in document["external"]]
         shown = ", ".join(f"{area:.3f}" for area in areas)

@@ -288,6 +288,19 @@ def test_groups_weigh_the_same_in_the_operating_point() -> None:
     assert (point.slope, point.bias) == (alone.slope, alone.bias)
 
 
+def test_a_rendering_that_moves_all_logits_shows_across_renderings_alone() -> None:
+    labels = np.arange(200) % 2
+    logits = np.random.default_rng(0).normal(6.0 * labels, 1.0)
+    some = np.where(np.arange(200) < 100, logits + 12, np.nan)
+    sets = {shifted.PLAIN: logits, "middle 0.7": logits + 3, "lungs, margin 0": some}
+    held_out = shifted.HeldOut(labels, tuple(map(str, range(200))), sets)
+    found = shifted.judge(held_out, np.tile([0, 0, 1, 1], 50), Config().operating)
+    assert found["groups"]["framing"]["auc"] > 0.99
+    assert found["groups"]["framing"]["across"] < 0.01  # negatives + 12 against positives
+    across = shifted.auc_across([logits, logits + 3], labels)
+    assert across == auc(np.r_[logits[::2] + 3, logits[1::2]], np.repeat([0, 1], 100))
+
+
 def test_films_without_a_rendering_count_in_the_others() -> None:
     rng = np.random.default_rng(0)
     labels = np.tile([0, 1], 100)

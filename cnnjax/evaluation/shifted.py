@@ -260,8 +260,9 @@ def judge(held_out: HeldOut, parts: np.ndarray, config: OperatingConfig) -> dict
     Returns:
         A document of plain JSON: `sets`, the AUC, accuracy, sensitivity and specificity on each
         rendering; `groups`, the least of each in each group, with the expected calibration error of
-        the group's images; `score`, the mean over groups of the least AUC; `mean`, that of all
-        groups' means; `plain`, the metrics on the images as they are, with intervals.
+        the group's images and, as `across`, the group's `auc_across`; `score`, the mean over groups
+        of the least AUC; `mean`, that of all groups' means; `plain`, the metrics on the images as
+        they are, with intervals.
     """
     labels = held_out.labels
     moved = {name: np.empty(len(labels)) for name in held_out.sets}
@@ -289,7 +290,10 @@ def judge(held_out: HeldOut, parts: np.ndarray, config: OperatingConfig) -> dict
     if groups:
         document["groups"] = {
             group: {m: float(min(sets[name][m] for name in names)) for m in METRICS}
-            | {"ece": _calibration_error([calibrated[name] for name in names], labels)}
+            | {
+                "across": auc_across([moved[name] for name in (PLAIN, *names)], labels),
+                "ece": _calibration_error([calibrated[name] for name in names], labels),
+            }
             for group, names in groups.items()
         }
         document["score"] = float(np.mean([each["auc"] for each in document["groups"].values()]))
@@ -308,6 +312,26 @@ def score(held_out: HeldOut) -> float:
         areas[name] = auc(logits[known], held_out.labels[known]) or 0.0
     groups = _by_group(areas).values()
     return float(np.mean([min(areas[name] for name in names) for names in groups]))
+
+
+def auc_across(logits: Sequence[np.ndarray], labels: np.ndarray) -> float:
+    """Returns the least AUC of the negatives of one rendering against the positives of another.
+
+    The AUC within a rendering does not change where a rendering shifts the logits of all images
+    alike. Such a shift matters where the classes are rendered differently, as in a collection whose
+    normal images are framed more tightly than those with pneumonia, and at a fixed threshold.
+
+    Args:
+        logits: of each rendering, float [n]; NaN where there is none.
+        labels: int [n], 0 or 1.
+    """
+    negatives = [each[(labels == 0) & np.isfinite(each)] for each in logits]
+    positives = [each[(labels == 1) & np.isfinite(each)] for each in logits]
+    return min(
+        auc(np.concatenate([low, high]), np.repeat([0, 1], [len(low), len(high)])) or 0.0
+        for low in negatives
+        for high in positives
+    )
 
 
 def _calibration_error(logits: Sequence[np.ndarray], labels: np.ndarray) -> float:

@@ -43,6 +43,7 @@ from cnnjax.errors import InputError, first_line
 from cnnjax.machine import devices
 from cnnjax.networks import make_model
 from cnnjax.objectives import Binary
+from cnnjax.optimizers import make_optimizer
 
 Target = Literal["tpu-v5e", "h100"]
 Forms = Literal["chosen", "default"]
@@ -145,7 +146,7 @@ def compiled(target: Target, recipe: str, batch: int, count: int, forms: Forms) 
     everywhere = devices.replicated(mesh)
     auxiliary, size = config.train.auxiliary, config.data.size
     model = make_model(config.model, jnp.dtype("bfloat16"), auxiliary=bool(auxiliary))
-    optimizer, _ = steps.make_optimizer(config.train, 100)
+    optimizer, _ = make_optimizer(config.train, 100)
     step = steps.make_train_step(
         model,
         optimizer,

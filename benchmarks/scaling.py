@@ -35,6 +35,7 @@ from cnnjax.data.batches import Feeder
 from cnnjax.errors import InputError
 from cnnjax.machine import devices
 from cnnjax.networks import make_model
+from cnnjax.optimizers import make_optimizer
 
 _EPOCH = "epoch"  # first argument of a process that measures its memory
 
@@ -74,7 +75,7 @@ def epoch(
     """Takes rounds of steps on so many images; returns times, and the peak of memory."""
     mesh = devices.make_mesh(DeviceConfig(platform))
     model = make_model(ModelConfig(network, width=16))
-    optimizer, _ = steps.make_optimizer(TrainConfig(), 1)
+    optimizer, _ = make_optimizer(TrainConfig(), 1)
     everywhere = devices.replicated(mesh)
     key = jax.device_put(jax.random.key(0), everywhere)
     state: Any = jax.jit(

@@ -43,6 +43,7 @@ from cnnjax.data.batches import Feeder, load
 from cnnjax.errors import InputError
 from cnnjax.machine import devices
 from cnnjax.networks import make_model
+from cnnjax.optimizers import make_optimizer
 
 Network = Literal["baseline", "resnet"]
 Precision = Literal["float32", "bfloat16"]
@@ -133,7 +134,7 @@ def compiled(
     model = make_model(
         ModelConfig(network, channels=options.channels, width=options.width), jnp.dtype(precision)
     )
-    optimizer, _ = steps.make_optimizer(TrainConfig(), 1)
+    optimizer, _ = make_optimizer(TrainConfig(), 1)
     everywhere = devices.replicated(mesh)
     start: Any = jax.jit(
         lambda key: steps.init_state(model, optimizer, key, size), out_shardings=everywhere

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -92,12 +93,18 @@ class DataConfig:
         return tuple(name.strip() for name in self.classes.split(",") if name.strip())
 
 
+_NETWORKS = ("baseline", "resnet")
+_IMPORT_PATH = re.compile(r"[\w.]+:[\w.]+(\(.*\))?", re.DOTALL)
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Which network, and its size."""
 
-    name: Literal["baseline", "resnet"] = "baseline"
-    """`baseline` is the blog post's network, `resnet` a small residual one."""
+    name: str = "baseline"
+    """`baseline` is the blog post's network, `resnet` a small residual one. Or the import path of a
+    Linen module, `package.module:Name` or `package.module:Name(width=64)`; the flags below do not
+    concern it."""
     channels: int = 1
     """How often the network sees the gray image: 1, or 3 as the post did."""
     width: int = 32
@@ -117,6 +124,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _settle(self, "model.")
+        if self.name not in _NETWORKS and not _IMPORT_PATH.fullmatch(self.name):
+            raise InputError(
+                "--model.name must be baseline, resnet or the import path of a module,"
+                f" package.module:Name or package.module:Name(width=64), got {self.name!r}"
+            )
         if self.local_contrast and not self.standardize:
             raise InputError(
                 "--model.local-contrast needs --model.standardize;"
@@ -194,6 +206,10 @@ class TrainConfig:
 
     epochs: int = 15
     """Passes over the training images."""
+    extend: int = 0
+    """Epochs after those, by which a finished run can be extended: give its command again with this
+    flag. A constant learning rate goes on, and the flag may grow later; `cosine` begins anew, with
+    its warm-up (a warm restart: Loshchilov and Hutter, arXiv:1608.03983)."""
     batch: int = 32
     """Images per step, over all devices."""
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
@@ -211,6 +227,18 @@ class TrainConfig:
     """Largest global norm of the gradient; 0 leaves it as it is."""
     ema: float = 0.0
     """Decay per step of the moving average of the weights that is evaluated; 0 for none."""
+    init: str = "random"
+    """Weights to start from: `random`, drawn from the seed; `released`, those of the package; or a
+    run's workdir (its best checkpoint), a release's folder, or a .safetensors or .npz file. A layer
+    is copied if the network has one of the same name and shapes; the others are drawn."""
+    init_without: str = ""
+    """Regular expression: layers of --train.init that are not copied, such as `head`."""
+    freeze: str = ""
+    """Regular expression: parameters that are not trained, such as `stem|stage1`. Batch norm among
+    them goes on normalizing by the batch in training, and its running statistics go on."""
+    layer_decay: float = 1.0
+    """The learning rate of each layer is that of the layer above times this; the last layer has the
+    whole (Howard and Ruder, arXiv:1801.06146). A layer is an entry at the top of the parameters."""
     class_weights: bool = True
     """Weight each class by n / (2 n_c), counted on the training images."""
     mixup: float = 0.0
@@ -236,6 +264,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _settle(self, "train.")
         _require(self.epochs >= 1, "--train.epochs", "be at least 1", self.epochs)
+        _require(self.extend >= 0, "--train.extend", "be at least 0", self.extend)
         _require(self.batch >= 1, "--train.batch", "be at least 1", self.batch)
         _require(self.learning_rate > 0, "--train.learning-rate", "be positive", self.learning_rate)
         _require(self.warmup >= 0, "--train.warmup", "be at least 0", self.warmup)
@@ -245,6 +274,15 @@ class TrainConfig:
                 f"--train.weight-decay needs --train.optimizer adamw, not {self.optimizer}"
             )
         _require(self.clip_norm >= 0, "--train.clip-norm", "be at least 0", self.clip_norm)
+        for flag, pattern in (
+            ("--train.init-without", self.init_without),
+            ("--train.freeze", self.freeze),
+        ):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise InputError(f"{flag} {pattern!r} is no regular expression ({error})") from None
+        _require(0 < self.layer_decay <= 1, "--train.layer-decay", "be in (0, 1]", self.layer_decay)
         _require(self.mixup >= 0, "--train.mixup", "be at least 0", self.mixup)
         _require(0 <= self.ema < 1, "--train.ema", "be in [0, 1)", self.ema)
         _require(
@@ -256,6 +294,11 @@ class TrainConfig:
         _require(self.auxiliary >= 0, "--train.auxiliary", "be at least 0", self.auxiliary)
         _require(self.patience >= 0, "--train.patience", "be at least 0", self.patience)
         _require(self.save_every >= 0, "--train.save-every", "be at least 0", self.save_every)
+
+    @property
+    def all_epochs(self) -> int:
+        """The number of epochs of the whole run."""
+        return self.epochs + self.extend
 
 
 @dataclass(frozen=True)
@@ -369,6 +412,8 @@ def expect_effect(config: Config, *, resumed: bool = False) -> None:
         raise InputError("--data.columns needs --data.table")
     if config.train.warmup != default.train.warmup and config.train.schedule != "cosine":
         raise InputError("--train.warmup needs --train.schedule cosine")
+    if config.train.init_without and config.train.init == "random":
+        raise InputError("--train.init-without needs --train.init")
 
 
 def to_json(config: Config) -> str:
@@ -400,12 +445,20 @@ def flags(config: Config) -> dict[str, Any]:
 
 
 def differences(ours: Config, theirs: Config) -> list[str]:
-    """Returns a line `--flag ours (was theirs)` for each difference that changes the outcome."""
-    before = flags(theirs)
+    """Returns a line `--flag ours (was theirs)` for each difference that changes the outcome.
+
+    More epochs by `--train.extend` do not change those before them, but where a cosine schedule has
+    begun anew for another number of them.
+    """
+    before, allowed = flags(theirs), set(_INCIDENTAL)
+    if ours.train.extend > theirs.train.extend and (
+        not theirs.train.extend or ours.train.schedule == "constant"
+    ):
+        allowed.add("--train.extend")
     return [
         f"{flag} {value} (was {before[flag]})"
         for flag, value in flags(ours).items()
-        if flag not in _INCIDENTAL and value != before[flag]
+        if flag not in allowed and value != before[flag]
     ]
 
 

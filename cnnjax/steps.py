@@ -11,9 +11,9 @@ import optax
 from flax import struct
 
 from cnnjax.augment import Augment, Views, unchanged
-from cnnjax.config import TrainConfig
 from cnnjax.networks import AUXILIARY
 from cnnjax.objectives import Batch, Binary, Losses, Objective, to_float
+from cnnjax.optimizers import held
 
 PyTree = Any
 
@@ -56,29 +56,6 @@ class EvalStep(Protocol):
         """Returns logits float32 [batch], or [batch, k] of a network with k outputs."""
 
 
-def make_optimizer(
-    config: TrainConfig, steps_per_epoch: int
-) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Returns the optimizer that the config describes, and its learning rate as of step."""
-    total = config.epochs * steps_per_epoch
-    if config.schedule == "cosine":
-        warmup = min(int(config.warmup * steps_per_epoch), total - 1)
-        rate = optax.warmup_cosine_decay_schedule(
-            0.0 if warmup else config.learning_rate, config.learning_rate, warmup, total
-        )
-    else:
-        rate = optax.constant_schedule(config.learning_rate)
-    if config.optimizer == "adam":
-        optimizer = optax.adam(rate, eps=1e-7)  # Keras's epsilon
-    elif config.optimizer == "adamw":
-        optimizer = optax.adamw(rate, weight_decay=config.weight_decay, mask=_is_kernel)
-    else:
-        optimizer = optax.sgd(rate, momentum=0.9, nesterov=True)
-    if config.clip_norm:
-        optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
-    return optimizer, rate
-
-
 def init_state(
     model: Any,
     optimizer: optax.GradientTransformation,
@@ -113,6 +90,7 @@ def make_train_step(
     objective: Objective = _BINARY,
     *,
     ema_decay: float = 0.0,
+    freeze: str = "",
 ) -> TrainStep:
     """Returns the jitted pure step (state, batch, key) -> (state, metrics); `state` is donated.
 
@@ -130,6 +108,8 @@ def make_train_step(
         objective: the task; see `cnnjax.objectives`.
         ema_decay: of the moving average of the weights; 0 for none. It warms up as
             min(decay, (1 + step) / (10 + step)), so that it is unbiased from early on.
+        freeze: pattern of the parameters that the optimizer leaves as they are, which then need no
+            gradient; see `cnnjax.optimizers.held`.
     """
 
     def train_step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
@@ -140,7 +120,7 @@ def make_train_step(
 
         def loss_of(params: PyTree) -> tuple[jax.Array, tuple[Losses, PyTree]]:
             outputs, changed = model.apply(
-                {"params": params, "batch_stats": state.batch_stats},
+                {"params": held(params, freeze), "batch_stats": state.batch_stats},
                 images,
                 train=True,
                 rngs=rngs,
@@ -201,8 +181,3 @@ def variables_of(state: TrainState) -> PyTree:
     params = state.params if state.ema is None else state.ema
     needed = {name: value for name, value in params.items() if name != AUXILIARY}
     return {"params": needed, "batch_stats": state.batch_stats}
-
-
-def _is_kernel(params: PyTree) -> PyTree:
-    """Marks what weight decay shrinks: kernels, not biases or batch norm's scales."""
-    return jax.tree.map(lambda p: p.ndim > 1, params)

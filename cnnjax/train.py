@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from cnnjax import metrics
-from cnnjax.augment import make_augment
+from cnnjax.augment import Augment, make_augment
 from cnnjax.config import Config, TrainConfig
 from cnnjax.data.batches import Feeder, Resident, load, step_rows
 from cnnjax.data.cache import write_quarantine
@@ -35,24 +35,29 @@ from cnnjax.logits import make_logits
 from cnnjax.machine import devices
 from cnnjax.machine.files import write_atomically, write_rows
 from cnnjax.networks import model_of
+from cnnjax.networks.imported import expect_logits
 from cnnjax.objectives import Batch, Binary, Objective
 from cnnjax.operating import fit_operating_point, points_to_json
+from cnnjax.optimizers import Factory, layers_of, make_optimizer
 from cnnjax.phantom import DRAWN, is_drawn
-from cnnjax.run import parts, signals
+from cnnjax.run import initial, signals
 from cnnjax.run.checkpoint import KINDS, Checkpoints, Kind, template_of
-from cnnjax.run.events import Events
+from cnnjax.run.events import Events, figures_of
+from cnnjax.run.parts import Parts, expect_together
 from cnnjax.run.workdir import Workdir, append_line, claim, versions, write_json
 from cnnjax.steps import (
     Metrics,
     TrainState,
     init_state,
-    make_optimizer,
     make_train_step,
     state_of,
     variables_of,
 )
 
 PyTree = Any
+
+OnEpoch = Callable[[int, dict[str, float]], bool | None]
+"""(epoch, figures) -> whether to stop."""
 
 # One key each; a new purpose takes the next number and never a used one.
 _INIT, _ORDER, _STEP = range(3)
@@ -62,6 +67,8 @@ _NAMED = 10  # images named in an error
 _ADVICE = (
     "begin another run (--workdir) with a lower --train.learning-rate or with --train.clip-norm"
 )
+
+_NOTHING_GIVEN = Parts()
 
 _LOOK = 16  # steps between looks at the loss, each of which waits for the step of the last look
 
@@ -96,7 +103,10 @@ def fit(
     data: TrainingData | None = None,
     network: Any = None,
     objective: Objective | None = None,
+    optimizer: Factory | None = None,
+    augment: Augment | None = None,
     init: PyTree = None,
+    on_epoch: OnEpoch | None = None,
 ) -> Result:
     """Trains a network, or goes on where the run in the config's workdir stopped.
 
@@ -111,7 +121,16 @@ def fit(
             takes; by default the one that `config.model` describes.
         objective: the loss and what an epoch reports, see `cnnjax.objectives.Objective`; by default
             `Binary` as `config.train` says.
-        init: Flax variables to start from; by default drawn from the seed.
+        optimizer: from the learning rate, an optax schedule, to an optax transformation, as
+            `optax.lion`; by default what `config.train.optimizer` names. The schedule and the other
+            flags of `config.train` are in force.
+        augment: a pure function (key, images) -> images, float32 [batch, size, size, 1] in [0, 1],
+            in place of the changes that `config.augment` describes.
+        init: Flax variables to start from; by default as `config.train.init` says.
+        on_epoch: called after each epoch that is trained, with its number and its figures, such as
+            `train/loss` and `validation/auc` (`cnnjax.run.events.figures_of`). Where it returns
+            True, the run is concluded as after its last epoch; what it raises leaves the run to be
+            resumed.
 
     Raises:
         InputError: the data, the devices or the workdir cannot serve, or a run in the workdir was
@@ -120,7 +139,7 @@ def fit(
         KeyboardInterrupt: a signal asked the process to end; the state is saved
             (`cnnjax.run.signals.Ended` says which).
     """
-    with open_run(config, data, network, objective, init) as run:
+    with open_run(config, data, Parts(network, objective, optimizer, augment, init)) as run:
         config, data, mesh = run.config, run.data, run.mesh
         if run.ended:
             return run.conclude()
@@ -128,9 +147,9 @@ def fit(
         given = jax.device_put((run.key(_STEP), run.objective), devices.replicated(mesh))
         feeder = run.feeder()
         outputs_of = make_logits(run.network, mesh)
-        state, sums = run.first_state(init) if run.is_new else run.restored_latest()
+        state, sums = run.first_state() if run.is_new else run.restored_latest()
         bar = tqdm(
-            total=config.train.epochs * run.steps_per_epoch * config.train.batch,
+            total=config.train.all_epochs * run.steps_per_epoch * config.train.batch,
             initial=run.steps_done * config.train.batch,
             unit="image",
             unit_scale=True,
@@ -138,13 +157,13 @@ def fit(
             dynamic_ncols=True,
         )
         with bar, signals.held() as held:
-            for epoch in range(run.done + 1, config.train.epochs + 1):
+            for epoch in range(run.done + 1, config.train.all_epochs + 1):
                 if run.out_of_patience:
                     patience = config.train.patience
                     bar.write(f"no better checkpoint in {patience} epochs: stopping early")
                     break
                 start = time.perf_counter()
-                bar.set_description(f"epoch {epoch}/{config.train.epochs}")
+                bar.set_description(f"epoch {epoch}/{config.train.all_epochs}")
                 with run.profiled(epoch), run.named(epoch):
                     state, trained = take_epoch(
                         state, steps, feeder, run.order(epoch), given, bar, sums, run.saver(held)
@@ -155,6 +174,9 @@ def fit(
                 seconds = middle - start, time.perf_counter() - middle
                 bar.write(run.record(state, trained, outputs, seconds))
                 held.end()
+                if on_epoch is not None and on_epoch(epoch, figures_of(run.history[-1])):
+                    bar.write(f"stopped after epoch {epoch}, as on_epoch asked")
+                    break
         return run.conclude()
 
 
@@ -181,21 +203,24 @@ class Run:
         data: TrainingData,
         workdir: Workdir,
         mesh: Mesh,
-        network: Any,
-        objective: Objective | None,
+        given: Parts,
+        weights: initial.Weights | None = None,
     ) -> None:
         train = config.train
         self.config, self.data, self.workdir, self.mesh = config, data, workdir, mesh
-        self.network = model_of(config) if network is None else network
+        self.network = given.network
         self.steps_per_epoch = math.ceil(len(data.train) / train.batch)
-        self.objective = objective or Binary(
+        self.objective = given.objective or Binary(
             class_weights_of(data.labels[data.train]) if train.class_weights else _EQUAL,
             train.label_smoothing,
             train.mixup,
             train.auxiliary,
         )
-        self._optimizer, self._learning_rate = make_optimizer(train, self.steps_per_epoch)
-        augment = make_augment(config.augment)
+        layers = layers_of(self.network, config.data.size) if train.layer_decay < 1 else ()
+        self._optimizer, self._learning_rate = make_optimizer(
+            train, self.steps_per_epoch, given.optimizer, layers
+        )
+        augment = given.augment or make_augment(config.augment)
 
         def train_step(
             state: TrainState, batch: Batch, given: tuple[jax.Array, Objective]
@@ -204,11 +229,17 @@ class Run:
             # seeds find the program compiled.
             key, objective = given
             step = make_train_step(
-                self.network, self._optimizer, augment, objective, ema_decay=train.ema
+                self.network,
+                self._optimizer,
+                augment,
+                objective,
+                ema_decay=train.ema,
+                freeze=train.freeze,
             )
             return step(state, batch, key)
 
         self.train_step = train_step
+        self._given_init, self._weights = given.init, weights
         self._checkpoints = Checkpoints(workdir.checkpoints)
         self.done = self._checkpoints.epoch("latest") or 0
         self._shown = False  # whether a line of the epochs' table is on the screen
@@ -217,7 +248,7 @@ class Run:
         within = (self._checkpoints.epoch("within") or 0) - self.done * self.steps_per_epoch
         self._within = within if 0 < within <= self.steps_per_epoch else 0
         self.steps_done = self.done * self.steps_per_epoch + self._within
-        self._profiled_epoch = min(self.done + 2, train.epochs)
+        self._profiled_epoch = min(self.done + 2, train.all_epochs)
         self._events = Events(workdir.events, self.history) if config.tensorboard else None
 
     def key(self, purpose: int) -> jax.Array:
@@ -291,24 +322,38 @@ class Run:
 
         return save
 
-    def first_state(self, init: PyTree = None) -> tuple[TrainState, None]:
+    def first_state(self) -> tuple[TrainState, None]:
         """Returns the state before the first step, on the devices.
 
         Raises:
-            InputError: `init` is of another network.
+            InputError: the variables to start from are of another network.
         """
+        init = self._given_init
         placed: Any = {
             "out_shardings": devices.replicated(self.mesh),
             "compiler_options": devices.traits(self.mesh).once,
         }
         if init is None:
-            return jax.jit(self.new_state, **placed)(self.key(_INIT)), None
+            drawn = jax.jit(self.new_state, **placed)(self.key(_INIT))
+            if self.config.train.init == "random":
+                return drawn, None
+            init = self._started(drawn)
         template = self.template()
         wanted = {"params": template.params, "batch_stats": template.batch_stats}
         given = {"params": init["params"], "batch_stats": init.get("batch_stats", {})}
         _expect_fit(given, wanted)
         ema = bool(self.config.train.ema)
         return jax.jit(lambda v: state_of(v, self._optimizer, ema=ema), **placed)(given), None
+
+    def _started(self, drawn: TrainState) -> PyTree:
+        """Returns the variables of `--train.init`, drawn ones where it has none."""
+        config = self.config
+        weights = self._weights or initial.read(config.train.init, config.data.fold)
+        variables = {"params": drawn.params, "batch_stats": drawn.batch_stats}
+        variables, told = initial.started(jax.device_get(variables), weights, config)
+        write_json(self.workdir.init, told)
+        print(initial.describe(told, weights, config))
+        return variables
 
     def template(self) -> TrainState:
         """Returns shapes, dtypes and placement of the state."""
@@ -333,7 +378,7 @@ class Run:
     @property
     def ended(self) -> bool:
         """Whether there is nothing left to train."""
-        return self.done >= self.config.train.epochs or self.out_of_patience
+        return self.done >= self.config.train.all_epochs or self.out_of_patience
 
     def mend(self) -> None:
         """Writes the best state where the process died when it had written it as the latest."""
@@ -535,11 +580,10 @@ class Run:
 def open_run(
     config: Config,
     data: TrainingData | None = None,
-    network: Any = None,
-    objective: Objective | None = None,
-    init: PyTree = None,
+    given: Parts = _NOTHING_GIVEN,
 ) -> Iterator[Run]:
     """Claims a workdir, reads the data, writes down what is trained on what; see `fit`."""
+    expect_together(given, config)
     _expect_writable(config.profile)
     mesh = devices.make_mesh(config.device)
     config = _with_precision(config, mesh)
@@ -547,6 +591,9 @@ def open_run(
         workdir = stack.enter_context(claim(config))
         found = versions()
         print(f"cnnjax    {found['cnnjax']} on jax {found['jax']}, flax {found['flax']}")
+        begins = config.train.init != "random" and not workdir.begun
+        # Before the images are: what is wrong with a flag is said at once.
+        weights = initial.read(config.train.init, config.data.fold) if begins else None
         mesh, whole = devices.dividing(mesh, config.train.batch), mesh
         some = f", of {whole.size}: a batch is divided evenly" if mesh.size < whole.size else ""
         print(f"devices   {devices.describe(mesh)}{some}")
@@ -555,20 +602,20 @@ def open_run(
             data = training_data(config.data, config.seed, print, mesh)
         if drawn:
             print(f"note      {DRAWN}")
+        network = model_of(config) if given.network is None else given.network
+        # Before the workdir is this run's: what does not fit can be mended with other flags.
+        if (given.network or ":" in config.model.name) and not given.objective:
+            expect_logits(network, config.data.size, classes=2)
+        initial.expect_fit(network, config, weights)
         workdir.claim_data(data.decoded.fingerprint, data.classes, drawn)
-        given = {
-            "network": None if network is None else parts.described(network),
-            "objective": None if objective is None else parts.described(objective),
-            "init": None if init is None else parts.fingerprint(init),
-        }
-        workdir.claim_parts(given)
+        workdir.claim_parts(given.described())
         workdir.expect_split([e.name for e in data.decoded.examples], data.held_out)
         write_split(workdir.split, data.decoded.examples, data.held_out)
         write_quarantine(workdir.quarantine, data.decoded.quarantine)
         write_duplicates(workdir.duplicates, data.duplicates)
         session = {"devices": devices.describe(mesh), "versions": versions()}
         append_line(workdir.sessions, session)
-        run = Run(config, data, workdir, mesh, network, objective)
+        run = Run(config, data, workdir, mesh, given._replace(network=network), weights)
         stack.callback(run.close)
         run.describe()
         run.mend()
@@ -798,12 +845,12 @@ def _epoch_line(line: dict[str, Any], config: TrainConfig, speed: float, *, firs
     heads = ["epoch", "loss", *(f"val {name}" if name == "loss" else name for name in figures)]
     heads.append("images/s")
     cells = [
-        f"{line['epoch']}/{config.epochs}",
+        f"{line['epoch']}/{config.all_epochs}",
         f"{line['train']['loss']:.4f}",
         *(f"{value:.4f}" for value in figures.values()),
         f"{speed:,.0f}",
     ]
-    least = [2 * len(str(config.epochs)) + 1, *(6 for _ in cells[1:-1]), 7]
+    least = [2 * len(str(config.all_epochs)) + 1, *(6 for _ in cells[1:-1]), 7]
     widths = [max(len(head), n) for head, n in zip(heads, least, strict=True)]
     rows = [heads, cells] if first else [cells]
     lines = ["  ".join(f"{x:>{n}}" for x, n in zip(row, widths, strict=True)) for row in rows]

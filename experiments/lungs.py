@@ -51,8 +51,9 @@ from cnnjax.machine import devices
 from cnnjax.networks import LungFinder
 from cnnjax.networks.variables import flatten
 from cnnjax.objectives import Segmentation
+from cnnjax.optimizers import make_optimizer
 from cnnjax.run.workdir import write_json
-from cnnjax.steps import init_state, make_optimizer, make_train_step, variables_of
+from cnnjax.steps import init_state, make_train_step, variables_of
 from cnnjax.train import compile_steps, take_epoch
 
 AUGMENT = AugmentConfig(

@@ -27,6 +27,7 @@ from cnnjax.errors import InputError
 from cnnjax.machine.devices import keep_compiled_programs
 from cnnjax.networks import BaselineCNN
 from cnnjax.objectives import Batch, Binary
+from cnnjax.optimizers import make_optimizer
 from cnnjax.scratch import models as scratch_models
 from cnnjax.scratch import steps as scratch_steps
 from cnnjax.scratch.convert import from_flax
@@ -68,7 +69,7 @@ def main(options: Options) -> metrics.Evaluation:
     model = BaselineCNN()
     size = options.data.size
     variables = jax.jit(model.init)(init_key, jnp.zeros((1, size, size, 1)))
-    optimizer, _ = steps.make_optimizer(TrainConfig(learning_rate=options.learning_rate), 1)
+    optimizer, _ = make_optimizer(TrainConfig(learning_rate=options.learning_rate), 1)
     compiled = steps.make_train_step(
         model, optimizer, lambda key, images: images, Binary(class_weights=weights)
     )

@@ -291,6 +291,7 @@ from cnnjax import steps
 from cnnjax.config import DeviceConfig, ModelConfig, TrainConfig
 from cnnjax.networks import make_model
 from cnnjax.objectives import Batch
+from cnnjax.optimizers import make_optimizer
 
 devices.make_mesh(DeviceConfig("cpu"))
 if sys.argv[1] == "plain":
@@ -300,7 +301,7 @@ if sys.argv[1] == "plain":
 else:
     assert ffi.available()
 model = make_model(ModelConfig(sys.argv[2], width=8))
-optimizer, _ = steps.make_optimizer(TrainConfig(), 1)
+optimizer, _ = make_optimizer(TrainConfig(), 1)
 once = devices.TRAITS["cpu"].once
 new = jax.jit(lambda key: steps.init_state(model, optimizer, key, 32), compiler_options=once)
 state = new(jax.random.key(0))

@@ -22,7 +22,8 @@ from cnnjax.evaluation.predict import Predictor
 from cnnjax.machine import devices
 from cnnjax.networks import LungFinder
 from cnnjax.objectives import Batch, Segmentation
-from cnnjax.steps import init_state, make_optimizer, make_train_step
+from cnnjax.optimizers import make_optimizer
+from cnnjax.steps import init_state, make_train_step
 from cnnjax.train import fit
 
 

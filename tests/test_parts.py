@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-from collections.abc import Callable
+import re
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +16,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+import tyro
 
 from cnnjax import Predictor
 from cnnjax.config import AugmentConfig, Config, DataConfig, DeviceConfig, ModelConfig, TrainConfig
 from cnnjax.data.prepare import TrainingData, data_of
 from cnnjax.errors import InputError
+from cnnjax.evaluation.export import export
 from cnnjax.machine.devices import make_mesh
 from cnnjax.networks import make_model
 from cnnjax.objectives import Softmax
@@ -67,38 +74,35 @@ class ThreeLogits(nn.Module):
         return nn.Dense(self.classes)(images.reshape(len(images), -1))
 
 
-class ConvNeXt(nn.Module):
-    """A patch embedding and a block of Liu et al., CVPR 2022 (arXiv:2201.03545)."""
+PAGE = Path(__file__).parents[1] / "docs" / "own-networks.md"
 
-    width: int = 8
+
+@pytest.fixture(scope="module", autouse=True)
+def mynets(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """The module that docs/own-networks.md shows, as a file of the user's."""
+    folder = tmp_path_factory.mktemp("mynets")
+    shown = re.search(r"^```python\n(.*?)^```$", PAGE.read_text("utf-8"), re.M | re.S)
+    assert shown is not None
+    (folder / "mynets.py").write_text(shown[1], "utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield importlib.import_module("mynets")
+    del sys.modules["mynets"]
+
+
+def shown_network(name: str) -> nn.Module:
+    """One of the page's networks, made small."""
+    classes = importlib.import_module("mynets")
+    small = {"width": 8, "blocks": 1, "patch": 4}
+    return getattr(classes, name)(**small | ({"heads": 2} if name == "ViT" else {}))
+
+
+class TwoColumns(Plain):
+    """It forgets to take the only column."""
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
-        x = nn.LayerNorm()(nn.Conv(self.width, (4, 4), strides=4)(images))
-        y = nn.Conv(self.width, (7, 7), feature_group_count=self.width)(x)
-        y = nn.Dense(4 * self.width)(nn.LayerNorm()(y))
-        y = nn.Dense(self.width)(nn.gelu(y))
-        x = x + y * self.param("scale", nn.initializers.constant(0.1), (self.width,))
-        return nn.Dense(1)(x.mean((1, 2)))[:, 0]
-
-
-class VisionTransformer(nn.Module):
-    """Patches, one encoder block and a mean (Dosovitskiy et al., arXiv:2010.11929)."""
-
-    width: int = 8
-    heads: int = 2
-
-    @nn.compact
-    def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
-        x = nn.Conv(self.width, (4, 4), strides=4)(images)
-        x = x.reshape(len(x), -1, self.width)
-        x = x + self.param("position", nn.initializers.normal(0.02), x.shape[1:])
-        y = nn.LayerNorm()(x)
-        x = x + nn.MultiHeadDotProductAttention(self.heads, dropout_rate=0.1)(
-            y, deterministic=not train
-        )
-        x = x + nn.Dense(self.width)(nn.gelu(nn.Dense(2 * self.width)(nn.LayerNorm()(x))))
-        return nn.Dense(1)(nn.LayerNorm()(x).mean(1))[:, 0]
+        return nn.Dense(1)(images.reshape(len(images), -1))
 
 
 @pytest.fixture(scope="module")
@@ -131,13 +135,14 @@ def config_for(run: Path, **train: Any) -> Config:
 
 @pytest.mark.filterwarnings("ignore:.*dtype promotion")
 @pytest.mark.parametrize(
-    "network",
-    [Plain(), WithDropout(), WithBatchNorm(), ConvNeXt(), VisionTransformer()],
-    ids=lambda network: type(network).__name__,
+    "make",
+    [Plain, WithDropout, WithBatchNorm, *(partial(shown_network, n) for n in ("ConvNeXt", "ViT"))],
+    ids=["Plain", "WithDropout", "WithBatchNorm", "ConvNeXt", "ViT"],
 )
 def test_a_network_of_ones_own_is_trained_and_found_again(
-    make_data: Callable[[int], TrainingData], tmp_path: Path, network: Any
+    make_data: Callable[[int], TrainingData], tmp_path: Path, make: Callable[[], nn.Module]
 ) -> None:
+    network = make()
     with jax.numpy_dtype_promotion("standard"):
         config, data = config_for(tmp_path / "run"), make_data(2)
         result = fit(config, data=data, network=network)
@@ -153,6 +158,92 @@ def test_a_network_of_ones_own_is_trained_and_found_again(
             predictor.heat(np.asarray(data.decoded.images[:1]))
     assert np.isfinite(logits).all()
     assert result.last.n == 16
+
+
+@pytest.mark.filterwarnings("ignore:.*dtype promotion")
+def test_a_network_named_on_the_command_line_is_found_again(
+    make_data: Callable[[int], TrainingData], tmp_path: Path, mynets: Any
+) -> None:
+    name = "mynets:ViT(width=8, heads=2, blocks=1, patch=4)"
+    arguments = ["--model.name", name, "--train.epochs", "1", "--train.batch", "12"]
+    small = config_for(tmp_path / "run")
+    config = tyro.cli(Config, default=small, args=arguments)
+    data = make_data(2)
+    with jax.numpy_dtype_promotion("standard"):
+        fit(config, data=data)
+        assert json.loads((config.workdir / "config.json").read_text())["model"]["name"] == name
+        fit(replace(config, train=replace(config.train, extend=1)), data=data)
+        predictor = Predictor.open(config.workdir, make_mesh(config.device), views=1)
+        assert predictor.model == mynets.ViT(width=8, heads=2, blocks=1, patch=4)
+        images = np.asarray(data.decoded.images[:3])
+        export(predictor, "stablehlo", tmp_path / "net")
+        program = jax.export.deserialize((tmp_path / "net").read_bytes())
+    np.testing.assert_allclose(program.call(images), predictor.logits(images), atol=1e-5)
+    assert not (config.workdir / "parts.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("nowhere:Net", r"cannot be used \(No module named 'nowhere'\)"),
+        ("mynets:Nothing", r"cannot be used \(mynets has no Nothing\)"),
+        ("mynets:ViT(64)", "must be given as name=value"),
+        ("mynets:ViT(width=__import__('os'))", "cannot be used"),
+        ("mynets:ViT(width=)", "cannot be used"),
+        ("mynets:ViT(depth=3)", "ViT has no field depth; its fields are blocks, dropout, heads"),
+        ("subprocess:Popen(args='false')", r"is no flax\.linen\.Module"),
+        ("mynets:ConvNeXtBlock", "cannot be made: .* 'width'"),
+        (f"{__name__}:TwoColumns", r"shape \(2, 1\) for two images.*take the only column"),
+    ],
+)
+def test_a_name_that_cannot_serve_is_refused(
+    make_data: Callable[[int], TrainingData], tmp_path: Path, name: str, reason: str
+) -> None:
+    config = replace(config_for(tmp_path / "run"), model=ModelConfig(name))
+    with pytest.raises(InputError, match=reason):
+        fit(config, data=make_data(2))
+    # The workdir is not taken.
+    second = replace(config, train=replace(config.train, auxiliary=0.3))
+    with pytest.raises(InputError, match="needs a network with a second head"):
+        fit(second, data=make_data(2), network=Plain())
+
+
+def black(key: jax.Array, images: jax.Array, level: float = 0.0) -> jax.Array:
+    """Leaves nothing of the images."""
+    return jnp.full_like(images, level)
+
+
+def test_an_optimizer_and_an_augmentation_of_ones_own(
+    make_data: Callable[[int], TrainingData], tmp_path: Path
+) -> None:
+    rate = 1e-3
+    config, data = config_for(tmp_path / "run", epochs=1, learning_rate=rate), make_data(2)
+    init = jax.jit(Plain().init)(jax.random.key(9), jnp.zeros((1, SIZE, SIZE, 1)))
+    parts: Any = {"optimizer": partial(optax.lion, weight_decay=0.0), "augment": black}
+    fit(config, data=data, network=Plain(), init=init, **parts)
+    told = json.loads((config.workdir / "parts.json").read_text())
+    assert told["optimizer"]["part"].endswith(":lion")
+    assert told["optimizer"]["fields"] == {"weight_decay": 0.0}
+    assert told["augment"] == {"part": f"{__name__}:black", "fields": {}}
+    after = Predictor.open(config.workdir, make_mesh(config.device), "latest").members[0].params
+    moved = jax.tree.map(lambda new, old: np.asarray(new - old) / rate, after, init["params"])
+    # Black images have no gradient for what they are multiplied with, and a step of Lion is the
+    # learning rate, up or down.
+    assert not moved["Dense_0"]["kernel"].any()
+    assert moved["Dense_1"]["kernel"].any() or moved["Dense_1"]["bias"].any()
+    for leaf in jax.tree.leaves(moved):
+        np.testing.assert_allclose(leaf, leaf.round(), atol=0.01)
+    with pytest.raises(InputError, match="another optimizer: that of the config"):
+        fit(config, data=data, network=Plain(), augment=black)
+    parts |= {"augment": partial(black, level=0.5)}
+    with pytest.raises(InputError, match=r"another augment: .*black\(level=0\.5\)"):
+        fit(config, data=data, network=Plain(), **parts)
+    other = replace(config, workdir=tmp_path / "other")
+    with pytest.raises(InputError, match="views 4 would draw the config's changes"):
+        fit(replace(other, augment=AugmentConfig(views=4)), data=data, augment=black)
+    decayed = TrainConfig(optimizer="adamw", weight_decay=0.1)
+    with pytest.raises(InputError, match="has no effect on optimizer="):
+        fit(replace(other, train=decayed), data=data, optimizer=optax.lion)
 
 
 def test_three_classes(make_data: Callable[[int], TrainingData], tmp_path: Path) -> None:

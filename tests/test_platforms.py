@@ -18,6 +18,7 @@ from cnnjax.data.batches import Feeder, Resident
 from cnnjax.machine import devices
 from cnnjax.networks import make_model
 from cnnjax.objectives import Binary
+from cnnjax.optimizers import make_optimizer
 
 ALL = AugmentConfig(10, 0.1, True, 5, 0.1, 0.5, 0.5, 0.2, 0.1, 0.2, 0.5, 0.1, 0.2)
 SIZE, MANY, BATCH = 16, 2, 4
@@ -29,7 +30,7 @@ def lowered(network: str, platform: str) -> str:
     both = network == "resnet"
     config = ModelConfig(network, width=4, stages=2, standardize=both, local_contrast=both)
     model = make_model(config, jnp.dtype("bfloat16"), auxiliary=True)
-    optimizer, _ = steps.make_optimizer(TrainConfig(optimizer="adamw", schedule="cosine"), 4)
+    optimizer, _ = make_optimizer(TrainConfig(optimizer="adamw", schedule="cosine"), 4)
     step = steps.make_train_step(
         model, optimizer, make_augment(ALL), Binary(mixup=0.2, auxiliary=0.3), ema_decay=0.9
     )

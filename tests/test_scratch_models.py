@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import cnnjax.networks
+import cnnjax.optimizers
 import cnnjax.steps
 from cnnjax import objectives
 from cnnjax.config import TrainConfig
@@ -269,7 +270,7 @@ def check_states(found: steps.TrainState, expected: cnnjax.steps.TrainState) -> 
 def test_steps_are_those_of_jax(network: str, optimizer: str, count: int) -> None:
     ours, model, size = NETWORKS[network]
     rule, config = OPTIMIZERS[optimizer]
-    transformation, _ = cnnjax.steps.make_optimizer(config, 10)
+    transformation, _ = cnnjax.optimizers.make_optimizer(config, 10)
     options: Any = {"class_weights": WEIGHTS, "label_smoothing": SMOOTHING}
     step = steps.make_train_step(ours, rule, **options)
     binary = objectives.Binary(**options)

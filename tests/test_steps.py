@@ -18,10 +18,10 @@ from cnnjax.config import AugmentConfig, DeviceConfig, TrainConfig
 from cnnjax.machine import devices
 from cnnjax.networks import AUXILIARY, BaselineCNN, ResNet
 from cnnjax.objectives import Batch, Binary, cross_entropy, to_float
+from cnnjax.optimizers import make_optimizer
 from cnnjax.steps import (
     TrainState,
     make_eval_step,
-    make_optimizer,
     make_train_step,
     state_of,
 )

@@ -139,7 +139,7 @@ class Predictor:
                 " objective can be used for prediction"
             )
         if network is None and given["network"] is not None:
-            network = parts.rebuilt(given["network"], run, "network")
+            network = parts.rebuilt_network(given["network"], run)
         operating = at_views(workdir.read_operating(kind), views, str(run))
         model = model_of(config) if network is None else network
         checkpoints = Checkpoints(workdir.checkpoints)

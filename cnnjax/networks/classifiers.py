@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from cnnjax.config import Config, ModelConfig
 from cnnjax.errors import InputError
+from cnnjax.networks.imported import expect_second_head, make_imported
 from cnnjax.networks.modules import BatchNorm, Conv, ConvPool, local_contrast, standardized
 from cnnjax.ops import layers
 from cnnjax.ops.layers import Dtype
@@ -36,6 +37,11 @@ def make_model(
             the collection `AUXILIARY` in training, where that is mutable. Else it is not needed,
             nor are its parameters.
     """
+    if ":" in config.name:
+        network = make_imported(config.name, dtype=dtype, auxiliary=auxiliary)
+        if auxiliary:
+            expect_second_head(network)
+        return network
     if config.name == "baseline":
         return BaselineCNN(
             config.channels, config.standardize, config.local_contrast, dtype, auxiliary

@@ -1,4 +1,4 @@
-"""The epochs of a run as TensorBoard's event files (the extra `tensorboard`)."""
+"""The figures of a run's epochs, and TensorBoard's event files of them (extra `tensorboard`)."""
 
 from __future__ import annotations
 
@@ -39,13 +39,24 @@ class Events:
 
     def add(self, line: dict[str, Any]) -> None:
         """Adds an epoch, a line of `metrics.jsonl`."""
-        epoch = line["epoch"]
-        for side in ("train", "validation"):
-            for name, value in line[side].items():
-                self._writer.add_scalar(f"{side}/{name}", value, epoch)
-        self._writer.add_scalar("learning_rate", line["learning_rate"], epoch)
+        for name, value in figures_of(line).items():
+            self._writer.add_scalar(name, value, line["epoch"])
         self._writer.flush()
 
     def close(self) -> None:
         """Ends the file."""
         self._writer.close()
+
+
+def figures_of(line: dict[str, Any]) -> dict[str, float]:
+    """Returns the figures of a line of `metrics.jsonl` by name.
+
+    They are `learning_rate` (of the last step), `train/loss` and `train/accuracy`, and what the
+    objective says of the held-out images, such as `validation/auc`.
+    """
+    sides = {
+        f"{side}/{name}": float(value)
+        for side in ("train", "validation")
+        for name, value in line[side].items()
+    }
+    return {"learning_rate": line["learning_rate"]} | sides

@@ -1,42 +1,97 @@
 """What `cnnjax.train.fit` was given beside its config, written down in the run.
 
-A network or an objective of the user's own is named by its import path and its fields, so that a
-resumed run, a prediction or a report finds the same again, or says what is missing.
+A part of the user's own is named by its import path and its fields, so that a resumed run, a
+prediction or a report finds the same again, or says what is missing.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
-import importlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import numpy as np
 
+from cnnjax.config import Config
 from cnnjax.errors import InputError
+from cnnjax.networks.imported import expect_second_head, imported
 
 PyTree = Any
 
 
+class Parts(NamedTuple):
+    """What `cnnjax.train.fit` takes beside config and data; see there."""
+
+    network: Any = None
+    objective: Any = None
+    optimizer: Any = None
+    augment: Any = None
+    init: PyTree = None
+
+    def described(self) -> dict[str, Any]:
+        """Returns what `parts.json` says of each; None for one that was not given."""
+        parts = {
+            name: None if part is None else described(part)
+            for name, part in self._asdict().items()
+            if name != "init"
+        }
+        return parts | {"init": None if self.init is None else fingerprint(self.init)}
+
+
+def expect_together(given: Parts, config: Config) -> None:
+    """Raises InputError where a part of the user's own and a flag of the config exclude another."""
+    train = config.train
+    if given.init is not None and train.init != "random":
+        raise InputError(f"init=... and --train.init {train.init} exclude each other; give one")
+    if given.augment is not None and config.augment.views > 1:
+        raise InputError(
+            f"--augment.views {config.augment.views} would draw the config's changes, not those of"
+            " augment=...; give --augment.views 1"
+        )
+    if given.optimizer is not None and train.weight_decay:
+        raise InputError(
+            f"--train.weight-decay {train.weight_decay} has no effect on optimizer=...; give it to"
+            " the factory, functools.partial(optax.adamw, weight_decay=...), and 0 to the config"
+        )
+    if given.network is not None and given.objective is None and train.auxiliary:
+        expect_second_head(given.network)
+
+
 def described(part: Any) -> dict[str, Any]:
-    """Returns the import path and the fields of a dataclass instance, as plain JSON.
+    """Returns the import path and the fields of a part, as plain JSON.
 
     Args:
-        part: such as a Linen module.
+        part: a dataclass instance, such as a Linen module; a function; or a `functools.partial` of
+            a function, whose keyword arguments are its fields.
 
     Returns:
         `part`, as `module:Name`, and `fields`; `fields` is None where they are not all numbers,
         texts, or lists of them.
     """
-    cls, fields = type(part), {}
-    for field in dataclasses.fields(part) if dataclasses.is_dataclass(part) else ():
-        if field.init and field.name not in ("parent", "name"):
-            value = getattr(part, field.name)
-            fields[field.name] = list(value) if isinstance(value, tuple) else value
-    plain = all(map(_plain, fields.values()))
-    return {"part": f"{cls.__module__}:{cls.__qualname__}", "fields": fields if plain else None}
+    if isinstance(part, functools.partial):
+        named, fields = part.func, dict(enumerate(part.args)) | part.keywords
+    elif dataclasses.is_dataclass(part):
+        named = type(part)
+        fields = {
+            field.name: getattr(part, field.name)
+            for field in dataclasses.fields(part)
+            if field.init
+            and field.name not in ("parent", "name")
+            # A default such as a dtype need not be written down to be found again.
+            and (_plain(value := getattr(part, field.name)) or value is not field.default)
+        }
+    else:
+        named, fields = (part if hasattr(part, "__qualname__") else type(part)), {}
+    kept = {
+        str(name): list(value) if isinstance(value, tuple) else value
+        for name, value in fields.items()
+    }
+    plain = all(map(_plain, kept.values()))
+    return {"part": f"{named.__module__}:{named.__qualname__}", "fields": kept if plain else None}
 
 
 def _plain(value: Any) -> bool:
@@ -45,30 +100,29 @@ def _plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def rebuilt(description: dict[str, Any], run: Path, argument: str) -> Any:
-    """Returns the part that `described` described.
+def rebuilt_network(description: dict[str, Any], run: Path) -> nn.Module:
+    """Returns the network that `described` described.
 
     Args:
         description: its answer.
         run: the workdir, for the message.
-        argument: by which the caller could give the part itself, likewise.
 
     Raises:
-        InputError: it cannot be imported, or its fields were not written down.
+        InputError: it cannot be imported, its fields were not written down, or it is no Linen
+            module.
     """
     path, fields = description["part"], description["fields"]
-    module, _, name = path.partition(":")
     try:
-        if fields is None or module == "__main__" or "<locals>" in name:
+        if fields is None or path.startswith("__main__:") or "<locals>" in path:
             raise ImportError("it cannot be made again from what was written down")
-        part: Any = importlib.import_module(module)
-        for each in name.split("."):
-            part = getattr(part, each)
-        return part(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
-    except (ImportError, AttributeError, TypeError) as error:
+        cls = imported(path)
+        if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+            raise TypeError("it is no flax.linen.Module")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    except (ImportError, TypeError) as error:
         raise InputError(
             f"{run} was trained with {path} ({error}); make it importable, or call from Python"
-            f" with {argument}=..."
+            " with network=..."
         ) from None
 
 

@@ -42,6 +42,7 @@ class Workdir:
             whether they are drawn.
         parts: `parts.json`, what `fit` was given beside the config, if anything (see
             `cnnjax.run.parts`).
+        init: `init.json`, what was copied of the weights of `--train.init`.
         split: `split.csv`, each image's patient, label and role.
         quarantine: `quarantine.csv`, files that are left out, each with the reason.
         duplicates: `duplicates.csv`, images that show the film of an earlier one.
@@ -60,6 +61,7 @@ class Workdir:
         self.config = root / "config.json"
         self.data = root / "data.json"
         self.parts = root / "parts.json"
+        self.init = root / "init.json"
         self.split = root / "split.csv"
         self.quarantine = root / "quarantine.csv"
         self.duplicates = root / "duplicates.csv"
@@ -100,8 +102,8 @@ class Workdir:
 
     def read_parts(self) -> dict[str, Any]:
         """Returns what `cnnjax.train.fit` was given beside the config; see `cnnjax.run.parts`."""
-        nothing = dict.fromkeys(("network", "objective", "init"))
-        return read_json(self.parts) if self.parts.exists() else nothing
+        nothing = dict.fromkeys(("network", "objective", "optimizer", "augment", "init"))
+        return nothing | read_json(self.parts) if self.parts.exists() else nothing
 
     def claim_parts(self, given: dict[str, Any]) -> None:
         """Notes what `cnnjax.train.fit` is given, or checks that it is the same as before.
@@ -298,14 +300,19 @@ def claim(config: Config) -> Iterator[Workdir]:
             )
         expect_effect(config, resumed=workdir.begun)
         if workdir.begun:
-            changed = differences(config, workdir.read_config())
+            before = workdir.read_config()
+            changed = differences(config, before)
             if changed:
+                more = config.train.epochs - before.train.epochs
+                extend = f" (to go on for more epochs, --train.extend {more})" if more > 0 else ""
                 raise InputError(
                     f"{workdir.root} belongs to another config: {', '.join(changed)};"
-                    " give the same flags to resume it, or choose another --workdir"
+                    f" give the same flags to resume it{extend}, or choose another --workdir"
                 )
             if not config.other_versions:
                 workdir.expect_versions()
+            if config.train.extend != before.train.extend:
+                workdir.write_config(config)
         else:
             workdir.write_config(config)
         yield workdir

@@ -1,7 +1,7 @@
 """SGD with momentum, Adam and AdamW: pure functions (gradients, state, params) -> (params, state).
 
-They mean what the optax transformations of `cnnjax.steps.make_optimizer` mean. A learning rate is
-a number, or a function of the number of steps taken before this one.
+They mean what the optax transformations of `cnnjax.optimizers.make_optimizer` mean. A learning rate
+is a number, or a function of the number of steps taken before this one.
 """
 
 from __future__ import annotations

@@ -1,0 +1,111 @@
+"""Networks of the user's own, by their import path."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from cnnjax.errors import InputError
+
+
+def imported(path: str) -> Any:
+    """Returns what an import path `package.module:Name` names.
+
+    Modules are looked for where Python finds them, and last in the working directory.
+
+    Raises:
+        ImportError: there is no such module, or no such name in it.
+    """
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)
+    module, _, name = path.partition(":")
+    part: Any = importlib.import_module(module)
+    for each in name.split("."):
+        if not hasattr(part, each):
+            raise ImportError(f"{module} has no {name}")
+        part = getattr(part, each)
+    return part
+
+
+def make_imported(name: str, **settled: Any) -> nn.Module:
+    """Returns the Linen module of an import path, `package.module:Name(width=64)`.
+
+    Args:
+        name: the path, with the fields that are not to have their defaults, as Python literals.
+        settled: fields that the run settles; given to a module that has fields of these names, and
+            where `name` says nothing of them.
+
+    Raises:
+        InputError: it cannot be imported, is no Linen module, or has no such fields.
+    """
+    path, _, rest = name.partition("(")
+    try:
+        fields = _literals(rest.removesuffix(")"))
+        cls = imported(path)
+    except (ImportError, SyntaxError, ValueError) as error:
+        raise InputError(
+            f"--model.name {name} cannot be used ({error}); give package.module:Name or"
+            " package.module:Name(width=64), importable from here"
+        ) from None
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise InputError(f"--model.name {name} is no flax.linen.Module; name a subclass of that")
+    known = {field.name for field in dataclasses.fields(cls) if field.init} - {"parent", "name"}
+    if unknown := sorted(fields.keys() - known):
+        raise InputError(
+            f"--model.name {name}: {cls.__name__} has no field {unknown[0]}; its fields are"
+            f" {', '.join(sorted(known)) or 'none'}"
+        )
+    try:
+        return cls(**{k: v for k, v in settled.items() if k in known} | fields)
+    except TypeError as error:  # a field without default
+        raise InputError(f"--model.name {name} cannot be made: {error}") from None
+
+
+def expect_second_head(network: nn.Module) -> None:
+    """Raises InputError where a network has no auxiliary head, for `--train.auxiliary`."""
+    if not getattr(network, "auxiliary", False):
+        raise InputError(
+            "--train.auxiliary needs a network with a second head, and"
+            f" {type(network).__name__} has no field `auxiliary` that is true; give"
+            " --train.auxiliary 0"
+        )
+
+
+def expect_logits(network: nn.Module, size: int, classes: int) -> None:
+    """Raises InputError where a network does not return logits of this shape.
+
+    Args:
+        network: to be looked at.
+        size: side of its images, in pixels.
+        classes: 2 for [batch], more for [batch, classes].
+    """
+    images = jax.ShapeDtypeStruct((2, size, size, 1), jnp.float32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    _, logits = jax.eval_shape(
+        lambda key, x: (v := network.init(key, x), network.apply(v, x, train=False)), key, images
+    )
+    wanted = (2,) if classes == 2 else (2, classes)
+    shape = getattr(logits, "shape", None)
+    if shape != wanted:
+        raise InputError(
+            f"{type(network).__name__} returns an array of shape {shape} for two images, where"
+            f" {classes} classes need logits of shape {wanted}"
+            + ("; take the only column of the last layer, [:, 0]" if shape == (2, 1) else "")
+        )
+
+
+def _literals(fields: str) -> dict[str, Any]:
+    """Returns the keyword arguments of a call, which must be Python literals."""
+    call = ast.parse(f"f({fields})", mode="eval").body
+    if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
+        raise ValueError("its fields must be given as name=value")
+    return {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}

@@ -498,8 +498,9 @@ class Run:
             summary["notes"].append(
                 f"on the held-out images the last epoch (accuracy {found['accuracy']:.4f} at its"
                 f" probability 0.5, AUC {found['auc']:.4f}) is no better than calling them all what"
-                f" most are (accuracy {rules['majority_accuracy']:.4f}): training diverged, or was"
-                f" too short; {_ADVICE}"
+                f" most are (accuracy {rules['majority_accuracy']:.4f}): training was too short, or"
+                " diverged; begin another run (--workdir) with more --train.epochs, or a lower"
+                " --train.learning-rate"
             )
         for note in summary["notes"]:
             print(textwrap.fill(f"note: {note}", 80, break_on_hyphens=False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -10,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 from test_dicom import file_of
 
 from cnnjax.cli import main
 from cnnjax.config import DataConfig
+from cnnjax.data.decode import Layout, layout_of
 from cnnjax.data.prepare import training_data
-from cnnjax.data.survey import Layout, layout_of
 
 SIZE = ("--data.frame", "whole", "--data.size", "32")
 
@@ -167,5 +168,10 @@ def test_layouts() -> None:
     encoded = file_of(PatientID="1")
     assert layout_of(encoded)[0] == "DICOM"
     assert layout_of(np.zeros((20, 30), np.uint8)) == Layout("array", "L", 30, 20)
+    file, lying = io.BytesIO(), Image.Exif()
+    lying[ExifTags.Base.Orientation] = 6
+    Image.new("L", (300, 200)).save(file, "JPEG", exif=lying)
+    assert layout_of(file.getvalue()) == Layout("JPEG", "L", 200, 300)  # as it is shown
+    assert layout_of(file.getvalue()).within(160) == (107, 160)
     with pytest.raises(ValueError, match="cannot identify"):
         layout_of(b"no image")

@@ -372,7 +372,8 @@ def test_predict_draws_heat_maps_of_what_it_can_read(run: Path, tree: Path, tmp_
     one = sorted((tree / "test" / "PNEUMONIA").iterdir())[0]
     other = tmp_path / "elsewhere" / one.name  # of the same name
     other.parent.mkdir()
-    shutil.copy(sorted((tree / "test" / "NORMAL").iterdir())[0], other)
+    with Image.open(sorted((tree / "test" / "NORMAL").iterdir())[0]) as image:
+        image.resize((32, 24)).save(other)
     (tmp_path / "bad.jpeg").write_bytes(b"nothing")
     heat = tmp_path / "heat"
     status = cnnjax("predict", "--run", run, one, other, tmp_path / "bad.jpeg", "--heatmap", heat)
@@ -383,6 +384,8 @@ def test_predict_draws_heat_maps_of_what_it_can_read(run: Path, tree: Path, tmp_
         assert picture.size == (512, 512)
         pixels = np.asarray(picture)
         assert np.ptp(pixels.astype(int), axis=2).max() > 50  # colour where there is heat
+    with Image.open(pictures[1]) as picture:
+        assert picture.size == (512, 384)  # of the image's aspect ratio
 
 
 def test_heat_maps_take_the_place_of_no_image(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn.metrics import precision_recall_curve
 
 from cnnjax import cli, metrics, report
@@ -175,10 +176,15 @@ def test_files_that_cannot_be_judged_are_counted(
     run: Path, text: str, tree: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(tree / "test", tmp_path / "films" / "test")
+    for path in (tmp_path / "films").rglob("*.jpeg"):
+        with Image.open(path) as image:
+            image.resize((32, 24)).save(path)
     (tmp_path / "films" / "test" / "NORMAL" / "bad.jpeg").write_bytes(b"nothing")
     judged, page = written(run, data=str(tmp_path / "films"), out=tmp_path / "page.html")
     assert "1 of whose files cannot be decoded and are left out" in page.text
     assert "for orientation; this run, on the test split of" in judged
+    pictures = re.findall(r'alt="Radiograph [^"]+" width="(\d+)" height="(\d+)"', judged)
+    assert set(pictures) == {("160", "120")}  # of the image's aspect ratio
     assert "for orientation; this run, on the held-out images" in text
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 
 from cnnjax.data import dicom
 from cnnjax.data.bounds import read_file, read_stream
-from cnnjax.data.decode import DecodeError, decode
+from cnnjax.data.decode import DecodeError, decode, layout_of
 from cnnjax.data.names import IMAGE_SUFFIXES, SUFFIXES, may_be_dicom, walk
 from cnnjax.errors import InputError
 from cnnjax.evaluation.explain import draw_box, normalized, overlay
@@ -136,7 +136,7 @@ def heat_names(films: Sequence[Film]) -> list[str]:
 def write_heat(
     folder: Path, films: Sequence[tuple[Film, str]], heat: np.ndarray, boxes: np.ndarray
 ) -> None:
-    """Writes a PNG for each image, brightest where it has most evidence.
+    """Writes a PNG for each image, of its aspect ratio, brightest where it has most evidence.
 
     Args:
         folder: where to; made where it is not there.
@@ -151,8 +151,10 @@ def write_heat(
     folder.mkdir(parents=True, exist_ok=True)
     for (film, name), one, box in zip(films, normalized(heat), boxes, strict=True):
         large = Image.fromarray(one).resize((_SHOWN, _SHOWN), Image.Resampling.BICUBIC)
-        shown = overlay(decode(film.read(), _SHOWN), np.clip(np.asarray(large), 0, 1))
-        picture = Image.fromarray(shown)
+        encoded = film.read()
+        shown = overlay(decode(encoded, _SHOWN), np.clip(np.asarray(large), 0, 1))
+        sides = layout_of(encoded).within(_SHOWN)
+        picture = Image.fromarray(shown).resize(sides, Image.Resampling.BICUBIC)
         draw_box(picture, box)
         picture.save(folder / f"{name}.png")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
@@ -26,6 +27,24 @@ _TURNED = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+class Layout(NamedTuple):
+    """What the header of an image file says."""
+
+    form: str
+    """JPEG, PNG, DICOM, or array for one of an .npz."""
+    mode: str
+    """Of the pixels: Pillow's (`L`, `RGB`, `I;16`), or DICOM's with the number of bits."""
+    width: int
+    """In pixels, as the image is shown: EXIF orientation is applied."""
+    height: int
+
+    def within(self, side: int) -> tuple[int, int]:
+        """Returns width and height of the image when its longer side is so many pixels."""
+        longest = max(self.width, self.height, 1)
+        width, height = (max(1, round(side * x / longest)) for x in (self.width, self.height))
+        return width, height
 
 
 class DecodeError(Exception):
@@ -77,6 +96,27 @@ def decode(encoded: bytes | np.ndarray, size: int) -> np.ndarray:
         if len(bare) == len(encoded):
             raise
         return _decode(bare, size)
+
+
+def layout_of(encoded: bytes | np.ndarray) -> Layout:
+    """Returns what the header of an image says; its pixels are not decoded.
+
+    Raises:
+        ValueError: it has none that can be read.
+    """
+    if isinstance(encoded, np.ndarray):
+        return Layout("array", "RGB" if encoded.ndim == 3 else "L", *encoded.shape[1::-1])
+    try:
+        if dicom.is_dicom(encoded):
+            return Layout("DICOM", *dicom.layout_of(encoded))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of images that are too large: decoding refuses them
+            with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+                lying = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+                sides = image.size[::-1] if lying else image.size
+                return Layout(str(image.format), image.mode, *sides)
+    except Exception as error:  # a header can break Pillow's parsers in many ways
+        raise ValueError(str(error)) from None
 
 
 def _decode(encoded: bytes, size: int) -> np.ndarray:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,12 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from cnnjax.config import DataConfig
-from cnnjax.data import cache, dicom, duplicates, framing
-from cnnjax.data.decode import FORMATS
+from cnnjax.data import cache, duplicates, framing
+from cnnjax.data.decode import Layout, layout_of
 from cnnjax.data.index import ALL, SPLITS, Example, Index
 from cnnjax.data.prepare import (
     TrainingData,
@@ -27,17 +24,6 @@ from cnnjax.data.prepare import (
 )
 from cnnjax.errors import InputError
 from cnnjax.machine.host import cpu_cores
-
-
-class Layout(NamedTuple):
-    """What the header of an image file says."""
-
-    form: str
-    """JPEG, PNG, DICOM, or array for one of an .npz."""
-    mode: str
-    """Of the pixels: Pillow's (`L`, `RGB`, `I;16`), or DICOM's with the number of bits."""
-    width: int
-    height: int
 
 
 class Pair(NamedTuple):
@@ -150,25 +136,6 @@ def _layouts(index: Index) -> Iterator[Layout]:
         found = pool.map(one, index.examples)
         bar = tqdm(found, desc="headers", total=len(index.examples), unit="image", disable=None)
         yield from (layout for layout in bar if layout is not None)
-
-
-def layout_of(encoded: bytes | np.ndarray) -> Layout:
-    """Returns what the header of an image says; its pixels are not decoded.
-
-    Raises:
-        ValueError: it has none that can be read.
-    """
-    if isinstance(encoded, np.ndarray):
-        return Layout("array", "RGB" if encoded.ndim == 3 else "L", *encoded.shape[1::-1])
-    try:
-        if dicom.is_dicom(encoded):
-            return Layout("DICOM", *dicom.layout_of(encoded))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of images that are too large: decoding refuses them
-            with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
-                return Layout(str(image.format), image.mode, image.width, image.height)
-    except Exception as error:  # a header can break Pillow's parsers in many ways
-        raise ValueError(str(error)) from None
 
 
 def to_json(found: Survey, config: DataConfig, seed: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +26,11 @@ from cnnjax import metrics
 from cnnjax.augment import make_augment
 from cnnjax.config import Config, DataConfig, flags
 from cnnjax.data.cache import load
+from cnnjax.data.decode import layout_of
 from cnnjax.data.duplicates import COLUMNS
 from cnnjax.data.kermany import PUBLISHED
 from cnnjax.data.prepare import open_index, training_data
+from cnnjax.data.sources import Source
 from cnnjax.errors import InputError
 from cnnjax.evaluation.explain import draw_box, normalized, overlay
 from cnnjax.evaluation.predict import Predictor
@@ -46,7 +48,7 @@ __all__ = ["compare", "write"]
 
 MISTAKES, SAMPLES, AUGMENTED = 10, 6, 12
 MEASURED = 100  # positive images whose heat is measured
-_SHOWN = 160  # pixels: side of the pictures
+_SHOWN = 160  # pixels: longer side of the pictures
 
 
 def write(
@@ -105,10 +107,26 @@ def write(
     return path
 
 
+class Images(NamedTuple):
+    """The images that are judged."""
+
+    squares: np.ndarray
+    """uint8 [n, side, side], as a `Predictor` takes them."""
+    source: Source
+    """Where they were decoded from."""
+
+    def sides(self, name: str) -> tuple[int, int]:
+        """Returns width and height of a picture of an image, in its aspect ratio."""
+        try:
+            return layout_of(self.source.read(name)).within(_SHOWN)
+        except (OSError, ValueError):  # gone meanwhile
+            return _SHOWN, _SHOWN
+
+
 def _held_out_images(
     workdir: Workdir, config: Config, names: Sequence[str], *, strict: bool
-) -> np.ndarray | None:
-    """Returns uint8 [n, side, side] of a run's held-out images, as a `Predictor` takes them.
+) -> Images | None:
+    """Returns a run's held-out images.
 
     None where they are gone, but for an error that `strict` lets through.
     """
@@ -118,14 +136,15 @@ def _held_out_images(
             return None
         place = {example.name: i for i, example in enumerate(decoded.examples)}
         images = decoded.images if decoded.films is None else decoded.films
-        return np.asarray(images[[place[name] for name in names]])
+        squares = np.asarray(images[[place[name] for name in names]])
+        return Images(squares, open_index(config.data, lambda _: None).source)
     except (InputError, KeyError) as error:
         if strict and isinstance(error, InputError):
             raise
         return None  # the page says so
 
 
-def _split(predictor: Predictor, config: DataConfig, split: str) -> tuple[Judged, np.ndarray, int]:
+def _split(predictor: Predictor, config: DataConfig, split: str) -> tuple[Judged, Images, int]:
     """Returns a split of a data set, judged, its images, and how many cannot be decoded."""
     index = open_index(config, lambda _: None)
     predictor.expect_classes(index)
@@ -134,7 +153,7 @@ def _split(predictor: Predictor, config: DataConfig, split: str) -> tuple[Judged
     names = [example.name for example in decoded.examples]
     patients = [example.patient for example in decoded.examples]
     judged = Judged(names, decoded.labels, patients, predictor.logits(images))
-    return judged, images, len(decoded.quarantine)
+    return judged, Images(images, index.source), len(decoded.quarantine)
 
 
 def _render(
@@ -143,7 +162,7 @@ def _render(
     predictor: Predictor,
     judged: Judged,
     where: str,
-    images: np.ndarray | None,
+    images: Images | None,
     rules: dict[str, float] | None,
     drawn: bool,
 ) -> str:
@@ -216,13 +235,14 @@ def _pictures(
     config: Config,
     predictor: Predictor,
     judged: Judged,
-    images: np.ndarray | None,
+    films: Images | None,
     probabilities: np.ndarray,
     found: Evaluation,
 ) -> dict[str, Any]:
     """Returns the pictures of mistakes, samples and augmented images; None where there are none."""
-    if images is None:
+    if films is None:
         return {"mistakes": None, "samples": None, "augmented": None, "heat": None}
+    images = films.squares
     decided = probabilities >= found.threshold
     wrong = np.flatnonzero(decided != (judged.labels == 1))
     sure = np.abs(predictor.operating.margins(judged.logits[wrong]))
@@ -238,14 +258,16 @@ def _pictures(
 
     def picture(i: int) -> dict[str, Any]:
         row, image = rows[i], images[rows[i]]
+        sides = films.sides(judged.names[row])
         return {
             "name": judged.names[row],
+            "sides": sides,
             "truth": predictor.classes[judged.labels[row]],
             "said": predictor.classes[int(decided[row])],
             "probability": float(probabilities[row]),
             "lungs": bool(framed.found[i]),
-            "image": _encoded(image, framed.boxes[i]),
-            "overlay": _encoded(overlay(image, heat[i]), framed.boxes[i]),
+            "image": _encoded(image, sides, framed.boxes[i]),
+            "overlay": _encoded(overlay(image, heat[i]), sides, framed.boxes[i]),
         }
 
     shown = [picture(i) for i in range(len(rows))]
@@ -280,12 +302,18 @@ def _heat_in_lungs(predictor: Predictor, images: np.ndarray) -> dict[str, Any] |
     return {"images": len(images), "inside": float(share.mean()), "area": float(area.mean())}
 
 
-def _encoded(image: np.ndarray, box: np.ndarray | None = None) -> str:
+def _encoded(
+    image: np.ndarray,
+    sides: tuple[int, int] = (_SHOWN, _SHOWN),
+    box: np.ndarray | None = None,
+) -> str:
     """Returns uint8 [height, width] or [height, width, 3] as the address of a picture.
+
+    It has the sides that are given, width and height in pixels.
 
     What the network saw of it, `box`, is outlined where that is a part.
     """
-    picture = Image.fromarray(image).resize((_SHOWN, _SHOWN), Image.Resampling.BICUBIC)
+    picture = Image.fromarray(image).resize(sides, Image.Resampling.BICUBIC)
     if box is not None:
         picture = picture.convert("RGB")
         draw_box(picture, box)

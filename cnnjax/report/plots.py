@@ -32,7 +32,7 @@ _STYLE = {
 }
 
 
-def svg(name: str, draw: Callable[[Any], None], size: tuple[float, float] = (5.2, 3.6)) -> str:
+def svg(name: str, draw: Callable[[Any], None], size: tuple[float, float] = (5.2, 4.0)) -> str:
     """Returns an SVG element; `draw` is given the axes.
 
     Args:
@@ -105,7 +105,7 @@ def roc(logits: np.ndarray, labels: np.ndarray, patients: Sequence[str], at: Eva
         axes.plot(*point, "D", color=ORANGE, label="operating point")
         axes.set(xlabel="1 - specificity", ylabel="sensitivity", aspect="equal")
 
-    return svg("roc", draw, (4.4, 4.2))
+    return svg("roc", draw)
 
 
 def precision_at(
@@ -149,7 +149,7 @@ def precision_recall(
             axes.plot(*point, "D", color=ORANGE, label="operating point")
         axes.set(xlabel="recall (sensitivity)", ylabel="precision", ylim=(0, 1.02))
 
-    return svg("precision-recall", draw, (4.4, 4.2))
+    return svg("precision-recall", draw)
 
 
 def thresholds(probabilities: np.ndarray, labels: np.ndarray, threshold: float) -> str:
@@ -186,7 +186,7 @@ def calibration(probabilities: np.ndarray, labels: np.ndarray) -> str:
         )
         axes.set(xlabel="mean probability given", ylabel="share of positives", aspect="equal")
 
-    return svg("calibration", draw, (4.4, 4.2))
+    return svg("calibration", draw)
 
 
 def scores(
@@ -227,7 +227,7 @@ def rocs(runs: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> str:
         axes.plot([0, 1], [0, 1], ls=":", color="0.5", label="chance")
         axes.set(xlabel="1 - specificity", ylabel="sensitivity", aspect="equal")
 
-    return svg("rocs", draw, (4.4, 4.2))
+    return svg("rocs", draw)
 
 
 def progress(runs: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> str:

@@ -28,8 +28,8 @@ class DataConfig:
 
     root: str = "phantom"
     """A folder or zip of class folders, with or without `train`, `val` and `test` above them, a
-    MedMNIST .npz, or the word `phantom`. With --data.table, where its paths begin; by default the
-    table's own folder."""
+    MedMNIST .npz, a --data.table, or the word `phantom`. With a table, where its paths begin; by
+    default its own folder."""
     size: int = 64
     """Side of the square that every image is reduced to, in pixels."""
     frame: Frame = "whole"
@@ -74,6 +74,7 @@ class DataConfig:
             f"be between 0 and {self.folds - 1} for {self.folds} folds",
             self.fold,
         )
+        self._settle_table()
         names = [name.casefold() for name in self.class_names]
         if self.classes and (len(names) < 2 or len(set(names)) < len(names)):
             raise InputError(
@@ -87,6 +88,19 @@ class DataConfig:
                 f"--data.positive {self.positive} must be the last of --data.classes {self.classes}"
             )
 
+    def _settle_table(self) -> None:
+        """Lets a root in .csv be the table, and the table's folder the root where there is none."""
+        table = self.table
+        if self.root.lower().endswith(".csv"):
+            table = Path(os.path.expanduser(self.root))  # noqa: PTH111
+            if self.table not in (None, table):
+                raise InputError(
+                    f"--data.root {self.root} and --data.table {self.table} are two; give one table"
+                )
+        if table is not None and (self.root == "phantom" or self.root.lower().endswith(".csv")):
+            object.__setattr__(self, "root", str(table.parent))
+        object.__setattr__(self, "table", table)
+
     @property
     def class_names(self) -> tuple[str, ...]:
         """The names in `classes`; none where all that are found count."""
@@ -95,6 +109,43 @@ class DataConfig:
 
 _NETWORKS = ("baseline", "resnet")
 _IMPORT_PATH = re.compile(r"[\w.]+:[\w.]+(\(.*\))?", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class OtherData:
+    """How a trained run reads other data, where not as it read its own."""
+
+    table: Path | None = None
+    """A table of the images, as --data.table of a training; their paths begin at --data, or at the
+    table's own folder."""
+    columns: str | None = None
+    """As --data.columns of a training; by default as the run's."""
+    patient_pattern: str | None = None
+    """As --data.patient-pattern of a training; by default as the run's, and '' for none."""
+
+    def read_like(self, trained: DataConfig, root: str, classes: tuple[str, ...]) -> DataConfig:
+        """Returns the config of other data.
+
+        Args:
+            trained: the run's own.
+            root: of the other data.
+            classes: names of the labels that the run tells apart.
+        """
+        pattern = trained.patient_pattern if self.patient_pattern is None else self.patient_pattern
+        like = dataclasses.replace(
+            trained,
+            root=root,
+            table=self.table,
+            columns=trained.columns if self.columns is None else self.columns,
+            patient_pattern=pattern,
+            strict=False,
+        )
+        if self.columns and like.table is None:
+            raise InputError("--columns needs --table")
+        if len(classes) == 2:
+            return dataclasses.replace(like, positive=classes[1])
+        # In the run's order, though the data lack a class.
+        return dataclasses.replace(like, classes=",".join(classes))
 
 
 @dataclass(frozen=True)
@@ -408,7 +459,7 @@ def expect_effect(config: Config, *, resumed: bool = False) -> None:
             raise InputError(f"--operating.{name} needs --operating.criterion {criterion}")
     if resumed:
         return
-    if config.data.columns and not (config.data.table or config.data.root.endswith(".csv")):
+    if config.data.columns and config.data.table is None:
         raise InputError("--data.columns needs --data.table")
     if config.train.warmup != default.train.warmup and config.train.schedule != "cosine":
         raise InputError("--train.warmup needs --train.schedule cosine")

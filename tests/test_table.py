@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from test_dicom import file_of
 
+from cnnjax.cli import main
 from cnnjax.config import Config, DataConfig, TrainConfig, expect_effect, from_json, to_json
 from cnnjax.data.index import Index, read_index
 from cnnjax.data.prepare import open_index, training_data
 from cnnjax.errors import InputError
-from cnnjax.run.workdir import Workdir
+from cnnjax.run.workdir import Workdir, read_table
 from cnnjax.train import fit
 
 ROWS = (
@@ -30,6 +31,12 @@ ROWS = (
 def table(path: Path, *rows: str, header: str = "path,label,patient") -> Path:
     path.write_text("\n".join((header, *rows)) + "\n", "utf-8")
     return path
+
+
+def command(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main([str(argument) for argument in arguments])
+    return int(str(ended.value.code or 0))
 
 
 @pytest.fixture
@@ -359,3 +366,62 @@ def test_the_table_that_the_page_shows_can_be_read(make_tree: Callable[..., Path
         ("2024/a18.png", "train", "BACTERIA", "p002"),
         ("2023/IM000001", "test", "VIRUS", "p003"),
     ]
+
+
+@pytest.fixture
+def split_table(tree: Path, tmp_path: Path) -> Path:
+    """The images of train and test in a table of other columns; `person` is of no use."""
+    lines = [
+        f"{path.relative_to(tree)},{path.parent.name},{number},{split}"
+        for split in ("train", "test")
+        for number, path in enumerate(sorted(tree.glob(f"{split}/*/*.jpeg")))
+    ]
+    return table(tmp_path / "films.csv", *lines, header="file,finding,patient,split")
+
+
+OWN = ("path=file,label=finding,patient=", "(person[0-9]+)|(?:IM-[0-9]+)")
+
+
+def test_a_run_of_a_table_evaluates_others_as_its_own(
+    tree: Path, tmp_path: Path, split_table: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "images.csv"
+    data = DataConfig(str(tree), size=16, table=split_table, columns=OWN[0], patient_pattern=OWN[1])
+    fit(Config(workdir=run, data=data, train=TrainConfig(epochs=1)))
+    given = ("evaluate", "--run", run, "--csv", out)
+    assert command(*given, "--data", tree, "--table", split_table) == 0
+    judged = read_table(out, ("patient", "truth"))
+    assert len(judged) == 32
+    ill = {row["patient"] for row in judged if row["truth"] == "PNEUMONIA"}
+    assert len(ill) == 8
+    assert all(re.fullmatch("person[0-9]+", patient) for patient in ill)
+    # Other data may have columns of their own, and no splits.
+    plain = tree / "plain.csv"
+    cells = [line.split(",") for line in split_table.read_text("utf-8").splitlines()[1:]]
+    try:
+        table(plain, *(",".join(row[:2]) for row in cells), header="path,label")
+        given = (*given, "--data", plain, "--columns", "")
+        assert command(*given, "--split", "all") == 0
+        assert len(read_table(out, ("patient",))) == len(cells)
+        assert command(*given) == 2
+        assert "in no splits" in capsys.readouterr().err
+    finally:
+        plain.unlink()
+    assert command("evaluate", "--run", run, "--data", tree, "--columns", "path=file") == 2
+    assert "--columns needs --table" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_training_says_how_to_evaluate_a_run_of_a_table(
+    tree: Path, tmp_path: Path, split_table: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    flags = ("--data.columns", OWN[0], "--data.size", 20, "--train.epochs", 1)
+    place = ("--workdir", run, "--data.root", tree, "--data.table", split_table)
+    assert command("train", "baseline", *place, *flags) == 0
+    advice = capsys.readouterr().out.splitlines()[-1].strip()
+    assert advice == f"cnnjax evaluate --run {run} --data {tree} --table {split_table} --split test"
+    assert command(*advice.split()[1:]) == 0
+    assert "drawn" not in capsys.readouterr().out
+    assert command("report", run, "--data", tree, "--table", split_table) == 0
+    assert f"the test split of {split_table}" in (run / "report-test.html").read_text("utf-8")

@@ -40,10 +40,9 @@ class Check:
 
     def __call__(self) -> int:
         """Prints what is found; returns the exit status."""
-        given = DataConfig()
-        if self.root and self.data.root not in (given.root, self.root):
+        if self.root and self.data.root not in (DataConfig.root, self.root):
             raise InputError(f"{self.root} and --data.root {self.data.root} are two; give one")
-        if not self.root and self.data.root == given.root and self.data.table is None:
+        if not self.root and self.data.root == DataConfig.root:
             raise InputError(
                 "check needs a data set: a folder, a .zip, an .npz, a table in .csv, or phantom"
             )

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import tyro
+
 from cnnjax.cli.common import check_probabilities, expect_place, tell_uncalibrated, writing
-from cnnjax.config import DataConfig, DeviceConfig
+from cnnjax.config import DataConfig, DeviceConfig, OtherData
 
 if TYPE_CHECKING:
     pass
@@ -22,9 +24,10 @@ class Evaluate:
     run: Path | None = None
     """A run's workdir, or a folder with a release; by default the weights of the package."""
     data: str = "phantom"
-    """A tree, a zip, a MedMNIST .npz, or the word `phantom`; as a run's --data.root."""
-    split: Literal["train", "val", "test"] = "test"
-    """Which split of it."""
+    """A folder, a zip, a MedMNIST .npz, a table in .csv, or `phantom`; as a run's --data.root."""
+    split: Literal["train", "val", "test", "all"] = "test"
+    """Which split of it, or all its images."""
+    other: tyro.conf.OmitArgPrefixes[OtherData] = field(default_factory=OtherData)
     checkpoint: Literal["best", "latest"] = "best"
     """Of a run: the best epoch by validation, or the last."""
     threshold: float | None = None
@@ -64,9 +67,13 @@ class Evaluate:
         mesh = devices.make_mesh(self.device)
         predictor = Predictor.open(self.run, mesh, self.checkpoint, self.views)
         tell_uncalibrated(predictor)
-        positive = predictor.classes[1]
-        config = DataConfig(
-            self.data, predictor.side, predictor.framing, positive, cache=self.cache
+        workdir = None if self.run is None or release.is_release(self.run) else Workdir(self.run)
+        trained = DataConfig() if workdir is None else workdir.read_config().data
+        config = replace(
+            self.other.read_like(trained, self.data, predictor.classes),
+            size=predictor.side,
+            frame=predictor.framing,
+            cache=self.cache,
         )
         index = open_index(config, print)
         predictor.expect_classes(index)
@@ -74,17 +81,16 @@ class Evaluate:
         decoded = framing.load(index.split(self.split), index.source, config, mesh)
         for name, reason in decoded.quarantine:
             print(f"  left out: {name}: {reason}")
-        if is_drawn(self.data):
+        if is_drawn(config.root):
             print(f"  note: {DRAWN}")
-        if self.run is None or release.is_release(self.run):
+        if workdir is None:
             if self.split != "test":
                 print("  note: a release is trained on all images of train and val of its data set")
         else:
-            workdir = Workdir(self.run)
-            root = workdir.read_config().data.root
-            if workdir.read_drawn() and not is_drawn(self.data):
+            root = trained.root
+            if workdir.read_drawn() and not is_drawn(config.root):
                 print(f"  note: the run was trained on {DRAWN}")
-            elif self.data == "phantom" != root:
+            elif config.root == "phantom" != root:
                 print(f"  note: the run was trained on {root}, which --data may name")
             if seen := workdir.trained_on(e.name for e in decoded.examples):
                 print(f"  warning: the run was trained on {seen:,} images of these names")
@@ -114,7 +120,7 @@ class Evaluate:
                 "views": predictor.views,
                 "prevalence": self.prevalence,
                 "no_lungs_found": without,
-                "drawn": is_drawn(self.data),
+                "drawn": is_drawn(config.root),
             }
             with writing(self.json, "--json"):
                 write_json(self.json, judged.to_json() | more)

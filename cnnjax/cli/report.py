@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from cnnjax.cli.common import expect_no_folder, writing
-from cnnjax.config import DeviceConfig
+from cnnjax.config import DeviceConfig, OtherData
 from cnnjax.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,8 +26,9 @@ class Report:
     """Workdir of one run, as training gives its command."""
     data: str | None = None
     """Judge one run on this data set instead of on its held-out images."""
-    split: Literal["train", "val", "test"] | None = None
-    """Which split of --data; by default `test`."""
+    split: Literal["train", "val", "test", "all"] | None = None
+    """Which split of --data, or all its images; by default `test`."""
+    other: tyro.conf.OmitArgPrefixes[OtherData] = field(default_factory=OtherData)
     out: Path | None = None
     """Where to; by default report.html in the workdir, report-SPLIT.html for --data, or
     comparison.html here."""
@@ -40,11 +41,12 @@ class Report:
         runs = self.runs if self.run is None else (self.run, *self.runs)
         if not runs:
             raise InputError("report needs the workdir of a run; give it with --run")
-        if self.data is not None and len(runs) > 1:
+        data = "phantom" if self.data is None and self.other.table is not None else self.data
+        if data is not None and len(runs) > 1:
             raise InputError("--data goes with one run; several are compared on what they held out")
         if self.cache is not None and len(runs) > 1:
             raise InputError("--cache goes with one run; a comparison shows no images")
-        if self.split is not None and self.data is None:
+        if self.split is not None and data is None:
             raise InputError(
                 f"--split {self.split} needs --data; without, held-out images are judged"
             )
@@ -60,7 +62,13 @@ class Report:
                 path = report.compare(runs, out)
             else:
                 path = report.write(
-                    runs[0], mesh, data=self.data, split=split, out=self.out, cache=self.cache
+                    runs[0],
+                    mesh,
+                    data=data,
+                    other=self.other,
+                    split=split,
+                    out=self.out,
+                    cache=self.cache,
                 )
         print(path)
         return 0

@@ -136,8 +136,9 @@ def _advice(config: Config) -> str:
         return ""
     if "test" not in splits:
         return ""
+    table = f" --table {quote(str(config.data.table))}" if config.data.table else ""
     return (
         "and evaluate it on the test split, which took no part in training, with\n"
         f"  cnnjax evaluate --run {quote(str(config.workdir))}"
-        f" --data {quote(config.data.root)} --split test"
+        f" --data {quote(config.data.root)}{table} --split test"
     )

@@ -98,18 +98,11 @@ def data_of(
 def open_index(config: DataConfig, say: Say) -> Index:
     """Returns the index of the config's root; draws the phantoms first if that is the root.
 
-    A root that ends in .csv is a table of images whose paths begin at its own folder.
-
     Raises:
         InputError: see `read_index`.
     """
-    root, table = _expanded(config.root), config.table and _expanded(str(config.table))
-    if table is None and root.suffix.lower() == ".csv":
-        table = root
-    if table is not None:
-        if config.root == "phantom" or root == table:
-            root = table.parent
-    elif config.root == "phantom":
+    root = _expanded(config.root)
+    if config.root == "phantom":
         from cnnjax import phantom
 
         root = (config.cache or cache_folder()) / f"phantom-{phantom.VERSION}"
@@ -127,7 +120,7 @@ def open_index(config: DataConfig, say: Say) -> Index:
         config.positive,
         classes=config.class_names,
         patient_pattern=config.patient_pattern,
-        table=table,
+        table=config.table and _expanded(str(config.table)),
         columns=config.columns,
     )
 
@@ -174,7 +167,7 @@ def training_data(
     examples = index.split("train", "val")
     _expect_each_class(examples, index, config)
     if (
-        index.root.suffix.lower() == ".csv"
+        config.table is not None
         and config.validation != "official"
         and {"train", "val"} <= {e.split for e in examples}
     ):

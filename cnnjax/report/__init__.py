@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from cnnjax import metrics
 from cnnjax.augment import make_augment
-from cnnjax.config import Config, DataConfig, flags
+from cnnjax.config import Config, DataConfig, OtherData, flags
 from cnnjax.data.cache import load
 from cnnjax.data.decode import layout_of
 from cnnjax.data.duplicates import COLUMNS
@@ -56,6 +56,7 @@ def write(
     mesh: Mesh,
     *,
     data: str | None = None,
+    other: OtherData | None = None,
     split: str = "test",
     out: Path | None = None,
     cache: Path | None = None,
@@ -66,6 +67,7 @@ def write(
         run: its workdir.
         mesh: the devices to use.
         data: judge the run on this data set instead of on its held-out images.
+        other: how to read `data`, where not as the run read its own.
         split: of `data`.
         out: the page; when None, in the workdir, `report.html`, or `report-SPLIT.html` of `data`.
         cache: folder of the decoded images; when None, the one that the run was trained with.
@@ -82,14 +84,16 @@ def write(
         config = replace(config, data=replace(config.data, cache=cache))
     workdir.expect_ended()
     predictor = Predictor.of_run(run, mesh)
+    asked = None
     if data is None:
         judged = workdir.read_validation()
         where = "the held-out images, which also chose the best epoch and the operating point"
         images = _held_out_images(workdir, config, judged.names, strict=cache is not None)
     else:
-        asked = DataConfig(
-            data, predictor.size, positive=config.data.positive, cache=config.data.cache
-        )
+        other = OtherData() if other is None else other
+        asked = other.read_like(config.data, data, predictor.classes)
+        asked = replace(asked, size=predictor.size, frame="whole")
+        data = str(asked.table or data)
         judged, images, broken = _split(predictor, asked, split)
         where = f"the {split} split of {data}"
         if broken:
@@ -97,7 +101,7 @@ def write(
         if seen := workdir.trained_on(judged.names):
             where += f", {seen:,} of whose images bear names of those it was trained on"
     rules = workdir.read_summary()["rules"] if data is None else None
-    drawn = workdir.read_drawn() or (data is not None and is_drawn(data))
+    drawn = workdir.read_drawn() or (asked is not None and is_drawn(asked.root))
     page = _render(workdir, config, predictor, judged, where, images, rules, drawn)
     name = "report.html" if data is None else f"report-{split}.html"
     path = run / name if out is None else out

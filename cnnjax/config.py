@@ -514,7 +514,10 @@ def differences(ours: Config, theirs: Config) -> list[str]:
 
 
 # Version 0.2 did not have these; its runs are read with their defaults, which are what it did.
-_ADDED = {"data.table", "data.columns", "data.patient_pattern", "data.classes"}
+_ADDED = {
+    *("data.table", "data.columns", "data.patient_pattern", "data.classes"),
+    *("train.extend", "train.init", "train.init_without", "train.freeze", "train.layer_decay"),
+}
 
 _T = TypeVar("_T")
 

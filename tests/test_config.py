@@ -60,6 +60,13 @@ def test_no_json() -> None:
         from_json("{", "config.json")
 
 
+def test_the_config_of_a_run_of_version_0_2_can_be_read() -> None:
+    path = Path(__file__).parent / "config-0.2.json"
+    before = from_json(path.read_text("utf-8"), "config.json")
+    assert before == Config()
+    assert differences(Config(), before) == []
+
+
 @pytest.mark.parametrize(
     ("make", "flag"),
     [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import zipfile
 from collections.abc import Callable
@@ -13,7 +12,7 @@ import pytest
 from test_dicom import file_of
 
 from cnnjax.cli import main
-from cnnjax.config import Config, DataConfig, TrainConfig, expect_effect, from_json, to_json
+from cnnjax.config import Config, DataConfig, TrainConfig, expect_effect
 from cnnjax.data.index import Index, read_index
 from cnnjax.data.prepare import open_index, training_data
 from cnnjax.errors import InputError
@@ -324,11 +323,7 @@ def test_links_out_of_the_root_are_refused_by_their_row(films: Path, tmp_path: P
         read_index(films.parent, table=films)
 
 
-def test_a_run_of_version_0_2_can_be_read() -> None:
-    values = json.loads(to_json(Config()))
-    for name in ("table", "columns", "patient_pattern", "classes"):
-        del values["data"][name]
-    assert from_json(json.dumps(values), "config.json") == Config()
+def test_columns_need_a_table() -> None:
     with pytest.raises(InputError, match=r"--data\.columns needs --data\.table"):
         expect_effect(Config(data=DataConfig(columns="path=file")))
 

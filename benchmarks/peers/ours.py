@@ -28,7 +28,7 @@ class Ours:
         self._mesh = devices.make_mesh(config)
         self.version = f"jax {version('jax')} on {devices.describe(self._mesh)}"
         network = ModelConfig(
-            problem.network,  # type: ignore[arg-type]
+            problem.network,
             channels=problem.channels,
             width=problem.width,
             stages=problem.stages,

@@ -291,3 +291,58 @@ def test_images_read_in_strips_have_the_same_bits(
     monkeypatch.setattr("cnnjax.data.bounds._STRIP", 500)
     monkeypatch.setattr("cnnjax.data.decode._HELD", 0)
     np.testing.assert_array_equal(decode(encoded, 24), whole)
+
+
+def interlaced(pixels: np.ndarray) -> bytes:
+    """Returns the rows of Adam7's seven passes, before they are compressed."""
+    passes = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2)]
+    parts = [pixels[y::dy, x::dx] for y, x, dy, dx in [*passes, (1, 0, 2, 1)]]
+    return b"".join(b"\0" + row.tobytes() for part in parts for row in part)
+
+
+@pytest.mark.parametrize("height", [64, 63])
+@pytest.mark.parametrize("adam7", [False, True])
+@pytest.mark.parametrize("missing", [0, 1, 20])
+def test_rows_that_are_missing_from_a_png_are_no_black_ones(
+    missing: int, adam7: bool, height: int
+) -> None:
+    """Its compressed data are whole, and end too soon."""
+    film = RAMP[:height].copy()
+    film[-1] = 0  # black, and there
+    rows = interlaced(film) if adam7 else b"".join(b"\0" + row.tobytes() for row in film)
+    rows = rows[: len(rows) - 65 * missing]
+    header = struct.pack(">IIBBBBB", 64, height, 8, 0, 0, 0, int(adam7))
+    data = chunk(b"IDAT", zlib.compress(rows)[:5]) + chunk(b"IDAT", zlib.compress(rows)[5:])
+    encoded = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + data + chunk(b"IEND", b"")
+    if missing:
+        with pytest.raises(DecodeError, match="broken image: rows at its end are missing"):
+            decode(encoded, 64)
+    else:
+        decode(encoded, 64)
+
+
+def test_a_palette_that_lacks_a_colour_is_damaged() -> None:
+    data = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in RAMP)))
+    colours = chunk(b"PLTE", bytes(range(253)) * 3)
+    decode(png_of(64, 64, 8, 3, colours, data), 64)
+    with pytest.raises(DecodeError, match="broken image: a colour that its palette lacks"):
+        decode(png_of(64, 64, 8, 3, chunk(b"PLTE", bytes(252 * 3)), data), 64)
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG"])
+def test_exif_that_cannot_be_read_turns_nothing(form: str) -> None:
+    encoded = encode(Image.fromarray(RAMP), form, exif=b"Exif\0\0garbage!")
+    np.testing.assert_allclose(decode(encoded, 64).astype(int), RAMP, atol=4)
+
+
+@pytest.mark.parametrize("scans", [1, 2, -1])
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_a_jpeg_without_all_of_its_scans_is_refused(mode: str, scans: int) -> None:
+    """Cut between two scans and closed: libjpeg shows what there is, and does not warn."""
+    film = np.random.default_rng(0).integers(60, 200, (64, 64)).astype(np.uint8)
+    whole = encode(Image.fromarray(film).convert(mode), "JPEG", progressive=True, quality=95)
+    decode(whole, 64)
+    starts = [i for i in range(len(whole)) if whole.startswith(b"\xff\xda", i)]
+    cut = whole[: starts[scans]] + b"\xff\xd9"
+    with pytest.raises(DecodeError, match="some scans of the JPEG are missing"):
+        decode(cut, 64)

@@ -335,6 +335,27 @@ def test_twelve_bits_of_other_jpegs_are_read_with_imagecodecs(syntax: str, signe
     assert far.mean() < (0.01 if syntax == "4.51" else 1e-9)  # at the jump, lossy values wrap
 
 
+@pytest.mark.skipif(not CODECS, reason="imagecodecs is not installed")
+@pytest.mark.parametrize("syntax", ["4.57", "4.70", "4.51", "4.80"])
+@pytest.mark.parametrize("part", [0.5, 0.95])
+def test_other_jpegs_that_are_cut_are_refused(syntax: str, part: float) -> None:
+    import imagecodecs
+
+    values = np.random.default_rng(0).integers(0, 4096, (64, 64)).astype(np.uint16)
+    if syntax == "4.80":
+        frame = imagecodecs.jpegls_encode(values)
+    else:
+        how = {"level": 100} if syntax == "4.51" else {"lossless": True}
+        frame = imagecodecs.jpeg8_encode(values, bitspersample=12, **how)
+    file = pydicom.dcmread(io.BytesIO(file_of(values)))
+    file.file_meta.TransferSyntaxUID = f"1.2.840.10008.1.2.{syntax}"
+    file.PixelData = encapsulate([frame[: int(len(frame) * part)]])
+    out = io.BytesIO()
+    file.save_as(out, enforce_file_format=True)
+    with pytest.raises(DecodeError, match=r"damaged pixels in a DICOM file|cannot be decoded here"):
+        decode(out.getvalue(), 64)
+
+
 def test_a_decoder_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "imagecodecs", None)
     path = get_testdata_file("SC_rgb_jpeg_gdcm.dcm", download=False)

@@ -513,3 +513,72 @@ def test_no_tag_of_display_lets_a_warning_through() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         dicom.doubts(raw_text(file_of(DEEP, WindowCenter="1.000000"), CENTRE, "x"))
+
+
+PALETTE = "PaletteColorLookupTable"
+EIGHT = DEEP.astype(np.uint8)  # 0 to 255, again and again
+PALETTES = {
+    "16 bits": (16, 257 * np.arange(256), EIGHT),
+    "16 bits, the values in the high bytes": (16, 256 * np.arange(256), EIGHT),
+    "16 bits that end at 255": (16, np.arange(256), EIGHT),
+    "8 bits": (8, np.arange(256, dtype=np.uint8), EIGHT),
+    "8 bits in words": (8, np.arange(256), EIGHT),
+    "from 10 on": (16, 655 * np.arange(100), np.clip(EIGHT.astype(int) - 10, 0, 99) * 655 / 257),
+}
+
+
+@pytest.mark.parametrize("name", PALETTES)
+def test_palettes(name: str) -> None:
+    bits, entries, shown = PALETTES[name]
+    file = pydicom.dcmread(io.BytesIO(file_of(EIGHT, PhotometricInterpretation="PALETTE COLOR")))
+    data = entries if entries.dtype == np.uint8 else entries.astype("<u2")
+    for colour in ("Red", "Green", "Blue"):
+        first = 10 if name == "from 10 on" else 0
+        file.add_new(f"{colour}{PALETTE}Descriptor", "US", [len(entries), first, bits])
+        file.add_new(f"{colour}{PALETTE}Data", "OW", data.tobytes())
+    np.testing.assert_allclose(decode(bytes_of(file), SIDE), shown, atol=1)
+
+
+@pytest.mark.parametrize("tag", ["SamplesPerPixel", "PixelRepresentation"])
+def test_a_tag_of_layout_that_is_left_out_has_its_common_value(tag: str) -> None:
+    np.testing.assert_allclose(levels(file_of(DEEP, **{tag: None})), RANGE, atol=1e-6)
+
+
+@pytest.mark.parametrize("absent", [True, False])
+def test_colours_by_pixel_or_by_plane(absent: bool) -> None:
+    file = pydicom.dcmread(io.BytesIO(colour_file(COLOURS, "RGB")))
+    if absent:
+        del file.PlanarConfiguration
+    else:
+        file.PlanarConfiguration = 1
+        file.PixelData = COLOURS.transpose(2, 0, 1).tobytes()
+    np.testing.assert_allclose(decode(bytes_of(file), SIDE), luma(COLOURS), atol=1)
+
+
+def test_overlays_above_the_stored_bits_are_no_part_of_the_pixels() -> None:
+    overlay = (ROW % 2 << 12).astype(np.uint16)
+    np.testing.assert_allclose(levels(file_of(DEEP | overlay)), RANGE, atol=1e-6)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_signed_values_without_their_sign_above_the_stored_bits(turned: bool) -> None:
+    stored = (DEEP.astype(np.int64) - 2048 & 0xFFF).astype(np.uint16)
+    kind = "MONOCHROME1" if turned else "MONOCHROME2"
+    encoded = file_of(stored, PixelRepresentation=1, PhotometricInterpretation=kind)
+    np.testing.assert_allclose(levels(encoded), 1 - RANGE if turned else RANGE, atol=1e-6)
+
+
+def test_a_jpeg_of_other_samples_than_its_tags_say_is_named() -> None:
+    frame = frame_of(COLOURS, "JPEG")
+    file = pydicom.dcmread(io.BytesIO(colour_file(COLOURS, "RGB", JPEG, frame)))
+    file.SamplesPerPixel, file.PhotometricInterpretation = 1, "MONOCHROME2"
+    with pytest.raises(DecodeError, match="a DICOM file whose pixels have 3 samples, not 1"):
+        decode(bytes_of(file), SIDE)
+
+
+@pytest.mark.parametrize("text", ["+2000", "2.0E3", "2000\\9", " 2000", "2000.", "2000\0"])
+def test_a_decimal_string_in_any_of_its_forms(text: str) -> None:
+    encoded = file_of(DEEP, WindowCenter="2000.000", WindowWidth="1000.000")
+    encoded = raw_text(encoded, CENTRE, text)
+    np.testing.assert_allclose(levels(encoded), WINDOW, atol=1e-6)
+    assert dicom.doubts(encoded) == []

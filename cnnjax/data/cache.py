@@ -41,7 +41,7 @@ from cnnjax.machine.files import (
 )
 from cnnjax.machine.host import cache_folder, cpu_cores
 
-_VERSION = 2  # raise it when decode() gives other pixels for the same file
+_VERSION = 3  # raise it when decode() gives other pixels for the same file
 
 # Images that a thread decodes before it hands them over: a small one takes hardly longer than to
 # wake another thread. Each thread has some such turns, so that none works alone in the end.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from cnnjax.data import dicom, jpeg, png
 from cnnjax.data.bounds import LARGEST_FILE, LARGEST_PIXELS, TOO_LARGE, pixel_fault, strips
@@ -18,7 +18,7 @@ _JPEG_SIGNATURE = b"\xff\xd8\xff"
 
 _HELD = 2**23  # pixels of 16 bits that are held twice, which is faster than strip by strip
 
-_TURNED = {
+_TURNED: dict[Any, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -137,7 +137,7 @@ def _decode(encoded: bytes, size: int) -> np.ndarray:
             fault = pixel_fault(width, height) or (
                 png.memory_fault(image.mode, width, height, image.has_transparency_data)
                 if image.format == "PNG"
-                else jpeg.cost_fault(
+                else jpeg.scan_fault(
                     encoded, width, height, len(image.getbands()), "progressive" in image.info
                 )
             )
@@ -146,15 +146,16 @@ def _decode(encoded: bytes, size: int) -> np.ndarray:
             if image.format != "PNG":
                 return _jpeg(image, encoded, size)
             png.expect_whole(encoded)
+            image.load()
+            png.expect_all_pixels(encoded, image)
             if encoded[24] == 16 and isinstance(key := image.info.get("transparency"), tuple):
                 # Pillow keeps of colours their upper 8 bits, and of this one all 16.
                 image.info["transparency"] = tuple(value >> 8 for value in key)
-            ImageOps.exif_transpose(image, in_place=True)
-            return _to_square(image, size, png.gray_key(encoded))
+            return _to_square(_upright(image), size, png.gray_key(encoded))
         except DecodeError:
             raise
         except Exception as error:  # OSError, SyntaxError, ValueError, struct.error...
-            raise DecodeError(f"broken image: {error}") from None
+            raise DecodeError(f"broken image: {error or type(error).__name__}") from None
 
 
 def _unidentified(encoded: bytes) -> str:
@@ -174,13 +175,20 @@ def _jpeg(image: Image.Image, encoded: bytes, size: int) -> np.ndarray:
         except ValueError:
             pass  # damage is told below; of other warnings Pillow makes nothing
         else:
-            turned = _TURNED.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-            gray = Image.fromarray(pixels)
-            return _to_square(gray if turned is None else gray.transpose(turned), size)
+            return _to_square(_upright(image, Image.fromarray(pixels)), size)
     jpeg.expect_whole(encoded, width, height)
     image.draft("L", (size, size))
-    ImageOps.exif_transpose(image, in_place=True)
-    return _to_square(image, size)
+    return _to_square(_upright(image), size)
+
+
+def _upright(image: Image.Image, pixels: Image.Image | None = None) -> Image.Image:
+    """Returns an image, or its pixels, turned as its EXIF says, if that can be read."""
+    try:
+        turned = _TURNED.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # metadata can be broken in any way
+        turned = None
+    pixels = image if pixels is None else pixels
+    return pixels if turned is None else pixels.transpose(turned)
 
 
 def _to_square(

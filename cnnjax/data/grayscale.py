@@ -60,11 +60,16 @@ class Table(NamedTuple):
 
     @property
     def white(self) -> int:
-        """The largest value of as many bits as the entries fill, 8 or more.
+        """The value that is shown white."""
+        return _white_of(self.entries)
 
-        Files say 16 for tables that end at 4095, and 8 for those that go beyond 255.
-        """
-        return 2 ** max(8, int(self.entries.max()).bit_length()) - 1
+
+def _white_of(entries: np.ndarray) -> int:
+    """Returns the largest value of as many bits as the entries of a table fill, 8 or more.
+
+    Files say 16 for tables that end at 4095, and 8 for those that go beyond 255.
+    """
+    return 2 ** max(8, int(entries.max()).bit_length()) - 1
 
 
 class Display(NamedTuple):
@@ -105,6 +110,7 @@ def gray(file: Any, largest: int) -> np.ndarray:
     if fault := pixel_fault(width, height):
         raise PixelError(fault)
     kind = str(file.PhotometricInterpretation)
+    _fill_in(file, kind)
     _expect_consistent(file, kind)
     stored, state = _stored(file, kind)
     if stored.ndim == 3:
@@ -114,9 +120,18 @@ def gray(file: Any, largest: int) -> np.ndarray:
     return _monochrome(file, stored, turned=kind == "MONOCHROME1")
 
 
+def _fill_in(file: Any, kind: str) -> None:
+    """Gives a file the tags of layout that some writers leave out, as other readers do."""
+    samples = 1 if kind.startswith(("MONOCHROME", "PALETTE")) else 3
+    absent = {"SamplesPerPixel": samples, "PixelRepresentation": 0, "PlanarConfiguration": 0}
+    for name, value in absent.items():
+        if file.get(name) is None:
+            setattr(file, name, value)
+
+
 def _expect_consistent(file: Any, kind: str) -> None:
     """Raises PixelError where tags of layout contradict each other: no reading is the right one."""
-    samples = int(file.get("SamplesPerPixel") or 1)
+    samples = int(file.SamplesPerPixel)
     if (samples == 1) != kind.startswith(("MONOCHROME", "PALETTE")):
         raise PixelError(f"a DICOM file of {_cut(kind)} with {samples} samples a pixel")
     shape = str(file.get("PresentationLUTShape") or "").strip().upper()
@@ -180,10 +195,6 @@ def _by_imagecodecs(frame: bytes, header: jpeg.Header | None, file: Any, syntax:
     expected = (int(file.Rows), int(file.Columns), int(file.SamplesPerPixel))
     if header is None:
         raise PixelError("damaged pixels in a DICOM file: a frame without a header")
-    if header.components != expected[2]:
-        raise PixelError(
-            f"a DICOM file whose pixels have {header.components} samples, not {expected[2]}"
-        )
     if math.prod(expected) > LARGEST_PIXELS:
         raise PixelError(f"too many pixels of {expected[2]} samples: {expected[1]} x {expected[0]}")
     shape = expected if expected[2] > 1 else expected[:2]
@@ -289,10 +300,16 @@ def _checked(frame: bytes, file: Any, syntax: Any) -> jpeg.Header | None:
         )
     if header is None:
         return None
-    fault = jpeg.cost_fault(frame, width, height, header.components, header.progressive)
+    if header.components != file.SamplesPerPixel:
+        raise PixelError(
+            f"a DICOM file whose pixels have {header.components} samples, not"
+            f" {file.SamplesPerPixel}"
+        )
+    fault = jpeg.scan_fault(frame, width, height, header.components, header.progressive)
     if fault:
         raise PixelError(fault)
     try:
+        jpeg.expect_ended(frame)
         jpeg.expect_whole(frame, width, height)
     except jpeg.Damaged as error:
         raise PixelError(f"damaged pixels in a DICOM file: {error}") from None
@@ -365,8 +382,14 @@ def _luma(stored: np.ndarray, state: str, white: int) -> np.ndarray:
 def _palette(file: Any, stored: np.ndarray) -> np.ndarray:
     from pydicom.pixels import apply_color_lut
 
-    coloured = apply_color_lut(stored, file)[..., :3]
-    return _luma(coloured, "RGB", 2 ** (8 * coloured.dtype.itemsize) - 1)
+    if stored.dtype.itemsize > 2:
+        raise PixelError(f"a DICOM file of PALETTE COLOR with {file.BitsAllocated} bits a pixel")
+    index = stored.astype(f"u{stored.dtype.itemsize}", copy=False)
+    possible = np.arange(2 ** (8 * index.dtype.itemsize), dtype=index.dtype)
+    colours = apply_color_lut(possible, file)[..., :3]
+    table = (colours.astype(np.float64) @ LUMA / _white_of(colours)).astype(np.float32)
+    shown: np.ndarray = table[index]
+    return shown
 
 
 def _monochrome(file: Any, stored: np.ndarray, turned: bool) -> np.ndarray:

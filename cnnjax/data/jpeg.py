@@ -6,7 +6,6 @@ those warnings to itself; simplejpeg, the same libjpeg-turbo, raises them. The p
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -64,8 +63,11 @@ def header_of(encoded: bytes) -> Header | None:
     return Header(width, height, body[5], body[0], marker in _PROGRESSIVE, adobe or named)
 
 
-def cost_fault(encoded: bytes, width: int, height: int, components: int, progressive: bool) -> str:
-    """Returns why a JPEG would take too long or too much memory; empty where it would not.
+def scan_fault(encoded: bytes, width: int, height: int, components: int, progressive: bool) -> str:
+    """Returns why the scans of a JPEG cost too much, or are not all there; empty where they serve.
+
+    libjpeg shows what it has where whole scans are missing, blurred or without some colours, and
+    does not warn.
 
     Args:
         encoded: the file.
@@ -78,13 +80,22 @@ def cost_fault(encoded: bytes, width: int, height: int, components: int, progres
         return ""  # libjpeg reads the first scan alone
     if width * height * components * 2 > LARGEST_DECODED * 3 // 2:
         return f"too many pixels for a JPEG of several scans: {width} x {height}"
-    most = min(MOST_SCANS, MOST_SCANNED // (width * height))
-    if encoded.count(bytes([0xFF, _SCAN])) <= most:  # with those of a thumbnail
-        return ""
-    scans = itertools.islice((m for m, _ in _segments(encoded) if m == _SCAN), most + 1)
-    if len(list(scans)) > most:
-        return f"a JPEG of more than {most} scans over {width} x {height} pixels"
-    return ""
+    most, scans = min(MOST_SCANS, MOST_SCANNED // (width * height)), 0
+    waiting = {(part, i) for part in range(components) for i in range(64)}
+    named: list[int] = []
+    for marker, start in _segments(encoded):
+        body = encoded[start + 2 : start + int.from_bytes(encoded[start : start + 2], "big")]
+        if marker in _FRAMES:
+            named = list(body[6::3])
+        elif marker == _SCAN and body:
+            scans += 1
+            if scans > most:
+                return f"a JPEG of more than {most} scans over {width} x {height} pixels"
+            first, last, bits = body[-3:] if progressive else (0, 63, 0)
+            if not bits & 15:  # none of a coefficient's bits is left for a later scan
+                parts = [named.index(name) for name in body[1:-3:2] if name in named]
+                waiting -= {(part, i) for part in parts for i in range(first, last + 1)}
+    return "some scans of the JPEG are missing" if waiting else ""
 
 
 def _interleaved(encoded: bytes, components: int) -> bool:
@@ -129,6 +140,15 @@ def rgb(encoded: bytes) -> np.ndarray:
     """Decodes a JPEG of which `Header.tells_colours` to uint8 [height, width, 3]; ValueError."""
     pixels: np.ndarray = simplejpeg.decode_jpeg(encoded, "RGB", strict=False)
     return pixels
+
+
+def expect_ended(encoded: bytes) -> None:
+    """Raises Damaged where nothing marks the end of the last scan.
+
+    For JPEG Lossless and JPEG of 12 bits, whose decoder keeps libjpeg's warnings to itself.
+    """
+    if encoded.rfind(b"\xff\xd9") < encoded.rfind(bytes([0xFF, _SCAN])):
+        raise Damaged("Premature end of JPEG file")
 
 
 def expect_whole(encoded: bytes, width: int, height: int) -> None:

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterator
 
 import numpy as np
+from PIL import Image
 
 from cnnjax.data.bounds import LARGEST_DECODED
 
@@ -55,6 +56,55 @@ def expect_whole(encoded: bytes) -> None:
         ):
             raise ValueError("a wrong checksum of IDAT")
         at = end + 4
+
+
+def expect_all_pixels(encoded: bytes, image: Image.Image) -> None:
+    """Raises ValueError where rows are missing, or colours of the palette.
+
+    Where the compressed data end after a row, Pillow shows the others black. They are inflated
+    again only if the last row is black, or of an interlaced image the last row of its last pass.
+
+    Args:
+        encoded: the file.
+        image: as Pillow has decoded it.
+    """
+    width, height = image.size
+    if image.mode == "P":
+        colours = next((len(body) // 3 for kind, body, _ in _chunks(encoded) if kind == b"PLTE"), 0)
+        if int(np.asarray(image).max()) >= colours:
+            raise ValueError("a colour that its palette lacks")
+    last = height - 1 if not encoded[28] or height % 2 == 0 else max(0, height - 2)
+    if np.asarray(image.crop((0, last, width, last + 1))).any():
+        return
+    missing = _length(encoded, width, height)
+    inflater = zlib.decompressobj()
+    for kind, body, _ in _chunks(encoded):
+        part = inflater.decompress(body, _INFLATED) if kind == b"IDAT" else b""
+        while part and missing > 0:
+            missing -= len(part)
+            part = inflater.decompress(inflater.unconsumed_tail, _INFLATED)
+    if missing > 0:
+        raise ValueError("rows at its end are missing")
+
+
+def _length(encoded: bytes, width: int, height: int) -> int:
+    """Returns how many bytes the rows of a PNG take before they are compressed."""
+    bits = encoded[24] * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[encoded[25]]
+    passes = _ADAM7 if encoded[28] else [(0, 0, 1, 1)]
+    shapes = [(-(-(width - x) // dx), -(-(height - y) // dy)) for x, y, dx, dy in passes]
+    return sum(rows * (1 + -(-columns * bits // 8)) for columns, rows in shapes if columns > 0)
+
+
+_INFLATED = 2**20  # bytes that are held at a time
+_ADAM7 = [  # column, row, and the steps to the next ones, of each pass
+    (0, 0, 8, 8),
+    (4, 0, 8, 8),
+    (0, 4, 4, 8),
+    (2, 0, 4, 4),
+    (0, 2, 2, 4),
+    (1, 0, 2, 2),
+    (0, 1, 1, 2),
+]
 
 
 def _orientation_only(body: bytes) -> bytes:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -60,6 +62,27 @@ def test_the_library_is_what_its_page_shows(
     for name in cnnjax.__all__:
         assert getattr(cnnjax, name).__doc__
         assert f"`{name}" in document.read_text("utf-8"), name
+
+
+def test_the_notebook_runs_from_top_to_bottom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    notebook = json.loads((ROOT / "docs" / "notebook.ipynb").read_text("utf-8"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    shown: dict[str, Any] = {}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            assert (cell["outputs"], cell["execution_count"]) == ([], None)  # as git is to have it
+            source = "".join(cell["source"])
+            if cell["id"] == "draw":  # fewer images and epochs than a reader waits for
+                fewer = source.replace("IMAGES, EPOCHS = 600, 10", "IMAGES, EPOCHS = 100, 1")
+                assert fewer != source
+                source = fewer
+            exec(compile(source, f"cell {cell['id']}", "exec"), shown)
+    assert shown["test"].n == 60
+    assert shown["heat"].shape == (4, shown["predictor"].size, shown["predictor"].size)
+    assert "drawn images" in capsys.readouterr().out
 
 
 def test_the_package_alone_starts_no_jax() -> None:

@@ -233,22 +233,6 @@ def test_evaluate_takes_a_release(
     assert "has an operating point for 1 or 3 views of an image" in capsys.readouterr().err
 
 
-def test_a_damaged_release_is_refused(made: tuple[Path, Path], tmp_path: Path) -> None:
-    whole = {path.name: path.read_bytes() for path in made[1].iterdir()}
-    assert whole.keys() == {"weights.npz", "release.json"}
-    weights = bytearray(whole["weights.npz"])
-    weights[len(weights) // 2] ^= 1
-    (tmp_path / "release.json").write_bytes(whole["release.json"])
-    (tmp_path / "weights.npz").write_bytes(weights)
-    with pytest.raises(InputError, match=r"weights\.npz is damaged: its checksum is another"):
-        release.read(tmp_path)
-    (tmp_path / "release.json").write_text("{}")
-    with pytest.raises(InputError, match=r"weights\.npz is damaged"):
-        release.read(tmp_path)
-    with pytest.raises(InputError, match="holds no readable release"):
-        release.read(tmp_path / "nowhere")
-
-
 def test_the_operating_point_is_fitted_on_other_parts() -> None:
     """Parts whose logits are offset by a constant: a point of the part itself would do well."""
     rng = np.random.default_rng(0)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,6 +15,7 @@ from cnnjax.config import DataConfig, DeviceConfig
 from cnnjax.data import framing
 from cnnjax.data.index import read_index
 from cnnjax.data.patients import grouped_folds
+from cnnjax.errors import InputError
 from cnnjax.evaluation import release
 from cnnjax.evaluation.predict import Predictor
 from cnnjax.lungs import as_framed
@@ -46,6 +48,32 @@ def test_they_answer_on_one_image() -> None:
     none = image[None][:0]
     assert predictor.logits(none).shape == (0,)
     assert predictor.heat(none).shape == none.shape
+
+
+def test_weights_that_are_not_finite_give_no_answer() -> None:
+    released = release.read()
+    broken = jax.tree.map(lambda x: np.full_like(x, np.nan), released.members[0])
+    one = replace(released, members=[broken])
+    predictor = Predictor.of_release(one, devices.make_mesh(DeviceConfig()), views=1)
+    seen = as_framed(np.zeros((1, released.size, released.size), np.uint8))
+    with pytest.raises(InputError, match="release gives outputs that are not finite"):
+        predictor.logits(seen)
+
+
+def test_a_damaged_release_is_refused(tmp_path: Path) -> None:
+    whole = {path.name: path.read_bytes() for path in release.SHIPPED.iterdir()}
+    assert whole.keys() >= {"weights.npz", "release.json"}
+    weights = bytearray(whole["weights.npz"])
+    weights[len(weights) // 2] ^= 1
+    (tmp_path / "release.json").write_bytes(whole["release.json"])
+    (tmp_path / "weights.npz").write_bytes(weights)
+    with pytest.raises(InputError, match=r"weights\.npz is damaged: its checksum is another"):
+        release.read(tmp_path)
+    (tmp_path / "release.json").write_text("{}")
+    with pytest.raises(InputError, match=r"weights\.npz is damaged"):
+        release.read(tmp_path)
+    with pytest.raises(InputError, match="holds no readable release"):
+        release.read(tmp_path / "nowhere")
 
 
 needs_radiographs = pytest.mark.skipif(not DATA.exists(), reason=f"no radiographs in {DATA}")

@@ -266,11 +266,20 @@ def test_another_config_is_refused_with_the_difference(tree: Path, finished: Pat
     assert outcome(finished) == before
 
 
-def test_other_images_are_refused(tree: Path, tmp_path: Path, finished: Path) -> None:
+@pytest.mark.parametrize("what", ["one less", "another label", "other pixels"])
+def test_other_images_are_refused(tree: Path, tmp_path: Path, finished: Path, what: str) -> None:
     changed = Path(shutil.copytree(tree, tmp_path / "changed"))
-    next(changed.glob("train/NORMAL/*")).unlink()
+    one, other = sorted((changed / "train" / "NORMAL").iterdir())[:2]
+    if what == "one less":
+        one.unlink()
+    elif what == "another label":
+        one.rename(changed / "train" / "PNEUMONIA" / one.name)
+    else:
+        one.write_bytes(other.read_bytes())
+    before = outcome(finished)
     with pytest.raises(InputError, match=r"was trained on other images than --data.root holds"):
         fit(config_for(changed, finished))
+    assert outcome(finished) == before
 
 
 def test_a_workdir_in_use_is_refused(tree: Path, tmp_path: Path) -> None:

@@ -222,13 +222,23 @@ class Predictor:
         return self.member_logits(images).mean(0)
 
     def member_logits(self, images: np.ndarray | Framed) -> np.ndarray:
-        """Returns float32 [members, n], those of each network on its views; see `logits`."""
+        """Returns float32 [members, n], those of each network on its views; see `logits`.
+
+        Raises:
+            InputError: one is not finite.
+        """
         seen = self._seen(images).images
         rows = np.arange(len(seen))
         logits = self._few_logits if len(seen) <= FEW else self._logits
         # Streamed: the program is the same for any number of images.
         feeder = Feeder(seen, np.zeros(len(seen), np.int32), self._mesh, resident_mib=-1)
-        return np.stack([logits(state, feeder, rows, i) for i, state in enumerate(self.members)])
+        found = np.stack([logits(state, feeder, rows, i) for i, state in enumerate(self.members)])
+        if not np.isfinite(found).all():
+            raise InputError(
+                f"{self.about} gives outputs that are not finite; its weights are of no use, train"
+                " it anew"
+            )
+        return found
 
     @functools.cached_property  # it traces the network
     def explains(self) -> bool:

@@ -90,6 +90,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
         "test_train.py::test_checkpoints_without_a_config_are_refused",
         "test_train.py::test_a_run_without_its_history_says_so",
         "test_train.py::test_a_run_without_its_checkpoints_or_its_images_says_so",
+        "test_release.py::test_a_damaged_release_is_refused",
     ),
     "a run that is gone on with by something else": (
         "test_train.py::test_another_config_is_refused_with_the_difference",
@@ -103,6 +104,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
         "test_steps.py::test_a_step_that_is_not_finite_is_rejected",
         "test_train.py::test_a_diverging_run_says_where",
         "test_train.py::test_a_network_that_an_epochs_last_step_breaks_is_not_kept",
+        "test_release.py::test_weights_that_are_not_finite_give_no_answer",
     ),
     "flags and files given to the commands": (
         "test_check.py::test_bad_flags_are_one_sentence_and_status_2",
@@ -117,6 +119,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
         "test_outputs.py::test_an_output_over_a_film_is_refused",
     ),
     "processes that are stopped or killed": (
+        "test_durable.py",
         "test_outputs.py::test_what_was_written_stays_and_is_whole_when_the_work_fails",
         "test_outputs.py::test_a_killed_process_leaves_what_it_had_judged",
         "test_train.py::test_a_stopped_run_ends_with_the_same_bytes",

@@ -164,6 +164,19 @@ def test_bad_flags_are_one_sentence_and_status_2(
         assert message in capsys.readouterr().err
 
 
+def test_images_without_lungs_are_named(tmp_path: Path) -> None:
+    root, rng = tmp_path / "images", np.random.default_rng(0)
+    for name in ("a", "b"):
+        (root / name).mkdir(parents=True)
+        for i in range(2):
+            noise = rng.integers(0, 255, (24, 24), dtype=np.uint8)
+            Image.fromarray(noise).save(root / name / f"{i}.png")
+    out = tmp_path / "check.json"
+    assert check(root, "--data.positive", "b", "--data.folds", 2, "--json", out) == 0
+    named = json.loads(out.read_text("utf-8"))["no_lungs_found"]
+    assert named == ["a/0.png", "a/1.png", "b/0.png", "b/1.png"]
+
+
 def test_layouts() -> None:
     encoded = file_of(PatientID="1")
     assert layout_of(encoded)[0] == "DICOM"

@@ -84,6 +84,8 @@ def _described(found: Survey, protocol: str) -> Iterator[str]:
     yield f"damaged   {_some(broken, 'files that cannot be decoded')}"
     if found.blank:
         yield f"blank     {_some(found.blank, 'images of one gray level')}"
+    if found.lungless is not None:
+        yield f"lungs     {_some(found.lungless, 'images in which none are found')}"
     twice = _some(_pairs(found.pairs), "images that show the same radiograph as another")
     yield f"repeated  {twice}"
     mixed = [

@@ -230,8 +230,10 @@ def _pooled(split: str) -> str:
 
 
 def leaking_patients(index: Index, config: DataConfig) -> dict[tuple[str, str], list[str]]:
-    """Returns the sorted patients of each pair of splits that share some, train and val apart
-    where these are pooled and split anew."""
+    """Returns the sorted patients of each pair of splits that share some.
+
+    Train and val are no such pair where they are pooled and split anew.
+    """
     return {
         (a, b): shared
         for (a, b), shared in in_several_splits(index.examples).items()

@@ -56,6 +56,9 @@ class Survey:
     """What training would use; None where it would refuse the data."""
     refusal: str
     """Why it would; else empty."""
+    lungless: tuple[str, ...] | None
+    """Names of images to train on in which no lungs are found; None where nobody looks for them
+    (`--data.frame whole`)."""
     shown: dict[tuple[str, str], list[tuple[str, np.ndarray]]]
     """Some (name, uint8 [size, size]) of each split and class."""
 
@@ -90,7 +93,7 @@ def survey(config: DataConfig, seed: int, index: Index, shown: int = 8) -> Surve
     )
     data, refusal = None, ""
     try:
-        data = training_data(whole, seed, lambda _: None, index=index)
+        data = training_data(config, seed, lambda _: None, index=index)
     except InputError as error:
         refusal = str(error)
     images = [image for part in parts for image in part.images]  # views of what is on disk
@@ -105,8 +108,15 @@ def survey(config: DataConfig, seed: int, index: Index, shown: int = 8) -> Surve
         leaking_patients(index, config),
         data,
         refusal,
+        _lungless(data),
         _some(index, examples, images, shown),
     )
+
+
+def _lungless(data: TrainingData | None) -> tuple[str, ...] | None:
+    if data is None or data.decoded.found is None:
+        return None
+    return tuple(data.decoded.examples[i].name for i in np.flatnonzero(~data.decoded.found))
 
 
 def _some(
@@ -173,6 +183,7 @@ def to_json(found: Survey, config: DataConfig, seed: int) -> dict[str, Any]:
         "height": _range([x.height for x in found.layouts]),
         "unreadable": [{"file": name, "reason": reason} for name, reason in found.unreadable],
         "blank": list(found.blank),
+        "no_lungs_found": None if found.lungless is None else list(found.lungless),
         "duplicates": list(map(pair, found.pairs)),
         "leaks": {
             "patients": [

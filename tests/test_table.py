@@ -263,6 +263,7 @@ def test_splits_and_weights_of_a_table(films: Path) -> None:
         ("path,label", "a/1.png,TB", r"row 6: a/1\.png is the image of row 2; keep one row"),
         ("path,label", "a/other.png,", r"row 6: the column label is empty; fill it in"),
         ("path,label", "a/other.png", r"row 6: the column label is empty; fill it in"),
+        ("path,label", "a/other.png,TB|Covid", r"row 6: TB\|Covid are several findings"),
         ("path,label", "a/other.png,TB,more", r"row 6: 3 cells for 2 columns; quote"),
         ("path,label,patient", "a/other.png,TB,", r"row 2: the column patient is empty"),
         ("path,label", '"a/other.png,TB', r"line 6: unexpected end of data; save it"),

@@ -80,6 +80,13 @@ def read_rows(path: Path, columns: str, source: Tree | Zip) -> list[Row]:
         for name, cell in row.items():
             if not cell:
                 raise _wrong(path, number, f"the column {names[name]} is empty; fill it in")
+        if "|" in row["label"]:  # as ChestX-ray14 writes them
+            raise _wrong(
+                path,
+                number,
+                f"{row['label']} are several findings (multi-label), which are not supported; give"
+                " each image one class",
+            )
         name, file, fault = locate(row["path"])
         if fault:
             missing.append((number, f"{row['path']} {fault}"))

@@ -121,8 +121,8 @@ class Table:
         """Returns what the columns mean."""
         return (
             f"{self._positive} from probability {self._threshold:.3f} on; confidence is the"
-            " calibrated probability of the class it is called, below 50 % where the threshold"
-            " decides against the likelier class.\n"
+            " calibrated\nprobability of the class it is called, below 50 % where the threshold"
+            " decides\nagainst the likelier class.\n"
         )
 
     def _of(self, row: Row) -> str:

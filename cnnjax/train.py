@@ -566,6 +566,8 @@ class Run:
         name = type(self.network).__name__
         print(f"network   {name}, {self.parameters:,} parameters")
         print(f"workdir   {config.workdir}")
+        at = "at the network's own probability 0.5; " if isinstance(self.objective, Binary) else ""
+        print(f"validate  {at}* new best by {config.train.best}")
         if self.steps_done:
             within = f" and {self._within} steps" if self._within else ""
             print(f"resuming after epoch {self.done}{within}")

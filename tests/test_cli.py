@@ -150,7 +150,8 @@ def test_predict_shows_a_person_a_table(
 ) -> None:
     one, *_ = sorted((tree / "test" / "PNEUMONIA").iterdir())
     assert cnnjax("predict", "--run", run, "--format", "table", one, "missing.png") == 2
-    head, judged, missing, note = capsys.readouterr().out.splitlines()
+    head, judged, missing, note, *more = capsys.readouterr().out.splitlines()
+    assert max(map(len, (note, *more))) <= 80
     assert head.split() == ["image", "P(PNEUMONIA)", "class", "confidence"]
     path, probability, label, sure, percent = judged.split()
     assert (path, percent) == (str(one), "%")
@@ -560,6 +561,7 @@ def test_a_recipe_from_the_shell(tree: Path, tmp_path: Path) -> None:
         value = found["best"][name]["value"]  # one figure on the screen, in the file, on the page
         assert re.search(rf"^{name} +{value:.4f}  ", whole.stdout, re.MULTILINE), name
         assert f"<td>{value:.3f}</td>" in page, name
+    assert "at the network's own probability 0.5; * new best by auc" in whole.stdout
     threshold = f"from probability {found['best']['threshold']:.3f} on"
     assert threshold in whole.stdout
     assert threshold in page

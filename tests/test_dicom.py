@@ -336,12 +336,16 @@ def test_twelve_bits_of_other_jpegs_are_read_with_imagecodecs(syntax: str, signe
 
 
 @pytest.mark.skipif(not CODECS, reason="imagecodecs is not installed")
+@pytest.mark.parametrize("closed", [False, True])
 @pytest.mark.parametrize("syntax", ["4.57", "4.70", "4.51", "4.80"])
 @pytest.mark.parametrize("part", [0.5, 0.95])
-def test_other_jpegs_that_are_cut_are_refused(syntax: str, part: float) -> None:
+def test_other_jpegs_that_are_cut_are_refused(syntax: str, part: float, closed: bool) -> None:
     import imagecodecs
 
+    if syntax == "4.51" and closed:
+        pytest.skip("nothing tells: the decoder of JPEG of 12 bits keeps its warnings to itself")
     values = np.random.default_rng(0).integers(0, 4096, (64, 64)).astype(np.uint16)
+    values[-1, -1] = 2048  # which is what libjpeg fills up with
     if syntax == "4.80":
         frame = imagecodecs.jpegls_encode(values)
     else:
@@ -349,9 +353,13 @@ def test_other_jpegs_that_are_cut_are_refused(syntax: str, part: float) -> None:
         frame = imagecodecs.jpeg8_encode(values, bitspersample=12, **how)
     file = pydicom.dcmread(io.BytesIO(file_of(values)))
     file.file_meta.TransferSyntaxUID = f"1.2.840.10008.1.2.{syntax}"
-    file.PixelData = encapsulate([frame[: int(len(frame) * part)]])
-    out = io.BytesIO()
-    file.save_as(out, enforce_file_format=True)
+    for whole in (True, False):
+        cut = frame[: int(len(frame) * part)] + (b"\xff\xd9" if closed else b"")
+        file.PixelData = encapsulate([frame if whole else cut])
+        out = io.BytesIO()
+        file.save_as(out, enforce_file_format=True)
+        if whole:
+            decode(out.getvalue(), 64)
     with pytest.raises(DecodeError, match=r"damaged pixels in a DICOM file|cannot be decoded here"):
         decode(out.getvalue(), 64)
 

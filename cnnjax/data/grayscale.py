@@ -207,11 +207,29 @@ def _by_imagecodecs(frame: bytes, header: jpeg.Header | None, file: Any, syntax:
             coded = imagecodecs.jpeg8_decode(frame, colorspace=same, outcolorspace=same, out=out)
     except Exception as error:  # each codec has its own
         raise _undecodable(syntax, error) from None
+    if str(syntax) in _JPEG_LOSSLESS and coded.flat[-1] == 2 ** (header.bits - 1):
+        _expect_last_values(frame, coded)
     if file.PixelRepresentation == 0 or coded.ndim == 3:
         return coded
     signed = coded.view(f"i{coded.dtype.itemsize}")
     above = 8 * coded.dtype.itemsize - int(file.BitsStored)
     return (signed << above) >> above
+
+
+def _expect_last_values(frame: bytes, coded: np.ndarray) -> None:
+    """Raises PixelError where the data of a JPEG Lossless frame end before its last value.
+
+    libjpeg then goes on with the middle of the range, and imagecodecs keeps its warning to itself.
+    Another decoder goes on with something else.
+    """
+    import imagecodecs
+
+    try:
+        other = imagecodecs.ljpeg_decode(frame)
+    except Exception:  # it takes fewer forms
+        return
+    if other.shape == coded.shape and not np.array_equal(other, coded):
+        raise PixelError("damaged pixels in a DICOM file: they end too soon")
 
 
 def _by_pydicom(file: Any, syntax: Any) -> tuple[np.ndarray, str]:

@@ -14,7 +14,9 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import tyro
 
 from cnnjax.errors import InputError
 
@@ -62,7 +64,8 @@ class DataConfig:
     cache: Path | None = None
     """Folder of the decoded images; by default the user's cache folder."""
     resident_mib: int = 1024
-    """Data sets up to this size, in MiB, live on the device; larger ones are streamed."""
+    """Data sets up to this size, in MiB, live on the device; larger ones are streamed. Several
+    processes (--distributed) divide the data set among all devices, and this limits each part."""
 
     def __post_init__(self) -> None:
         _settle(self, "data.")
@@ -382,12 +385,50 @@ class DeviceConfig:
     platform: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
     """`auto` takes the fastest that is there."""
     count: int = 0
-    """How many devices share each batch; 0 for all. A CPU can be divided into any number, to try
-    what several do; it gets no faster."""
+    """How many devices share each batch, over all processes; 0 for all. A CPU can be divided into
+    any number, to try what several do; it gets no faster."""
 
     def __post_init__(self) -> None:
         _settle(self, "device.")
         _require(self.count >= 0, "--device.count", "be at least 0", self.count)
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """Processes that compute together (docs/scaling.md)."""
+
+    mode: Annotated[Literal["auto", "off"], tyro.conf.arg(name="")] = "auto"
+    """`auto` joins the processes that Slurm, Open MPI, a TPU pod slice or Kubernetes started, as
+    JAX detects them, and computes alone where there are none; `off` always computes alone."""
+    coordinator: str = ""
+    """HOST:PORT of process 0, a free port there; the same for all processes. It needs the two flags
+    below, and is not needed where JAX detects the cluster."""
+    processes: int = 0
+    """Number of processes."""
+    process: int = -1
+    """Number of this process, counted from 0."""
+
+    def __post_init__(self) -> None:
+        _settle(self, "distributed.")
+        flag = "--distributed."
+        if not self.coordinator:
+            if self.processes or self.process >= 0:
+                raise InputError(
+                    f"{flag}processes and {flag}process need {flag}coordinator HOST:PORT"
+                )
+            return
+        if self.mode == "off":
+            raise InputError(f"give {flag}coordinator or --distributed off, not both")
+        host, _, port = self.coordinator.rpartition(":")
+        proper = bool(host) and port.isdecimal() and 0 < int(port) < 2**16
+        _require(proper, f"{flag}coordinator", "be HOST:PORT", self.coordinator)
+        _require(self.processes >= 1, f"{flag}processes", "be at least 1", self.processes)
+        _require(
+            0 <= self.process < self.processes,
+            f"{flag}process",
+            f"be between 0 and {self.processes - 1} for {self.processes} processes",
+            self.process,
+        )
 
 
 @dataclass(frozen=True)
@@ -410,6 +451,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     operating: OperatingConfig = field(default_factory=OperatingConfig)
     device: DeviceConfig = field(default_factory=DeviceConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self) -> None:
         _settle(self, "")
@@ -435,6 +477,10 @@ _INCIDENTAL = {
     "--train.save-every",
     "--device.platform",
     "--device.count",
+    "--distributed.mode",
+    "--distributed.coordinator",
+    "--distributed.processes",
+    "--distributed.process",
     # What is made of the logits once training has ended; it is made anew by each start.
     "--operating.criterion",
     "--operating.sensitivity",
@@ -517,6 +563,7 @@ def differences(ours: Config, theirs: Config) -> list[str]:
 _ADDED = {
     *("data.table", "data.columns", "data.patient_pattern", "data.classes"),
     *("train.extend", "train.init", "train.init_without", "train.freeze", "train.layer_decay"),
+    "distributed",
 }
 
 _T = TypeVar("_T")

@@ -8,6 +8,10 @@ class InputError(Exception):
     """
 
 
+class ElsewhereError(InputError):
+    """The InputError of process 0, on the other ones of its run; they don't print it again."""
+
+
 class TrainingError(Exception):
     """Training came to something that is not finite; one sentence that says where.
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from cnnjax.augment import make_views
 from cnnjax.config import AugmentConfig
 from cnnjax.data.batches import Feeder, Resident, in_batches, load
-from cnnjax.machine.devices import divided, full_float32, traits
+from cnnjax.machine.devices import divided, full_float32, replicated, traits
 from cnnjax.objectives import Batch
 from cnnjax.steps import TrainState, make_eval_step
 
@@ -48,9 +48,11 @@ def make_logits(
     def step(
         state: TrainState, data: Resident | None, feed: Batch | jax.Array, draw: jax.Array
     ) -> jax.Array:
-        return eval_step(state, load(data, feed), draw)
+        return eval_step(state, load(data, feed, mesh), draw)
 
-    compiled = jax.jit(step, out_shardings=divided(mesh))
+    # A process can fetch what is on its own devices.
+    outputs_on = replicated(mesh) if mesh.is_multi_process else divided(mesh)
+    compiled = jax.jit(step, out_shardings=outputs_on)
 
     def logits(state: TrainState, feeder: Feeder, rows: np.ndarray, draw: int = 0) -> np.ndarray:
         most = max(1, traits(mesh).evaluated_at(feeder.side) // views)

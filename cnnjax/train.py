@@ -25,14 +25,14 @@ from tqdm.auto import tqdm
 from cnnjax import metrics
 from cnnjax.augment import Augment, make_augment
 from cnnjax.config import Config, TrainConfig
-from cnnjax.data.batches import Feeder, Resident, load, step_rows
+from cnnjax.data.batches import Feeder, Resident, load, resident_bytes, step_rows
 from cnnjax.data.cache import write_quarantine
 from cnnjax.data.duplicates import write_duplicates
 from cnnjax.data.patients import write_split
 from cnnjax.data.prepare import TrainingData, protocol, training_data
 from cnnjax.errors import InputError, TrainingError, first_line
 from cnnjax.logits import make_logits
-from cnnjax.machine import devices
+from cnnjax.machine import devices, processes
 from cnnjax.machine.files import write_atomically, write_rows
 from cnnjax.networks import model_of
 from cnnjax.networks.imported import expect_logits
@@ -144,7 +144,7 @@ def fit(
         if run.ended:
             return run.conclude()
         steps = compile_steps(mesh, run.train_step)
-        given = jax.device_put((run.key(_STEP), run.objective), devices.replicated(mesh))
+        given = devices.place((run.key(_STEP), run.objective), devices.replicated(mesh))
         feeder = run.feeder()
         outputs_of = make_logits(run.network, mesh)
         state, sums = run.first_state() if run.is_new else run.restored_latest()
@@ -153,7 +153,7 @@ def fit(
             initial=run.steps_done * config.train.batch,
             unit="image",
             unit_scale=True,
-            disable=None,
+            disable=processes.no_bars(),
             dynamic_ncols=True,
         )
         with bar, signals.held() as held:
@@ -243,13 +243,14 @@ class Run:
         self._checkpoints = Checkpoints(workdir.checkpoints)
         self.done = self._checkpoints.epoch("latest") or 0
         self._shown = False  # whether a line of the epochs' table is on the screen
-        self.history = workdir.read_history(self.done)
+        self.history = processes.on_main(lambda: workdir.read_history(self.done))
         # A checkpoint within an epoch counts where that epoch is the next.
         within = (self._checkpoints.epoch("within") or 0) - self.done * self.steps_per_epoch
         self._within = within if 0 < within <= self.steps_per_epoch else 0
         self.steps_done = self.done * self.steps_per_epoch + self._within
         self._profiled_epoch = min(self.done + 2, train.all_epochs)
-        self._events = Events(workdir.events, self.history) if config.tensorboard else None
+        logs = config.tensorboard and processes.is_main()
+        self._events = Events(workdir.events, self.history) if logs else None
 
     def key(self, purpose: int) -> jax.Array:
         """Returns the run's key for a purpose."""
@@ -264,7 +265,8 @@ class Run:
     @property
     def resident(self) -> bool:
         """Whether the images live on the device."""
-        return self.data.decoded.images.nbytes <= self.config.data.resident_mib * 2**20
+        held = resident_bytes(self.data.decoded.images, self.mesh)
+        return held <= self.config.data.resident_mib * 2**20
 
     def feeder(self) -> Feeder:
         """Returns what brings the images to the devices."""
@@ -304,10 +306,12 @@ class Run:
         `--train.save-every` minutes.
         """
         saved, pause = time.monotonic(), 60 * self.config.train.save_every
+        agreed = processes.Agreement(self.mesh)
 
         def save(state: TrainState, sums: list[Metrics]) -> None:
             nonlocal saved
-            if not held.asked and not (pause and time.monotonic() - saved > pause):
+            due = bool(pause) and time.monotonic() - saved > pause
+            if not agreed(due or held.asked is not None):
                 return
             found = jax.device_get(sums)
             _expect_finite(found, self.order(self.done + 1))
@@ -341,6 +345,7 @@ class Run:
         template = self.template()
         wanted = {"params": template.params, "batch_stats": template.batch_stats}
         given = {"params": init["params"], "batch_stats": init.get("batch_stats", {})}
+        given = jax.device_get(given)
         _expect_fit(given, wanted)
         ema = bool(self.config.train.ema)
         return jax.jit(lambda v: state_of(v, self._optimizer, ema=ema), **placed)(given), None
@@ -383,8 +388,7 @@ class Run:
     def mend(self) -> None:
         """Writes the best state where the process died when it had written it as the latest."""
         if self.done and self.best == self.done != self._checkpoints.epoch("best"):
-            latest = jax.device_get(self.restored("latest"))
-            self._checkpoints.save(("best",), self.done, latest)
+            self._checkpoints.save(("best",), self.done, _fetched(self.restored("latest")))
 
     def record(
         self,
@@ -440,7 +444,7 @@ class Run:
         labels, feeder = data.labels[data.validation], self.feeder()
         states = {kind: self.restored(kind) for kind in KINDS}
         each: dict[int, dict[str, np.ndarray]] = {views: {} for views in config.augment.looks}
-        with tqdm(total=len(each) * len(KINDS), leave=False, disable=None) as bar:
+        with tqdm(total=len(each) * len(KINDS), leave=False, disable=processes.no_bars()) as bar:
             for views, some in each.items():
                 outputs_of = make_logits(self.network, self.mesh, views, config.augment)
                 for kind, state in states.items():
@@ -475,16 +479,18 @@ class Run:
         held_out = [data.decoded.examples[i] for i in data.validation]
         patients = [e.patient for e in held_out]
         judged: dict[str, metrics.Evaluation] = {}
-        for kind, out in tqdm(outputs.items(), "intervals", leave=False, disable=None):
+        off = processes.no_bars()
+        for kind, out in tqdm(outputs.items(), "intervals", leave=False, disable=off):
             point = points[kind][config.augment.views]
             judged[kind] = metrics.evaluate(
                 point.calibrated(out), labels, patients, threshold=point.probability_threshold()
             )
-        with write_atomically(workdir.validation) as file:
-            write_rows(file, [["image", "patient", "label", "logit_best", "logit_last"]])
-            for e, a, b in zip(held_out, outputs["best"], outputs["latest"], strict=True):
-                write_rows(file, [[e.name, e.patient, e.label, float(a), float(b)]])
-        rules = _trivial_rules(data)
+        if processes.is_main():
+            with write_atomically(workdir.validation) as file:
+                write_rows(file, [["image", "patient", "label", "logit_best", "logit_last"]])
+                for e, a, b in zip(held_out, outputs["best"], outputs["latest"], strict=True):
+                    write_rows(file, [[e.name, e.patient, e.label, float(a), float(b)]])
+        rules = processes.on_main(lambda: _trivial_rules(data))
         undecided = {kind: metrics.at_zero(out, labels) for kind, out in outputs.items()}
         summary |= {
             "best": judged["best"].to_json(),
@@ -517,7 +523,7 @@ class Run:
     def profiled(self, epoch: int) -> Iterator[None]:
         """Writes a trace of the run's second epoch in this process, if `--profile` asks for it."""
         folder = self.config.profile
-        if folder is None or epoch != self._profiled_epoch:
+        if folder is None or epoch != self._profiled_epoch or not processes.is_main():
             yield
             return
         jax.profiler.start_trace(str(folder))
@@ -588,9 +594,10 @@ def open_run(
     """Claims a workdir, reads the data, writes down what is trained on what; see `fit`."""
     expect_together(given, config)
     _expect_writable(config.profile)
-    mesh = devices.make_mesh(config.device)
+    mesh = devices.make_mesh(config.device, config.distributed)
     config = _with_precision(config, mesh)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(processes.quiet())
         workdir = stack.enter_context(claim(config))
         found = versions()
         print(f"cnnjax    {found['cnnjax']} on jax {found['jax']}, flax {found['flax']}")
@@ -611,11 +618,7 @@ def open_run(
             expect_logits(network, config.data.size, classes=2)
         initial.expect_fit(network, config, weights)
         workdir.claim_data(data.decoded.fingerprint, data.classes, drawn)
-        workdir.claim_parts(given.described())
-        workdir.expect_split([e.name for e in data.decoded.examples], data.held_out)
-        write_split(workdir.split, data.decoded.examples, data.held_out)
-        write_quarantine(workdir.quarantine, data.decoded.quarantine)
-        write_duplicates(workdir.duplicates, data.duplicates)
+        processes.on_main(lambda: _claim_rest(workdir, data, given))
         session = {"devices": devices.describe(mesh), "versions": versions()}
         append_line(workdir.sessions, session)
         run = Run(config, data, workdir, mesh, given._replace(network=network), weights)
@@ -623,6 +626,15 @@ def open_run(
         run.describe()
         run.mend()
         yield run
+
+
+def _claim_rest(workdir: Workdir, data: TrainingData, given: Parts) -> None:
+    """Notes, or checks, the parts and the split of a run, and writes the tables of its images."""
+    workdir.claim_parts(given.described())
+    workdir.expect_split([e.name for e in data.decoded.examples], data.held_out)
+    write_split(workdir.split, data.decoded.examples, data.held_out)
+    write_quarantine(workdir.quarantine, data.decoded.quarantine)
+    write_duplicates(workdir.duplicates, data.duplicates)
 
 
 class Steps(NamedTuple):
@@ -648,7 +660,7 @@ def compile_steps(
     def one(
         state: TrainState, data: Resident | None, feed: Batch | jax.Array, given: Any
     ) -> tuple[TrainState, Metrics]:
-        return train_step(state, load(data, feed), given)
+        return train_step(state, load(data, feed, mesh), given)
 
     def many(
         state: TrainState, data: Resident, feeds: jax.Array, given: Any
@@ -769,7 +781,12 @@ def class_weights_of(labels: np.ndarray) -> tuple[float, float]:
 
 
 def _fetched(state: TrainState) -> TrainState:
-    """Returns a copy on the host: the next step is given the buffers, which a CPU fetches as is."""
+    """Returns a copy on the host: the next step is given the buffers, which a CPU fetches as is.
+
+    A state on several processes, of which this one holds a part, is written as it is.
+    """
+    if processes.are_several():
+        return state
     copy: TrainState = jax.tree.map(np.array, jax.device_get(state))
     return copy
 

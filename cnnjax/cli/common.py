@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cnnjax.errors import InputError, TrainingError, first_line
+from cnnjax.errors import ElsewhereError, InputError, TrainingError, first_line
 from cnnjax.operating import OperatingPoint
 
 if TYPE_CHECKING:
@@ -21,6 +21,15 @@ if TYPE_CHECKING:
 
 def guarded(command: Callable[[], int]) -> int:
     """Runs a command; bad input becomes one sentence and status 2."""
+    status = _status(command)
+    if status and "jax" in sys.modules:
+        from cnnjax.machine import processes
+
+        return processes.failed(status)
+    return status
+
+
+def _status(command: Callable[[], int]) -> int:
     with contextlib.suppress(ValueError):  # it is closed
         if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
             # A file's name may be any bytes; so it is shown, as `ls` does.
@@ -30,6 +39,8 @@ def guarded(command: Callable[[], int]) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()  # while it can still be told that there is no room
         return status
+    except ElsewhereError:
+        return 2
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

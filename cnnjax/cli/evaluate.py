@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from cnnjax.cli.common import check_probabilities, expect_place, tell_uncalibrated, writing
-from cnnjax.config import DataConfig, DeviceConfig, OtherData
+from cnnjax.config import DataConfig, DeviceConfig, DistributedConfig, OtherData
 
 if TYPE_CHECKING:
-    pass
+    from jax.sharding import Mesh
 
 _JUDGED = ("image", "patient", "truth", "probability", "class", "lungs")
 
@@ -47,24 +47,32 @@ class Evaluate:
     cache: Path | None = None
     """Folder of the decoded images; by default the user's cache folder."""
     device: DeviceConfig = field(default_factory=DeviceConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __call__(self) -> int:
         """Prints the metrics with their intervals; returns the exit status."""
+        from cnnjax.machine import devices, processes
+
+        check_probabilities(self.threshold, self.prevalence)
+        expect_place(self.json, "--json")
+        expect_place(self.csv, "--csv")
+        mesh = devices.local_mesh(devices.make_mesh(self.device, self.distributed))
+        with processes.quiet():
+            return self._evaluate(mesh)
+
+    def _evaluate(self, mesh: Mesh) -> int:
+        """Judges a part of the images on each process, and tells of all on the main one."""
         from cnnjax import lungs, metrics
         from cnnjax.cli import outputs
         from cnnjax.data import framing
         from cnnjax.data.prepare import open_index
         from cnnjax.evaluation import release
         from cnnjax.evaluation.predict import Predictor
-        from cnnjax.machine import devices
+        from cnnjax.machine import processes
         from cnnjax.machine.files import write_atomically
         from cnnjax.phantom import DRAWN, is_drawn
         from cnnjax.run.workdir import Workdir, write_json
 
-        check_probabilities(self.threshold, self.prevalence)
-        expect_place(self.json, "--json")
-        expect_place(self.csv, "--csv")
-        mesh = devices.make_mesh(self.device)
         predictor = Predictor.open(self.run, mesh, self.checkpoint, self.views)
         tell_uncalibrated(predictor)
         workdir = None if self.run is None or release.is_release(self.run) else Workdir(self.run)
@@ -97,8 +105,12 @@ class Evaluate:
         point, threshold = predictor.operating, self.threshold
         if threshold is None:
             threshold = point.probability_threshold(self.prevalence)
-        framed = lungs.as_framed(decoded.images)
-        logits = point.calibrated(predictor.logits(framed), self.prevalence)
+        mine = processes.share(len(decoded.images))
+        framed = lungs.as_framed(decoded.images[mine.start : mine.stop])
+        raw = processes.concatenated(predictor.logits(framed))
+        if not processes.is_main():
+            return 0
+        logits = point.calibrated(raw, self.prevalence)
         patients = [e.patient for e in decoded.examples]
         judged = metrics.evaluate(logits, decoded.labels, patients, threshold=threshold)
         if self.prevalence is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from cnnjax.cli.common import (
     tell_uncalibrated,
     writing,
 )
-from cnnjax.config import DeviceConfig
+from cnnjax.config import DeviceConfig, DistributedConfig
 
 if TYPE_CHECKING:
     from cnnjax.evaluation.predict import Predictor
@@ -62,12 +63,13 @@ class Predict:
     """Write to this folder a PNG of each image with what speaks for the positive class laid over it
     (HiResCAM), each by itself from nothing to most."""
     device: DeviceConfig = field(default_factory=DeviceConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __call__(self) -> int:
         """Prints the predictions; returns the exit status."""
         from cnnjax.cli import films, outputs
         from cnnjax.evaluation.predict import FEW, Predictor
-        from cnnjax.machine import devices
+        from cnnjax.machine import devices, processes
 
         check_probabilities(self.threshold, self.prevalence)
         expect_place(self.json, "--json")
@@ -77,7 +79,8 @@ class Predict:
             films.expect_none_of(path, flag, given)
         if self.heatmap is not None:
             films.expect_apart(self.heatmap, given, self.paths)
-        mesh = devices.make_mesh(self.device)
+        mesh = devices.local_mesh(devices.make_mesh(self.device, self.distributed))
+        main = processes.is_main()
         predictor = Predictor.open(self.run, mesh, self.checkpoint, self.views)
         tell_uncalibrated(predictor)
         tell_drawn(self.run)
@@ -99,34 +102,44 @@ class Predict:
         # A few steps at a time, so that memory does not grow with the films.
         step = devices.traits(mesh).evaluated_at(predictor.side)
         chunks = films.in_chunks(given, step * -(-_TOGETHER // step), FEW)
-        judged = unread = 0
+        starts = [0, *itertools.accumulate(map(len, chunks))]
+        mine = processes.rounds(chunks, ())
+        unread = 0
         with contextlib.ExitStack() as stack:
+            stack.enter_context(processes.quiet())
             printed = outputs.Output(sys.stdout, forms[form])
             lines = outputs.json_form(self.json) if self.json else outputs.Lines()
             files = [
-                stack.enter_context(outputs.opened(self.json, lines, "--json")),
-                stack.enter_context(outputs.opened(self.csv, outputs.Csv(), "--csv")),
+                stack.enter_context(outputs.opened(self.json if main else None, lines, "--json")),
+                stack.enter_context(
+                    outputs.opened(self.csv if main else None, outputs.Csv(), "--csv")
+                ),
             ]
-            bar = stack.enter_context(tqdm(total=len(given), unit="image", disable=None))
-            for rows, images in films.decoded(chunks, predictor.size):
+            off = processes.no_bars()
+            bar = stack.enter_context(tqdm(total=len(given), unit="image", disable=off))
+            decoded = films.decoded([chunk for _, chunk in mine], predictor.size)
+            for (number, _), (rows, images) in zip(mine, decoded, strict=True):
                 good = [i for i, row in enumerate(rows) if "error" not in row]
                 if images is not None:
                     framed = predictor.frame(images)
                     self._judge(predictor, [rows[i] for i in good], images, framed, threshold)
+                rows = [row for theirs in processes.gather(rows) for row in theirs]
                 with tqdm.external_write_mode():
-                    _tell_doubts(rows)
+                    if main:
+                        _tell_doubts(rows)
                     printed.write(rows)
                 for file in files:
                     if file is not None:
                         file.write(rows)
                 if self.heatmap is not None and images is not None:
                     with writing(self.heatmap, "--heatmap"):
-                        some = [(given[judged + i], heat_names[judged + i]) for i in good]
+                        at = [starts[number] + i for i in good]
+                        some = [(given[i], heat_names[i]) for i in at]
                         films.write_heat(self.heatmap, some, predictor.heat(framed), framed.boxes)
-                judged += len(rows)
-                unread += len(rows) - len(good)
+                unread += sum("error" in row for row in rows)
                 bar.update(len(rows))
-        printed.close()
+        if main:
+            printed.close()
         return 2 if unread else 0
 
     def _judge(

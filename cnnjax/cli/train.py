@@ -95,12 +95,16 @@ def _train(
 ) -> int:
     config = tyro.cli(Config, default=default, description=description, args=arguments, prog=prog)
     from cnnjax import report
-    from cnnjax.machine import devices
+    from cnnjax.machine import devices, processes
     from cnnjax.train import fit
 
     result = fit(config)
+    if not processes.is_main():
+        return 0
     print(f"\n{_told(result)}")
-    page = report.write(config.workdir, devices.make_mesh(config.device))
+    mesh = devices.local_mesh(devices.make_mesh(config.device, config.distributed))
+    with processes.alone():  # the others have ended, or wait for this one to end
+        page = report.write(config.workdir, mesh)
     print(f"\nwritten to {config.workdir}; to see what it learned and where it errs, open")
     print(f"  {page}")
     if advice := _advice(config):

@@ -3,7 +3,8 @@
 The array lies in a folder named by a hash of what it was made from: names, sizes, times and inodes
 (in a zip, checksums) and decode settings. The folder appears whole or not at all, so any number of
 processes may look for it or make it at once. Its checksum is verified whenever it is read, and what
-is damaged is made anew.
+is damaged is made anew. Processes of one run that see the same cache decode a part of the images
+each.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -30,6 +31,7 @@ from cnnjax.data.index import Example
 from cnnjax.data.kermany import viral_of
 from cnnjax.data.sources import Source
 from cnnjax.errors import InputError
+from cnnjax.machine import processes
 from cnnjax.machine.files import (
     checksum,
     no_cache,
@@ -117,12 +119,14 @@ def load(
     key = _key(examples, source, size)
     home = folder / f"images-{size}-{key[:32]}"
     kept = _read(home)
-    if kept is None or not kept.final:
-        if kept is None and home.exists():
+    missing = kept is None or not kept.final
+    together = make_together(folder, missing)
+    if missing or together:
+        if kept is None and home.exists() and processes.is_main():
             print(f"{home} is damaged and is made anew", file=sys.stderr)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _decode_into(home, examples, source, size, progress, known or {})
+            _decode_into(home, examples, source, size, progress, known or {}, together)
         except OSError as error:
             raise no_cache(folder, error) from None
         kept = _read(home)
@@ -139,6 +143,8 @@ def load(
         name, reason = quarantine[0]
         raise InputError(f"none of the {len(examples)} images can be decoded: {name}: {reason}")
     fingerprint = _fingerprint(examples, quarantine, kept.pixels)
+    if processes.are_several():
+        processes.on_main(lambda: len(_thumbnails(home, kept)))  # which the others may find then
     small = _thumbnails(home, kept)
     return Decoded(kept.images, whole, quarantine, fingerprint, thumbnails=small)
 
@@ -216,6 +222,18 @@ def _thumbnails(home: Path, kept: _Kept) -> np.ndarray:
     return small
 
 
+def make_together(folder: Path, missing: bool) -> bool:
+    """Tells whether the processes of a run make a set together: one lacks it, and all see a folder.
+
+    Where they don't, as with a disk for each machine, each makes what it lacks by itself.
+    """
+    if not any(processes.gather(missing)):
+        return False
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    return processes.are_several() and processes.see(folder)
+
+
 def _decode_into(
     home: Path,
     examples: Sequence[Example],
@@ -223,7 +241,86 @@ def _decode_into(
     size: int,
     progress: bool,
     known: Mapping[str, np.ndarray],
+    together: bool,
 ) -> None:
+    with shared_work_folder(home, together) as work:
+        mine = processes.share(len(examples)) if together else range(len(examples))
+        some = examples[mine.start : mine.stop]
+        part = work / f"part-{mine.start:012}.npy"
+        told = _decode_part(part, some, source, size, progress and processes.is_main(), known)
+        each = processes.gather(told) if together else [told]
+        if together and not processes.is_main():
+            return
+        joined(sorted(work.glob("part-*.npy")), work / "images.npy")
+        images = np.load(work / "images.npy", mmap_mode="r")
+        with write_atomically(work / "done.json") as file:
+            done = {
+                "pixels": checksum(images),
+                "quarantine": [broken for one in each for broken in one["quarantine"]],
+                "final": all(one["final"] for one in each),
+            }
+            json.dump(done, file)
+        if home.exists() and ((kept := _read(home)) is None or not kept.final):
+            home.rename(work.with_name("before"))  # goes with the work folder
+        try:
+            work.rename(home)
+        except OSError:
+            # Another process was first; what it made is what we made.
+            if not (home / "done.json").exists():
+                raise
+
+
+@contextlib.contextmanager
+def shared_work_folder(home: Path, together: bool) -> Iterator[Path]:
+    """Makes a `work_folder`, one for all processes of a run if they make a set `together`.
+
+    All leave the block when the main process has.
+    """
+    if not together:
+        sweep(home)
+        with work_folder(home) as work:
+            yield work
+        return
+    with contextlib.ExitStack() as stack:
+        own = ""
+        if processes.is_main():
+            sweep(home)
+            own = str(stack.enter_context(work_folder(home)))
+        yield Path(processes.gather(own)[0])
+        processes.gather(None)
+
+
+def joined(parts: Sequence[Path], whole: Path) -> None:
+    """Puts arrays of .npy files one after the other into one, and removes the parts."""
+    if len(parts) == 1:
+        parts[0].rename(whole)
+        return
+    arrays = [np.load(part, mmap_mode="r") for part in parts]
+    shape = sum(map(len, arrays)), *arrays[0].shape[1:]
+    out = np.lib.format.open_memmap(whole, mode="w+", dtype=arrays[0].dtype, shape=shape)
+    _claim_disk(whole)
+    row = 0
+    for part, array in zip(parts, arrays, strict=True):
+        out[row : row + len(array)] = array
+        row += len(array)
+        part.unlink()
+    out.flush()
+
+
+def _decode_part(
+    path: Path,
+    examples: Sequence[Example],
+    source: Source,
+    size: int,
+    progress: bool,
+    known: Mapping[str, np.ndarray],
+) -> dict[str, Any]:
+    """Decodes images into a .npy file, uint8 [n, size, size] of those that can be.
+
+    Returns:
+        `quarantine`, the name and the reason of each other one, and `final`, whether these would
+        not be readable another time either.
+    """
     passing = []  # files that may be readable the next time
 
     cores = cpu_cores()
@@ -247,47 +344,32 @@ def _decode_into(
                 passing.append(example.name)
             return f"cannot be read: {error.strerror or error}"
 
-    sweep(home)
-    with work_folder(home) as work:
-        shape = len(examples), size, size
-        images = np.lib.format.open_memmap(
-            work / "images.npy", mode="w+", dtype=np.uint8, shape=shape
+    shape = len(examples), size, size
+    images = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+    _claim_disk(path)
+    quarantine: list[tuple[str, str]] = []
+    row = 0
+    # Threads suffice: Pillow decodes and resizes without holding the interpreter's lock.
+    with ThreadPoolExecutor(cores) as pool:
+        turns = pool.map(decode_some, range(0, len(examples), turn))
+        outcomes = tqdm(
+            zip(examples, itertools.chain.from_iterable(turns), strict=True),
+            desc="decoding",
+            total=len(examples),
+            unit="image",
+            disable=None if progress else True,
         )
-        _claim_disk(work / "images.npy")
-        quarantine: list[tuple[str, str]] = []
-        row = 0
-        # Threads suffice: Pillow decodes and resizes without holding the interpreter's lock.
-        with ThreadPoolExecutor(cores) as pool:
-            turns = pool.map(decode_some, range(0, len(examples), turn))
-            outcomes = tqdm(
-                zip(examples, itertools.chain.from_iterable(turns), strict=True),
-                desc="decoding",
-                total=len(examples),
-                unit="image",
-                disable=None if progress else True,
-            )
-            for example, outcome in outcomes:
-                if isinstance(outcome, str):
-                    quarantine.append((example.name, outcome))
-                else:
-                    images[row] = outcome
-                    row += 1
-        pixels = checksum(images[:row])
-        images.flush()
-        del images
-        if quarantine:
-            _shorten(work / "images.npy", row)
-        with write_atomically(work / "done.json") as file:
-            done = {"pixels": pixels, "quarantine": quarantine, "final": not passing}
-            json.dump(done, file)
-        if home.exists() and ((kept := _read(home)) is None or not kept.final):
-            home.rename(work.with_name("before"))  # goes with the work folder
-        try:
-            work.rename(home)
-        except OSError:
-            # Another process was first; what it made is what we made.
-            if not (home / "done.json").exists():
-                raise
+        for example, outcome in outcomes:
+            if isinstance(outcome, str):
+                quarantine.append((example.name, outcome))
+            else:
+                images[row] = outcome
+                row += 1
+    images.flush()
+    del images
+    if quarantine:
+        _shorten(path, row)
+    return {"quarantine": quarantine, "final": not passing}
 
 
 def _claim_disk(path: Path) -> None:

@@ -23,13 +23,11 @@ from cnnjax.data.cache import Decoded
 from cnnjax.data.index import Example
 from cnnjax.data.sources import Source
 from cnnjax.errors import InputError
-from cnnjax.machine import devices
+from cnnjax.machine import devices, processes
 from cnnjax.machine.files import (
     checksum,
     no_cache,
     save_array,
-    sweep,
-    work_folder,
     write_atomically,
 )
 from cnnjax.machine.host import cache_folder
@@ -46,7 +44,8 @@ def load(
         examples: the images wanted.
         source: where their bytes come from.
         config: `frame`, `size`, `cache` and `strict` of it.
-        mesh: the devices that find the lungs; by default all of the fastest kind.
+        mesh: the devices that find the lungs; by default all of the fastest kind. Each of several
+            processes uses its own ones, for its part of the images.
 
     Raises:
         InputError: see `cnnjax.data.cache.load`.
@@ -73,12 +72,13 @@ def framed(films: Decoded, config: DataConfig, mesh: Mesh | None = None) -> Deco
     key = hashlib.sha256(made_from.encode()).hexdigest()
     home = folder / f"framed-{config.size}-{key[:32]}"
     arrays = _read(home)
-    if arrays is None:
-        if home.exists():
+    together = cache.make_together(folder, arrays is None)
+    if arrays is None or together:
+        if home.exists() and processes.is_main():
             print(f"{home} is damaged and is made anew", file=sys.stderr)
         try:
-            mesh = devices.make_mesh(DeviceConfig()) if mesh is None else mesh
-            _frame_into(home, films.images, config.size, mesh)
+            mesh = devices.make_mesh(DeviceConfig()) if mesh is None else devices.local_mesh(mesh)
+            _frame_into(home, films.images, config.size, mesh, together)
         except OSError as error:
             raise no_cache(folder, error) from None
         arrays = _read(home)
@@ -104,12 +104,19 @@ def _read(home: Path) -> list[np.ndarray] | None:
     return None
 
 
-def _frame_into(home: Path, films: np.ndarray, size: int, mesh: Mesh) -> None:
-    sweep(home)
-    with work_folder(home) as work:
-        arrays = lungs.Framer(size, mesh)(films)._asdict()
-        for name, array in arrays.items():
-            save_array(work / f"{name}.npy", array)
+def _frame_into(home: Path, films: np.ndarray, size: int, mesh: Mesh, together: bool) -> None:
+    with cache.shared_work_folder(home, together) as work:
+        mine = processes.share(len(films)) if together else range(len(films))
+        found = lungs.Framer(size, mesh)(films[mine.start : mine.stop])
+        for name, array in found._asdict().items():
+            save_array(work / f"{name}-{mine.start:012}.npy", array)
+        if together:
+            processes.gather(None)
+            if not processes.is_main():
+                return
+        for name in _ARRAYS:
+            cache.joined(sorted(work.glob(f"{name}-*.npy")), work / f"{name}.npy")
+        arrays = {name: np.load(work / f"{name}.npy", mmap_mode="r") for name in _ARRAYS}
         with write_atomically(work / "done.json") as file:
             json.dump({name: checksum(array) for name, array in arrays.items()}, file)
         if home.exists() and _read(home) is None:

@@ -20,6 +20,7 @@ from cnnjax.evaluation import release
 from cnnjax.evaluation.explain import features_of, make_hires_cam
 from cnnjax.logits import make_logits
 from cnnjax.lungs import Framed, Framer
+from cnnjax.machine import processes
 from cnnjax.machine.devices import divided, full_float32, make_mesh, replicated, traits
 from cnnjax.networks import FINE, make_model, model_of
 from cnnjax.operating import OperatingPoint, at_views
@@ -142,9 +143,10 @@ class Predictor:
             network = parts.rebuilt_network(given["network"], run)
         operating = at_views(workdir.read_operating(kind), views, str(run))
         model = model_of(config) if network is None else network
-        checkpoints = Checkpoints(workdir.checkpoints)
-        state = _state_of(checkpoints.variables(kind), mesh)
-        checkpoints.close()
+        with processes.alone():  # each reads all
+            checkpoints = Checkpoints(workdir.checkpoints)
+            state = _state_of(checkpoints.variables(kind), mesh)
+            checkpoints.close()
         return cls(
             model,
             [state],

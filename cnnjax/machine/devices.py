@@ -1,37 +1,50 @@
 """The devices of a run: one mesh axis over which each batch is divided.
 
-The same code serves eight GPUs and the cores of a CPU. Where oneDNN is, which uses all cores, the
-CPU is one device; elsewhere every core is made a device of its own.
+The same code serves eight GPUs, the cores of a CPU, and the devices of several processes. Where
+oneDNN is, which uses all cores, the CPU is one device; elsewhere every core is made a device of its
+own.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from cnnjax.config import DeviceConfig
+from cnnjax.config import DeviceConfig, DistributedConfig
 from cnnjax.errors import InputError, first_line
-from cnnjax.machine import programs
+from cnnjax.machine import processes, programs
 from cnnjax.machine.host import cache_folder, cpu_cores, keep_freed_memory
 from cnnjax.ops import ffi, onednn
 
 AXIS = "batch"
 
 
-def make_mesh(config: DeviceConfig) -> Mesh:
+def make_mesh(config: DeviceConfig, distributed: DistributedConfig | None = None) -> Mesh:
     """Returns the mesh of the run's devices, with one axis, `batch`.
 
-    To be called before JAX is first used: later, the CPU can no longer be divided into devices.
+    To be called before JAX is first used: later, the CPU can no longer be divided into devices, nor
+    can other processes be joined.
+
+    Args:
+        config: which devices, and how many.
+        distributed: the processes to join, whose devices are in the mesh too; None for the devices
+            of this process alone.
 
     Raises:
-        InputError: the platform asked for is not there, or has too few devices.
+        InputError: the platform asked for is not there, or has too few devices, or the other
+            processes cannot be joined.
     """
+    if distributed is not None:
+        processes.join(distributed)
+    several = distributed is not None and jax.distributed.is_initialized()
     keep_compiled_programs()
     keep_freed_memory()
     if not _cpu_devices_chosen():
@@ -42,7 +55,8 @@ def make_mesh(config: DeviceConfig) -> Mesh:
     if config.platform == "cpu":
         jax.config.update("jax_platforms", "cpu")
     try:
-        found = jax.devices(None if config.platform == "auto" else config.platform)
+        name = None if config.platform == "auto" else config.platform
+        found = jax.devices(name) if several else jax.local_devices(backend=name)
     except Exception as error:
         if config.platform == "auto":
             raise InputError(
@@ -58,7 +72,30 @@ def make_mesh(config: DeviceConfig) -> Mesh:
         raise InputError(
             f"--device.count {config.count}: there are only {len(found)} {name} devices"
         )
-    return Mesh(np.array(found[: config.count or None]), (AXIS,))
+    return _spread(found, config.count or len(found), "--device.count", config.count)
+
+
+def local_mesh(mesh: Mesh) -> Mesh:
+    """Returns the mesh of those devices that are this process's."""
+    return Mesh(np.array(mesh.local_devices), mesh.axis_names) if mesh.is_multi_process else mesh
+
+
+def _spread(found: Sequence[Any], count: int, flag: str, value: int) -> Mesh:
+    """Returns the mesh of some devices, equally many of each process and in the processes' order.
+
+    Raises:
+        InputError: that many cannot be spread evenly; `flag` was given `value`.
+    """
+    of_each: dict[int, list[Any]] = {}
+    for device in found:
+        of_each.setdefault(device.process_index, []).append(device)
+    some, left = divmod(count, len(of_each))
+    if left or not some or some > min(map(len, of_each.values())):
+        raise InputError(
+            f"{flag} {value} cannot be spread evenly over {len(of_each)} processes; choose a"
+            " multiple of that number"
+        )
+    return Mesh(np.array([d for i in sorted(of_each) for d in of_each[i][:some]]), (AXIS,))
 
 
 def _cpu_devices_chosen() -> bool:
@@ -91,6 +128,25 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def divided(mesh: Mesh) -> NamedSharding:
     """Returns the sharding that divides an array's first axis among the devices."""
     return NamedSharding(mesh, PartitionSpec(AXIS))
+
+
+def place(tree: Any, sharding: NamedSharding) -> Any:
+    """Puts arrays of the host, which all processes hold alike, on the devices of a mesh.
+
+    Args:
+        tree: of NumPy arrays; of a memory-mapped one, a process reads what its devices get.
+        sharding: of each.
+    """
+    if not sharding.mesh.is_multi_process:
+        return jax.device_put(tree, sharding)
+
+    def each(x: Any) -> jax.Array:
+        if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(each(jax.random.key_data(x)))
+        x = x if isinstance(x, np.ndarray) else np.asarray(x, jax.dtypes.result_type(x))
+        return jax.make_array_from_callback(x.shape, sharding, lambda at: np.asarray(x[at]))
+
+    return jax.tree.map(each, tree)
 
 
 def platform(mesh: Mesh) -> str:
@@ -143,9 +199,19 @@ def traits(mesh: Mesh) -> Traits:
 
 
 def dividing(mesh: Mesh, batch: int) -> Mesh:
-    """Returns the mesh of as many of the devices as divide a batch into equal parts."""
-    count = next(n for n in range(min(mesh.size, batch), 0, -1) if batch % n == 0)
-    return mesh if count == mesh.size else Mesh(mesh.devices[:count], mesh.axis_names)
+    """Returns the mesh of as many of the devices as divide a batch into equal parts.
+
+    Raises:
+        InputError: the processes of the mesh cannot have equal parts.
+    """
+    several = len({d.process_index for d in mesh.devices.flat})
+    sizes = range(several, min(mesh.size, batch) + 1, several)
+    count = max((n for n in sizes if batch % n == 0), default=0)
+    return (
+        mesh
+        if count == mesh.size
+        else _spread(list(mesh.devices.flat), count, "--train.batch", batch)
+    )
 
 
 def full_float32(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:
@@ -162,6 +228,12 @@ def full_float32(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:
 
 def describe(mesh: Mesh) -> str:
     """Returns a phrase such as `1 x cpu (2 cores, oneDNN)`."""
+    several = len({d.process_index for d in mesh.devices.flat})
+    among = f", of {several} processes" if several > 1 else ""
+    return _described(mesh) + among
+
+
+def _described(mesh: Mesh) -> str:
     first = mesh.devices.flat[0]
     if platform(mesh) == "cpu":
         kernels = ", oneDNN" if ffi.available() else ""

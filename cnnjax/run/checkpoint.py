@@ -1,4 +1,8 @@
-"""The states of a run on disk, through Orbax: the latest epoch, and the best by validation."""
+"""The states of a run on disk, through Orbax: the latest epoch, and the best by validation.
+
+Of several processes, each writes what lies on its devices alone, and the main one the rest; any
+number of processes, with any number of devices, restores it.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +13,17 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from cnnjax.errors import InputError, first_line
+from cnnjax.machine import processes
 from cnnjax.machine.files import write_atomically
 from cnnjax.networks import AUXILIARY
 from cnnjax.steps import TrainState
@@ -38,10 +44,14 @@ class Checkpoints:
     Its files' SHA-256 checksums stand beside them and are verified before it is used. Of `latest`
     the one before is kept too: where the newest is damaged, or had not reached the disk before a
     power cut, a run goes on from that.
+
+    Several processes call the same methods in the same order, but for one that reads `alone`
+    (`cnnjax.machine.processes`).
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._together = processes.are_several()
         self._managers: dict[Kind, ocp.CheckpointManager] = {}
         self._writer = ThreadPoolExecutor(1, "checkpoints")
         self._writing: Future[None] | None = None
@@ -58,11 +68,16 @@ class Checkpoints:
         Args:
             kinds: one or both.
             epoch: its number, for `within` that of the step; one of the same number is replaced.
-            state: of NumPy arrays, which nobody changes any more. (Orbax writes them in half the
-                time that it takes for JAX's.)
+            state: of NumPy arrays, which nobody changes any more (Orbax writes them in half the
+                time that it takes for JAX's), or, of several processes, of JAX's, which are
+                written when this returns: beside a step, whose devices must speak to each other
+                in one order, they could not be.
             beside: JSON to keep beside the state.
         """
         self.wait()
+        if self._together:
+            self._write_each(kinds, epoch, state, beside)
+            return
         self._writing = self._writer.submit(self._write_each, kinds, epoch, state, beside)
 
     def wait(self) -> None:
@@ -89,13 +104,7 @@ class Checkpoints:
             if full is None:
                 raise
             raise OSError(full, os.strerror(full), str(self.folder)) from None
-        home = self.folder / kind / str(epoch)
-        with write_atomically(home / _BESIDE) as file:
-            json.dump(beside, file)
-        checksums = _checksums(home)
-        with write_atomically(home / _CHECKSUMS) as file:
-            json.dump(checksums, file)
-        _sync(home)
+        processes.on_main(lambda: _seal(self.folder / kind / str(epoch), beside))
         self._whole[kind, epoch] = True
         older = [step for step in before if step < epoch]
         for step in older[:-1] if kind == "latest" else older:
@@ -107,10 +116,10 @@ class Checkpoints:
         It is None without one. Of a damaged one, a line on standard error tells.
         """
         self.wait()
-        if not (self.folder / kind).exists():  # nor is it made
+        if not processes.on_main((self.folder / kind).exists):  # nor is it made
             return None
         steps = sorted(self._manager(kind).all_steps(), reverse=True)
-        return next((step for step in steps if self._is_whole(kind, step)), None)
+        return processes.on_main(lambda: next((s for s in steps if self._is_whole(kind, s)), None))
 
     def _is_whole(self, kind: Kind, epoch: int) -> bool:
         """Verifies a checkpoint's checksums, once."""
@@ -136,10 +145,12 @@ class Checkpoints:
         Raises:
             InputError: there is no such checkpoint, or it does not fit the template.
         """
-        state: TrainState = self._read(kind, template)
+        state: TrainState = self._read(kind, lambda manager, epoch: template)
         return state
 
-    def _read(self, kind: Kind, template: TrainState | None) -> Any:
+    def _read(
+        self, kind: Kind, template_of: Callable[[ocp.CheckpointManager, int], TrainState]
+    ) -> Any:
         epoch = self.epoch(kind)
         if epoch is None:
             state = "undamaged " if any((self.folder / kind).glob("*/")) else ""
@@ -148,6 +159,7 @@ class Checkpoints:
             )
         manager = self._manager(kind)
         try:
+            template = template_of(manager, epoch)
             return manager.restore(epoch, args=ocp.args.StandardRestore(template))
         except (ValueError, KeyError, OSError) as error:
             where = manager.directory / str(epoch)
@@ -163,7 +175,7 @@ class Checkpoints:
         Raises:
             InputError: there is no such checkpoint, or it cannot be read.
         """
-        saved = self._read(kind, None)
+        saved = self._read(kind, _on_host)
         params = saved.get("ema") or saved["params"]
         evaluated = {name: value for name, value in params.items() if name != AUXILIARY}
         return {"params": evaluated, "batch_stats": saved.get("batch_stats") or {}}
@@ -171,7 +183,7 @@ class Checkpoints:
     def drop(self, kind: Kind) -> None:
         """Takes the checkpoints of a kind away."""
         self.wait()
-        shutil.rmtree(self.folder / kind, ignore_errors=True)
+        processes.on_main(lambda: shutil.rmtree(self.folder / kind, ignore_errors=True))
 
     def close(self) -> None:
         """Waits for what is being written, and releases what Orbax holds."""
@@ -191,9 +203,21 @@ class Checkpoints:
         if kind not in self._managers:
             # Orbax's own way of saving in the background would leave the order of kinds to chance.
             options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+            if jax.process_count() > 1 and not self._together:
+                this = jax.process_index()
+                options.create = False
+                options.multiprocessing_options = ocp.options.MultiprocessingOptions(
+                    primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"{this}"
+                )
+            handler = ocp.StandardCheckpointHandler(
+                multiprocessing_options=options.multiprocessing_options
+            )
             folder = (self.folder / kind).absolute()
-            self._sweep(kind)  # after a process that was killed
-            self._managers[kind] = ocp.CheckpointManager(folder, options=options)
+            if processes.is_main():
+                self._sweep(kind)  # after a process that was killed
+            self._managers[kind] = ocp.CheckpointManager(
+                folder, options=options, item_handlers=handler
+            )
         return self._managers[kind]
 
     def _sweep(self, kind: Kind) -> None:
@@ -202,14 +226,33 @@ class Checkpoints:
 
     def _remove(self, kind: Kind, epoch: int) -> None:
         """Takes a checkpoint away at once, and then its files; Orbax deletes one by one."""
-        self._sweep(kind)
         self._whole.pop((kind, epoch), None)
+        processes.on_main(lambda: self._remove_files(kind, epoch))
+        self._manager(kind).reload()
+
+    def _remove_files(self, kind: Kind, epoch: int) -> None:
+        self._sweep(kind)
         going = self.folder / f"{kind}.{time.time_ns()}.old"  # another's may be in use and stay
         (self.folder / kind / str(epoch)).replace(going)
         _sync_one(self.folder / kind)
         _sync_one(self.folder)
         self._sweep(kind)
-        self._manager(kind).reload()
+
+
+def _seal(home: Path, beside: Any) -> None:
+    """Adds to the files of a checkpoint what is kept beside the state, and the checksums of all."""
+    with write_atomically(home / _BESIDE) as file:
+        json.dump(beside, file)
+    checksums = _checksums(home)
+    with write_atomically(home / _CHECKSUMS) as file:
+        json.dump(checksums, file)
+    _sync(home)
+
+
+def _on_host(manager: ocp.CheckpointManager, epoch: int) -> Any:
+    """Returns a template of NumPy arrays, whatever devices the state was on when it was saved."""
+    shapes = manager.item_metadata(epoch).tree
+    return jax.tree.map(lambda x: np.empty(x.shape, x.dtype), shapes)
 
 
 def _checksums(folder: Path) -> dict[str, str]:

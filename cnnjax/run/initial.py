@@ -14,6 +14,7 @@ import numpy as np
 from cnnjax.config import Config, DataConfig, flags
 from cnnjax.errors import InputError
 from cnnjax.evaluation import release
+from cnnjax.machine import processes
 from cnnjax.networks.variables import flatten, unflatten
 from cnnjax.optimizers import expect_trainable
 from cnnjax.run.parts import fingerprint
@@ -66,11 +67,12 @@ def read(source: str, fold: int) -> Weights:
 
         workdir = Workdir(path)
         config = workdir.read_config()
-        checkpoints = Checkpoints(workdir.checkpoints)
-        try:
-            arrays = flatten(checkpoints.variables("best"))
-        finally:
-            checkpoints.close()
+        with processes.alone():  # each reads all
+            checkpoints = Checkpoints(workdir.checkpoints)
+            try:
+                arrays = flatten(checkpoints.variables("best"))
+            finally:
+                checkpoints.close()
         return Weights(arrays, f"the best checkpoint of {path}", config)
     return _one_network(_read_file(path), path, fold)
 

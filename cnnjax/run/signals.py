@@ -8,6 +8,8 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+from cnnjax.machine import processes
+
 _ASKING = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 ]
@@ -29,7 +31,11 @@ class Held:
         """The number of a signal that has come; None before."""
 
     def end(self) -> None:
-        """Raises Ended if a signal has come."""
+        """Raises Ended if a signal has come, to this process or to another one of the run.
+
+        All processes are to call it after the same step.
+        """
+        self.asked = max(processes.gather(self.asked or 0)) or None
         if self.asked is not None:
             raise Ended(self.asked)
 

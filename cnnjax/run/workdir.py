@@ -1,4 +1,7 @@
-"""The folder of a run: what stands in it, and that it belongs to one config and one process."""
+"""The folder of a run: what stands in it, and that it belongs to one config and one process.
+
+Of several processes of a run (`cnnjax.machine.processes`), the main one claims it and writes to it.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -16,8 +19,9 @@ import filelock
 import numpy as np
 
 from cnnjax import __version__
-from cnnjax.config import Config, differences, expect_effect, from_json, to_json
+from cnnjax.config import Config, differences, expect_effect, flags, from_json, to_json
 from cnnjax.errors import InputError
+from cnnjax.machine import processes
 from cnnjax.machine.files import read_cell, write_atomically
 from cnnjax.operating import OperatingPoint, Points, points_from_json
 
@@ -92,6 +96,8 @@ class Workdir:
 
     def write_config(self, config: Config) -> None:
         """Writes down what the run was last given; what decides it is the same as before."""
+        if not processes.is_main():
+            return
         with write_atomically(self.config) as file:
             file.write(to_json(config))
 
@@ -193,8 +199,13 @@ class Workdir:
             drawn: whether they are phantoms.
 
         Raises:
-            InputError: it is not.
+            InputError: it is not, or another process reads other images.
         """
+        if len(set(processes.gather(fingerprint))) > 1:
+            raise InputError("the processes read different images; give each the same --data.root")
+        processes.on_main(lambda: self._claim_data(fingerprint, classes, drawn))
+
+    def _claim_data(self, fingerprint: str, classes: tuple[str, ...], drawn: bool) -> None:
         if not self.data.exists() and not self.checkpoints.exists():
             values = {"fingerprint": fingerprint, "classes": classes, "drawn": drawn}
             write_json(self.data, values)
@@ -277,8 +288,30 @@ def claim(config: Config) -> Iterator[Workdir]:
     """Makes the config's workdir, or takes it up again, and locks it while the block runs.
 
     Raises:
-        InputError: it is in use, belongs to another config, or cannot be written.
+        InputError: it is in use, belongs to another config, cannot be written, or is not one folder
+            for all processes, or those have different configs.
     """
+    given = {flag: str(x) for flag, x in flags(config).items() if flag != "--distributed.process"}
+    for theirs in processes.gather(given):
+        if changed := [flag for flag in given if given[flag] != theirs[flag]]:
+            raise InputError(f"the processes were given different {changed[0]}; give all the same")
+    with ExitStack() as stack:
+
+        def enter() -> None:
+            stack.enter_context(_locked(config))
+
+        processes.on_main(enter)
+        if not processes.see(config.workdir):
+            raise InputError(
+                f"--workdir {config.workdir} is not one folder for all processes; choose one on a"
+                " file system that they share"
+            )
+        yield Workdir(config.workdir)
+
+
+@contextmanager
+def _locked(config: Config) -> Iterator[None]:
+    """Makes or checks the config's workdir, and locks it while the block runs; see `claim`."""
     workdir = Workdir(config.workdir)
     try:
         workdir.root.mkdir(parents=True, exist_ok=True)
@@ -315,7 +348,7 @@ def claim(config: Config) -> Iterator[Workdir]:
                 workdir.write_config(config)
         else:
             workdir.write_config(config)
-        yield workdir
+        yield
     finally:
         lock.release()
 
@@ -403,6 +436,8 @@ def _read_text(path: Path) -> str:
 
 def append_line(path: Path, values: Mapping[str, Any]) -> None:
     """Adds one JSON object as a line, in place of a line that was left unfinished."""
+    if not processes.is_main():
+        return
     with path.open("ab+") as file:
         file.seek(0)
         whole = file.read().rfind(b"\n") + 1
@@ -414,6 +449,8 @@ def append_line(path: Path, values: Mapping[str, Any]) -> None:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Writes a JSON object, whole or not at all."""
+    if not processes.is_main():
+        return
     with write_atomically(path) as file:
         json.dump(values, file, indent=2)
         file.write("\n")

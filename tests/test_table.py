@@ -297,7 +297,7 @@ def test_splits_and_weights_that_cannot_be(
 
 def test_what_is_no_table_is_one_sentence(films: Path, tmp_path: Path) -> None:
     root = films.parent
-    with pytest.raises(InputError, match=r"--data\.table .*none\.csv cannot be read \(No such"):
+    with pytest.raises(InputError, match=r"the table .*none\.csv cannot be read \(No such"):
         read_index(root, table=tmp_path / "none.csv")
     films.write_bytes(b"PK\x03\x04\xff")
     with pytest.raises(InputError, match="is no table in UTF-8; save it as CSV in UTF-8"):

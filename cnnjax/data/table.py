@@ -135,7 +135,7 @@ def _cells(path: Path, names: dict[str, str]) -> Iterator[tuple[int, list[str]]]
         text = read_file(path).decode("utf-8-sig")
     except OSError as error:
         reason = error.strerror or error
-        raise InputError(f"--data.table {path} cannot be read ({reason})") from None
+        raise InputError(f"the table {path} cannot be read ({reason})") from None
     except UnicodeDecodeError:
         raise InputError(f"{path} is no table in UTF-8; save it as CSV in UTF-8") from None
     first = text.partition("\n")[0]

@@ -15,6 +15,7 @@ import jax
 import pytest
 
 import cnnjax
+from cnnjax.data.index import read_index
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "MODEL_CARD.md", *(ROOT / "docs").glob("*.md")])
@@ -80,7 +81,9 @@ def test_the_notebook_runs_from_top_to_bottom(
                 assert fewer != source
                 source = fewer
             exec(compile(source, f"cell {cell['id']}", "exec"), shown)
+    index = read_index(tmp_path / "runs" / "notebook-images")
     assert shown["test"].n == 60
+    assert shown["test"].patients == len({e.patient for e in index.split("test")})
     assert shown["heat"].shape == (4, shown["predictor"].size, shown["predictor"].size)
     assert "drawn images" in capsys.readouterr().out
 

@@ -209,3 +209,56 @@ def test_calibration_error_is_that_of_the_reliability_diagram() -> None:
     assert found.ece.ci95 is not None
     assert found.ece.ci95[0] <= found.ece.value <= found.ece.ci95[1]
     assert found.ece.ci95[0] < found.ece.ci95[1]
+
+
+def test_what_another_share_of_positives_would_give() -> None:
+    logits = np.array([1.0, -1, 1, 1, -1, -1, -1, -1, 1, -1])
+    labels = np.array([1, 1, 1, 1, 0, 0, 0, 0, 0, 0])  # sensitivity 3/4, specificity 5/6
+    said = metrics.evaluate(logits, labels, [str(i) for i in range(10)]).elsewhere(0.1)
+    right, false = 0.1 * 3 / 4, 0.9 / 6
+    assert said == (
+        "the figures above are of a share of positives of 0.4; where 0.1 are, accuracy is"
+        f" {right + 0.9 - false:.4f} and precision {right / (right + false):.4f}"
+    )
+    none = metrics.evaluate(-np.abs(logits), labels, [str(i) for i in range(10)]).elsewhere(0.1)
+    assert none.endswith("where 0.1 are, accuracy is 0.9000")  # no precision: nothing is positive
+    alone = metrics.evaluate(logits[:4], labels[:4], list("abcd")).elsewhere(0.1)
+    assert alone == "the figures above are of a share of positives of 1"
+
+
+def test_the_report_says_how_it_decided() -> None:
+    logits, labels = np.array([2.0, 0.5, -1, 2]), np.array([1, 1, 0, 0])
+    text = metrics.evaluate(logits, labels, list("aabc"), threshold=0.7).report(("well", "ill"))
+    lines = text.splitlines()
+    assert lines[1].startswith("sensitivity  0.5000")
+    assert lines[1].endswith("(recall)")
+    assert lines[9].split() == ["precision", "recall", "f1", "images"]
+    assert text.endswith(
+        "positive from probability 0.700 on: 1 true and 1 false positives,\n"
+        "  1 true and 1 false negatives; 4 images of 3 patients"
+    )
+
+
+def test_a_bootstrap_draws_whole_patients_however_many_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    patients = ["a", "b", "b", "c", "c", "c"]
+    (whole,) = metrics.patient_bootstrap(patients, 50, seed=1)
+    assert whole.shape == (50, 6)
+    assert (whole[:, 1] == whole[:, 2]).all()
+    assert (whole[:, 3] == whole[:, 5]).all()
+    assert (whole[:, [0, 1, 3]].sum(1) == 3).all()
+    monkeypatch.setattr(metrics, "_CHUNK", 6 * 20)
+    pieces = list(metrics.patient_bootstrap(patients, 50, seed=1))
+    assert [len(piece) for piece in pieces] == [20, 20, 10]
+    np.testing.assert_array_equal(np.concatenate(pieces), whole)
+    monkeypatch.setattr(metrics, "_CHUNK", 1)
+    assert len(list(metrics.patient_bootstrap(patients, 3))) == 3
+
+
+def test_weighted_auc_is_that_of_images_as_often_as_they_weigh() -> None:
+    logits, labels, _ = drawn(7, 60, ties=True)
+    times = np.random.default_rng(0).integers(0, 4, 60)
+    found = metrics._weighted_auc(logits, labels == 1, times[None].astype(float))
+    expected = reference.roc_auc_score(np.repeat(labels, times), np.repeat(logits, times))
+    assert found == pytest.approx([expected])

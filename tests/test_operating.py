@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 
 from cnnjax.config import OperatingConfig
+from cnnjax.errors import InputError
 from cnnjax.metrics import sigmoid
 from cnnjax.operating import (
     OperatingPoint,
+    at_views,
     fit_calibration,
     fit_operating_point,
     least_cost_threshold,
+    points_from_json,
+    points_to_json,
     reliability,
     sensitive_threshold,
 )
@@ -130,3 +134,109 @@ def test_a_network_that_ranks_the_wrong_way_round_is_not_turned_over() -> None:
     slope, bias = fit_calibration(logits, labels)
     assert slope > 0
     np.testing.assert_allclose(1 / (1 + np.exp(-(slope * logits + bias))), 0.25, atol=0.01)
+
+
+def test_a_point_turns_logits_into_probabilities_and_margins() -> None:
+    point = OperatingPoint(slope=0.5, bias=-1.0, prevalence=0.25, threshold=3.0)
+    np.testing.assert_allclose(point.calibrated(np.array([4.0, 0.0])), [1, -1])
+    # At a prevalence of 0.5 the odds are three times those at 0.25.
+    np.testing.assert_allclose(point.calibrated(np.array([4.0]), 0.5), 1 + np.log(3))
+    expected = 1 / (1 + np.exp(-1.0))
+    assert point.probabilities(np.array([4.0]))[0] == pytest.approx(expected)
+    assert point.probability_threshold() == pytest.approx(1 / (1 + np.exp(-0.5)))
+    np.testing.assert_allclose(point.margins(np.array([5.0, 3.0, 1.0])), [1, 0, -1])
+    plain = OperatingPoint()
+    assert plain.probability_threshold() == 0.5
+    np.testing.assert_array_equal(plain.calibrated(np.array([2.0]), 0.5), [2])
+
+
+def test_points_are_kept_for_each_number_of_views() -> None:
+    points = {1: OperatingPoint(threshold=1.0), 4: OperatingPoint(bias=2.0, criterion="mine")}
+    assert points_from_json(json.loads(json.dumps(points_to_json(points)))) == points
+    assert at_views(points, 4, "run") is points[4]
+    with pytest.raises(InputError, match=r"^--views 2: run has an operating .* 1 or 4 views of an"):
+        at_views(points, 2, "run")
+    with pytest.raises(InputError, match=r"point for 1 view of an image$"):
+        at_views({1: points[1]}, 2, "run")
+
+
+def test_criteria_are_told() -> None:
+    logits, labels = np.array([-1.0, 0, 1, 2]), np.array([0, 1, 0, 1])
+
+    def criterion(**asked: object) -> str:
+        return fit_operating_point(logits, labels, OperatingConfig(**asked)).criterion  # type: ignore[arg-type]
+
+    assert criterion(criterion="sensitivity", sensitivity=0.975) == "sensitivity 0.975"
+    cost = "least cost, a miss 3 times a false alarm, of"
+    assert criterion(criterion="cost", cost=3.0) == f"{cost} 0.5 ill"
+    assert criterion(criterion="cost", cost=3.0, prevalence=0.0625) == f"{cost} 0.0625 ill"
+    told = criterion(criterion="youden")
+    assert told == "highest sensitivity + specificity (Youden)"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_least_cost_is_that_of_images_at_the_prevalence_asked(seed: int) -> None:
+    logits, labels = drawn(seed, 60)
+    config = OperatingConfig(criterion="cost", cost=4.0, prevalence=0.2)
+    found = fit_operating_point(logits, labels, config).threshold
+
+    def cost(threshold: float) -> float:
+        called = logits >= threshold
+        missed = 0.2 * np.mean(~called[labels == 1])
+        return float(4 * missed + 0.8 * np.mean(called[labels == 0]))
+
+    tried = [-np.inf, *(np.unique(logits) - 0.05), np.inf]
+    assert cost(found) == pytest.approx(min(map(cost, tried)))
+
+
+def test_a_weight_is_so_many_images() -> None:
+    rng = np.random.default_rng(0)
+    logits, labels = drawn(11, 50)
+    times = rng.integers(1, 4, 50)
+    often = np.repeat(logits, times), np.repeat(labels, times)
+    weights = 7.0 * times
+    for missed in (0.3, 1.0, 4.0):
+        found = least_cost_threshold(logits, labels, 1.0, missed, weights)
+        assert found == least_cost_threshold(*often, 1.0, missed)
+    for wanted in (0.5, 0.9, 1.0):
+        found = sensitive_threshold(logits, labels, wanted, weights)
+        assert found == sensitive_threshold(*often, wanted)
+    point = fit_operating_point(logits, labels, OperatingConfig(criterion="youden"), weights)
+    assert point.prevalence == pytest.approx(often[1].mean())
+    assert point.threshold == fit_operating_point(*often, OperatingConfig("youden")).threshold
+
+
+def test_thresholds_lie_midway() -> None:
+    logits, labels = np.array([0.0, 1.0, 4.0, 8.0]), np.array([0, 0, 1, 1])
+    assert least_cost_threshold(logits, labels) == 2.5
+    assert sensitive_threshold(logits, labels, 1.0) == 2.5
+    assert sensitive_threshold(logits, labels, 0.5) == 6
+    assert sensitive_threshold(logits[2:], labels[2:], 1.0) == 4  # nothing lies below
+    # Of equally good places the middle one: any of these three has one error.
+    assert least_cost_threshold(np.array([0.0, 2.0]), np.array([1, 0])) in (-1, 3)
+    middle = np.array([0.0, 1.0, 2.0, 3.0]), np.array([0, 1, 0, 1])
+    assert least_cost_threshold(*middle) == 2.5
+    all_ill, none_ill = np.array([1, 1]), np.array([0, 0])
+    assert least_cost_threshold(np.array([3.0, 5.0]), all_ill) == 2  # one below them all
+    assert least_cost_threshold(np.array([3.0, 5.0]), none_ill) == 6
+
+
+def test_calibration_has_platts_targets() -> None:
+    """A class of n images is expected to be one of n + 2 that are half right."""
+    slope, bias = fit_calibration(np.array([1.0, 1, 1, 1]), np.array([1, 0, 0, 0]))
+    assert sigmoid(slope * np.array([1.0]) + bias)[0] == pytest.approx(
+        (4 * 0 + 2 / 3 + 3 / 5) / 4, abs=1e-3
+    )
+    _, flat = fit_calibration(np.array([3.0, 2, 1, 0]), np.array([0, 0, 0, 1]))
+    assert flat == pytest.approx(np.log(2 / 4))
+    two = fit_calibration(np.array([0.0, 1.0]), np.array([0, 1]))
+    # Through both targets, 1/3 and 2/3.
+    np.testing.assert_allclose(two, [2 * np.log(2), -np.log(2)], rtol=1e-6)
+
+
+def test_a_diagram_has_fifteen_bins_unless_told() -> None:
+    probabilities = (np.arange(15) + 0.5) / 15
+    found = reliability(probabilities, np.arange(15) % 2)
+    assert [one.images for one in found] == [1] * 15
+    np.testing.assert_allclose([one.predicted for one in found], probabilities)
+    assert [one.observed for one in found] == [i % 2 for i in range(15)]

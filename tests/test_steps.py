@@ -62,7 +62,9 @@ def close(a: Any, b: Any, rtol: float = 1e-4) -> None:
         np.testing.assert_allclose(x, y, atol=rtol * scale, rtol=0)
 
 
-@pytest.mark.parametrize("model", [BaselineCNN(), ResNet(stages=2)], ids=["baseline", "resnet"])
+@pytest.mark.parametrize(
+    "model", [BaselineCNN(), ResNet(width=8, stages=2)], ids=["baseline", "resnet"]
+)
 def test_loss_falls_and_nothing_is_traced_twice(model: nn.Module) -> None:
     traced: list[int] = []
 
@@ -285,7 +287,7 @@ def test_an_image_of_weight_0_counts_for_nothing() -> None:
     assert int(sums.images) == 8
 
 
-@pytest.mark.parametrize("what", ["image", "gradient"])
+@pytest.mark.parametrize("what", ["image", "gradient", "infinite gradient"])
 def test_a_step_that_is_not_finite_is_rejected(what: str) -> None:
     """The state stays as it was, and the metrics say so."""
 
@@ -298,14 +300,23 @@ def test_a_step_that_is_not_finite_is_rejected(what: str) -> None:
             x = nn.Dense(1)(images.reshape(len(images), -1))[:, 0]
             return x + jnp.sqrt(jnp.abs(x - x))  # its value is finite, its derivative is not
 
-    model = ResNet(width=4, stages=2) if what == "image" else Steep()
+    class Falling(nn.Module):
+        @nn.compact
+        def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+            zero = self.param("zero", nn.initializers.zeros, ())
+            return -jnp.sqrt(zero) * jnp.ones(len(images))  # its derivative is -inf
+
+    model = {"image": ResNet(width=4, stages=2), "gradient": Steep()}.get(what, Falling())
     optimizer = optax.sgd(0.1)
     images = jnp.zeros((1, SIZE, SIZE, 1))
     variables = variables_of(model) if what == "image" else model.init(KEY, images, train=True)
     state = state_of(jax.tree.map(jnp.array, variables), optimizer, ema=True)
     before = jax.device_get(state)
     step = make_train_step(model, optimizer, broken, ema_decay=0.9)
-    after, sums = step(state, batch_of(8), KEY)
+    batch = batch_of(8)
+    if what == "infinite gradient":
+        batch = batch._replace(labels=jnp.zeros(8, jnp.int32))
+    after, sums = step(state, batch, KEY)
     assert bool(sums.rejected)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(after), before)
 
@@ -318,11 +329,11 @@ def test_cross_entropy_is_stable() -> None:
 
 def test_moving_average_is_what_eval_uses() -> None:
     model = BaselineCNN()
-    step, state = started(model, ema_decay=0.9)
+    step, state = started(model, ema_decay=0.2)  # the last of four steps reach it
     mean = jax.tree.map(np.asarray, state.params)
     for i in range(4):
         state, _ = step(state, batch_of(8, seed=i), KEY)
-        decay = min(0.9, (1 + i) / (10 + i))
+        decay = min(0.2, (1 + i) / (10 + i))
         mean = jax.tree.map(
             lambda m, p, d=decay: d * m + (1 - d) * np.asarray(p), mean, state.params
         )
@@ -354,10 +365,47 @@ def test_weight_decay_shrinks_kernels_only() -> None:
     assert float(jnp.abs(updates["bias"]).max()) == float(jnp.abs(updates["scale"]).max()) == 0
 
 
+def test_adam_adds_the_epsilon_of_keras() -> None:
+    optimizer, _ = make_optimizer(TrainConfig(optimizer="adam", learning_rate=1.0), 10)
+    params = {"kernel": jnp.zeros(())}
+    with jax.numpy_dtype_promotion("standard"):
+        gradient = {"kernel": jnp.asarray(1e-7)}
+        updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+    assert float(updates["kernel"]) == pytest.approx(-1 / 2, rel=1e-3)  # -g / (|g| + 1e-7)
+
+
+def test_each_step_drops_others() -> None:
+    """What is drawn is a function of the run's key and of the step's number."""
+
+    class Dropping(nn.Module):
+        @nn.compact
+        def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+            kept = nn.Dropout(0.5, deterministic=not train)(jnp.ones((len(images), 64)))
+            return nn.Dense(1, kernel_init=nn.initializers.ones)(kept)[:, 0]
+
+    def losses(key: jax.Array) -> list[float]:
+        optimizer = optax.sgd(0.0)
+        state = state_of(Dropping().init(KEY, jnp.zeros((1, 2, 2, 1)), train=False), optimizer)
+        step = make_train_step(Dropping(), optimizer, still)
+        found = []
+        for _ in range(2):
+            state, sums = step(state, batch_of(8), key)
+            found.append(float(sums.loss))
+        return found
+
+    first = losses(KEY)
+    assert first[0] != first[1]
+    assert losses(KEY) == first
+    assert losses(jax.random.key(1))[0] != first[0]
+
+
 @pytest.mark.parametrize(
     ("config", "at", "expected"),
     [
         (TrainConfig(), 40, 1e-3),
+        # A warmup is no longer than the training, less a step.
+        (TrainConfig(schedule="cosine", epochs=4, warmup=9), 39, 1e-3),
+        (TrainConfig(schedule="cosine", epochs=4, warmup=0.5), 5, 1e-3),
         (TrainConfig(schedule="cosine", epochs=4), 0, 0.0),
         (TrainConfig(schedule="cosine", epochs=4), 10, 1e-3),
         (TrainConfig(schedule="cosine", epochs=4), 25, 5e-4),

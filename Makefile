@@ -31,14 +31,14 @@ train: install
 	$(BIN)/python experiments/pneumonia.py --data.root "$(DATA)" --workdir "$(RUN)" $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
 
 test-slow: install
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 # What happens with bad input, a full disk, a killed process: a table of what was tried.
 faults: install
-	$(BIN)/python -m pytest -n auto --dist loadfile -m faults
+	$(BIN)/python -m pytest -n auto --dist worksteal -m faults
 
 fuzz: install
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest -n auto -rP -p no:logging tests/faults/test_fuzz.py

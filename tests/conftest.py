@@ -21,6 +21,9 @@ from cnnjax.machine.devices import keep_compiled_programs
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _CACHE = tempfile.TemporaryDirectory(prefix="cnnjax-tests-")
     os.environ["XDG_CACHE_HOME"] = _CACHE.name
+# Most of the tests' programs take longer to compile well than to run.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+jax.config.update("jax_disable_most_optimizations", True)
 
 # Before JAX is first used: more devices than this machine may have cores, so that every test of a
 # step is also a test of dividing a batch.

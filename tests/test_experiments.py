@@ -53,7 +53,7 @@ def test_ablation_makes_a_table_and_goes_on_where_it_was(tree: Path, tmp_path: P
         data=DataConfig(root=str(tree), size=20, folds=3, cache=tmp_path / "cache"),
         model=ModelConfig("resnet", width=4, stages=1),
         augment=AugmentConfig(0, 0, True),
-        train=TrainConfig(epochs=2, batch=16),
+        train=TrainConfig(epochs=1, batch=16),
     )
     options = ablation.Options(config, seeds=(0,), only=("recipe", "no-class-weights"))
     rows = ablation.ablate(options)

@@ -161,10 +161,10 @@ def test_segmentation_learns_through_the_train_step() -> None:
     step = make_train_step(model, optimizer, augment, Segmentation())
     state = jax.jit(lambda key: init_state(model, optimizer, key, 32))(jax.random.key(0))
     losses = []
-    for _ in range(40):
+    for _ in range(25):
         state, sums = step(state, batch, jax.random.key(1))
         losses.append(float(sums.loss) / 8)
-    assert losses[-1] < 0.35 * losses[0]
+    assert losses[-1] < 0.5 * losses[0]
     assert int(sums.images) == 8
 
 
@@ -198,7 +198,7 @@ def test_maps_are_moved_as_images_are() -> None:
 def chests(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small tree of drawn radiographs."""
     root = tmp_path_factory.mktemp("drawn") / "chests"
-    phantom.write_tree(root, train=48, val=4, test=16, size=128)
+    phantom.write_tree(root, train=24, val=4, test=8, size=128)
     return root
 
 
@@ -210,7 +210,7 @@ def run(chests: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             workdir=folder / "run",
             data=DataConfig(root=str(chests), size=24, frame="lungs", cache=folder / "cache"),
             model=ModelConfig("resnet", width=4, stages=2),
-            train=TrainConfig(epochs=2, batch=16),
+            train=TrainConfig(epochs=1, batch=16),
         )
     )
     return folder / "run"

@@ -261,8 +261,8 @@ def check_states(found: steps.TrainState, expected: cnnjax.steps.TrainState) -> 
 @pytest.mark.parametrize(
     ("network", "optimizer", "count"),
     [
-        ("baseline", "adam", 20),
-        ("resnet", "adam", 20),
+        ("baseline", "adam", 4),
+        ("resnet", "adam", 4),
         ("baseline", "adamw", 4),
         ("baseline", "sgd", 4),
     ],

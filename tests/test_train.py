@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import functools
 import json
 import re
 import shutil
@@ -36,9 +38,32 @@ from cnnjax.machine import devices
 from cnnjax.run import checkpoint
 from cnnjax.run.workdir import append_line, claim, read_lines
 from cnnjax.steps import TrainState
-from cnnjax.train import fit
 
 EPOCHS = 4
+
+_SHARED: dict[str, Any] = {}
+_compile_steps = functools.cache(train.compile_steps)
+
+
+def fit(config: Config) -> train.Result:
+    """`cnnjax.train.fit`; but runs of one kind share a step, which is slow to trace, not to take.
+
+    A run in `test_cli`, whose process is killed, goes on with a step that is traced anew.
+    """
+    open_run = train.open_run
+
+    @contextlib.contextmanager
+    def opened(*arguments: Any) -> Iterator[train.Run]:
+        with open_run(*arguments) as run:
+            kind = run.config.model, run.config.train, run.config.augment, run.steps_per_epoch
+            here = repr((kind, run.mesh, devices.traits(run.mesh)))
+            run.train_step = _SHARED.setdefault(here, run.train_step)
+            yield run
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(train, "open_run", opened)
+        patched.setattr(train, "compile_steps", _compile_steps)
+        return train.fit(config)
 
 
 def config_for(tree: Path, workdir: Path, **train: Any) -> Config:
@@ -463,23 +488,35 @@ def test_a_refused_config_leaves_the_workdir_free(tree: Path, tmp_path: Path) ->
     assert kept.value is not None
 
 
-@pytest.mark.parametrize("damage", ["a bit", "a file cut short", "a file gone", "no checksums"])
-def test_a_damaged_latest_checkpoint_gives_way_to_the_one_before(
-    tree: Path, tmp_path: Path, finished: Path, capsys: pytest.CaptureFixture[str], damage: str
-) -> None:
-    """As after a power cut, or on a failing disk."""
-    run = tmp_path / "run"
+@pytest.fixture(scope="module")
+def stopped(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workdir of a run that was stopped after its third epoch."""
+    run = tmp_path_factory.mktemp("stopped") / "run"
+    save = checkpoint.Checkpoints.save
+
+    def stopping(self: Any, kinds: Any, epoch: int, state: Any) -> None:
+        save(self, kinds, epoch, state)
+        if epoch == 3:
+            raise KeyboardInterrupt
+
     with pytest.MonkeyPatch.context() as patched:
-        save = checkpoint.Checkpoints.save
-
-        def stopping(self: Any, kinds: Any, epoch: int, state: Any) -> None:
-            save(self, kinds, epoch, state)
-            if epoch == 3:
-                raise KeyboardInterrupt
-
         patched.setattr(checkpoint.Checkpoints, "save", stopping)
         with pytest.raises(KeyboardInterrupt):
             fit(config_for(tree, run))
+    return run
+
+
+@pytest.mark.parametrize("damage", ["a bit", "a file cut short", "a file gone", "no checksums"])
+def test_a_damaged_latest_checkpoint_gives_way_to_the_one_before(
+    tree: Path,
+    tmp_path: Path,
+    finished: Path,
+    stopped: Path,
+    capsys: pytest.CaptureFixture[str],
+    damage: str,
+) -> None:
+    """As after a power cut, or on a failing disk."""
+    run = Path(shutil.copytree(stopped, tmp_path / "run"))
     latest = run / "checkpoints" / "latest"
     assert sorted(path.name for path in latest.iterdir()) == ["2", "3"]
     largest = max((latest / "3").rglob("*"), key=lambda path: path.is_file() * path.stat().st_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -9,8 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
+from cnnjax.cli import guarded
 from cnnjax.machine.files import save_array, write_atomically
 from cnnjax.run import signals
 from cnnjax.run.checkpoint import Checkpoints, Kind
@@ -61,6 +64,48 @@ def test_a_checkpoint_goes_when_the_disk_has_the_next(
         checkpoints.save((kind,), epoch, state_of(epoch))
     checkpoints.close()
     assert gone == ([1] if kind == "latest" else [1, 2])
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
+def test_a_disk_that_fails_is_one_sentence_and_what_was_saved_stays(
+    number: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(("latest",), 1, state_of(1))
+    checkpoints.wait()
+
+    def failing(*_: object, **__: object) -> None:  # as Orbax says it
+        raise ValueError(f"UNKNOWN: Error writing 'a/file': {os.strerror(number)}")
+
+    def command() -> int:
+        checkpoints.save(("latest",), 2, state_of(2))
+        checkpoints.wait()
+        return 0
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ocp.CheckpointManager, "save", failing)
+        assert guarded(command) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert len(told.splitlines()) == 1
+    checkpoints.close()
+    assert Checkpoints(tmp_path).epoch("latest") == 1
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EROFS])
+def test_an_error_of_the_disk_without_a_name_is_one_sentence(
+    number: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command() -> int:
+        raise OSError(number, os.strerror(number))  # as `file.write` does
+
+    assert guarded(command) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert len(told.splitlines()) == 1
 
 
 WRITERS: dict[str, Callable[[Path], None]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -310,9 +311,13 @@ def test_predict_says_that_an_image_is_blank(
     side: int, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Image.new("L", (side, side), 90).save(tmp_path / "blank.png")
+    film, out = str(tmp_path / "blank.png"), str(tmp_path / "out.csv")
     with pytest.raises(SystemExit) as ended:
-        cli.main(["predict", str(tmp_path / "blank.png"), "--run", str(run)])
+        cli.main(["predict", film, "--run", str(run), "--csv", out])
     assert ended.value.code == 0
     (row,) = map(json.loads, capsys.readouterr().out.splitlines())
     assert "all pixels have the same gray level" in row["warning"]
+    with Path(out).open(newline="") as file:
+        (written,) = csv.DictReader(file)
+    assert (written["class"], written["warning"]) == ("", row["warning"])
     assert not {"probability", "class", "confidence"} & row.keys()

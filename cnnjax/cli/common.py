@@ -62,6 +62,13 @@ def _status(command: Callable[[], int]) -> int:
             except OSError:
                 sys.stdout = None  # else Python tries once more at its end
             return 2
+        if error.errno in (errno.EIO, errno.EROFS) and error.filename is None:
+            print(
+                f"error: a disk fails ({error.strerror}); what was saved on it stays, mend it and"
+                " give the command again",
+                file=sys.stderr,
+            )
+            return 2
         if error.filename is None:  # no file of the user's
             raise
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)

@@ -34,7 +34,8 @@ KINDS: tuple[Kind, ...] = ("latest", "best")
 
 _BESIDE, _CHECKSUMS = "beside.json", "checksums.json"  # in the folder of a checkpoint
 
-_FULL = errno.ENOSPC, errno.EDQUOT  # which Orbax tells in the text of a ValueError
+# What a disk can fail with; Orbax tells it in the text of a ValueError.
+_DISK = errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS
 
 
 class Checkpoints:
@@ -100,10 +101,10 @@ class Checkpoints:
         try:
             manager.save(epoch, args=ocp.args.StandardSave(state))
         except ValueError as error:
-            full = next((k for k in _FULL if os.strerror(k) in str(error)), None)
-            if full is None:
+            failed = next((k for k in _DISK if os.strerror(k) in str(error)), None)
+            if failed is None:
                 raise
-            raise OSError(full, os.strerror(full), str(self.folder)) from None
+            raise OSError(failed, os.strerror(failed), str(self.folder)) from None
         processes.on_main(lambda: _seal(self.folder / kind / str(epoch), beside))
         self._whole[kind, epoch] = True
         older = [step for step in before if step < epoch]

@@ -113,6 +113,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
         "test_table.py::test_patterns_of_no_use",
         "test_cli.py::test_bad_input_is_one_sentence_and_status_2",
         "test_cli.py::test_predict_goes_on_past_a_bad_file",
+        "test_lungs.py::test_predict_says_that_an_image_is_blank",
         "test_cli.py::test_predict_refuses_by_name_what_is_no_film_of_bearable_size",
         "test_cli.py::test_heat_maps_take_the_place_of_no_image",
         "test_cli.py::test_a_damaged_run_is_named",

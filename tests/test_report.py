@@ -296,7 +296,10 @@ def test_runs_on_other_images_are_not_called_comparable(run: Path, tmp_path: Pat
     shutil.copytree(run, fewer)
     lines = (fewer / "validation.csv").read_text().splitlines(keepends=True)
     (fewer / "validation.csv").write_text("".join(lines[:-2]))
+    summary = json.loads((fewer / "summary.json").read_text())
+    (fewer / "summary.json").write_text(json.dumps(summary | {"notes": ["look <here>"]}))
     page = Page(report.compare([run, fewer], tmp_path / "both.html").read_text("utf-8"))
+    assert "fewer: look <here>" in page.text
     assert "They were judged on different held-out images" in page.text
     assert "Difference from" not in page.text
     data = json.loads((fewer / "data.json").read_text())

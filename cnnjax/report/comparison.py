@@ -106,6 +106,15 @@ def differences(first: Run, other: Run) -> dict[str, Estimate] | None:
     )
 
 
+def _notes(runs: Sequence[Run]) -> list[str]:
+    """Returns each note once, with the names of the runs that it is about."""
+    said = []
+    for note in dict.fromkeys(note for run in runs for note in run.notes):
+        names = [run.name for run in runs if note in run.notes]
+        said.append(f"{'all' if len(names) == len(runs) else ', '.join(names)}: {note}")
+    return said
+
+
 def compare(folders: Sequence[Path], out: Path) -> Path:
     """Writes a page that sets finished runs side by side, each on its own held-out images.
 
@@ -141,7 +150,7 @@ def compare(folders: Sequence[Path], out: Path) -> Path:
         figures,
         runs=runs,
         differing=differing,
-        notes=[f"{run.name}: {note}" for run in runs for note in run.notes],
+        notes=_notes(runs),
         against=[differences(runs[0], run) for run in runs[1:]],
     )
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,15 @@
 """How good the logits are: counts, curves and their intervals, on the host in float64.
 
-The positive class is label 1. Where a metric has nothing to divide by, it is None.
+Two classes have one logit, and label 1 is the positive class. K classes have K logits; each class
+is then compared with all others ("one against the rest"), and a metric of all is the unweighted
+mean over the classes (the macro average). Where a metric has nothing to divide by, it is None.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,9 @@ _CHUNK = 2_000_000  # bootstrap weights held at once
 
 AT_ZERO = ("auc", "accuracy", "sensitivity", "specificity")
 """The metrics of `at_zero` and `paired_differences`."""
+
+_MACRO = ("sensitivity", "specificity", "precision", "f1", "auc")
+"""The metrics that are averaged over the classes where there are three or more."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +48,45 @@ UNDEFINED = Estimate(None, None)
 
 @dataclass(frozen=True)
 class Confusion:
-    """Images by truth and decision."""
+    """The confusion matrix."""
 
-    tn: int
-    fp: int
-    fn: int
-    tp: int
+    counts: tuple[tuple[int, ...], ...]
+    """Images by true class (row) and decision (column), K x K."""
+
+    @property
+    def tn(self) -> int:
+        """True negatives of two classes; what follows likewise."""
+        return self.counts[0][0]
+
+    @property
+    def fp(self) -> int:
+        """False positives."""
+        return self.counts[0][1]
+
+    @property
+    def fn(self) -> int:
+        """False negatives."""
+        return self.counts[1][0]
+
+    @property
+    def tp(self) -> int:
+        """True positives."""
+        return self.counts[1][1]
+
+    def to_json(self) -> Any:
+        """Returns `tn`, `fp`, `fn` and `tp` of two classes, the rows of more."""
+        if len(self.counts) > 2:
+            return [list(row) for row in self.counts]
+        return {name: getattr(self, name) for name in ("tn", "fp", "fn", "tp")}
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` finds; `to_json` is the form on disk."""
+    """What `evaluate` finds; `to_json` is the form on disk.
+
+    Of K logits for K classes, sensitivity, specificity, precision, F1 and AUC are macro averages,
+    and `each` holds those of each class.
+    """
 
     accuracy: Estimate
     sensitivity: Estimate
@@ -62,12 +95,19 @@ class Evaluation:
     f1: Estimate
     auc: Estimate
     brier: Estimate
+    """Mean squared error of the probability; of K classes, summed over them (Brier, Monthly Weather
+    Review 78, 1950)."""
     ece: Estimate
-    """Expected calibration error (Naeini et al., AAAI 2015), over 15 bins of equal width."""
+    """Expected calibration error (Naeini et al., AAAI 2015), over 15 bins of equal width; of K
+    classes, that of the highest probability (Guo et al., arXiv:1706.04599)."""
     confusion: Confusion
-    threshold: float
+    threshold: float | None
+    """The probability from which on an image is positive; None where the most probable class is
+    the decision."""
     n: int
     patients: int
+    each: tuple[Evaluation, ...] = ()
+    """Of K classes, each against the rest; empty for one logit."""
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain numbers, lists and dicts."""
@@ -77,8 +117,9 @@ class Evaluation:
                 ci95 = None if value.ci95 is None else list(value.ci95)
                 out[name] = {"value": value.value, "ci95": ci95}
             else:
-                out[name] = vars(value) if isinstance(value, Confusion) else value
-        return out
+                out[name] = value.to_json() if isinstance(value, Confusion) else value
+        del out["each"]
+        return out | ({"each": [one.to_json() for one in self.each]} if self.each else {})
 
     def elsewhere(self, prevalence: float) -> str:
         """Returns in words what sensitivity and specificity come to at another share of positives.
@@ -97,35 +138,46 @@ class Evaluation:
 
     def report(self, classes: Sequence[str]) -> str:
         """Returns the metrics with intervals, and the classification report per class, as text."""
-        c = self.confusion
         lines = [
             f"{name:<12} {value}"
             for name, value in vars(self).items()
             if isinstance(value, Estimate)
         ]
         lines[1] += "   (recall)"
-        width = max(map(len, classes))
-        lines += ["", f"{'':<{width}}  precision  recall      f1  images"]
-        for name, right, false, missed in (
-            (classes[0], c.tn, c.fn, c.fp),
-            (classes[1], c.tp, c.fp, c.fn),
-        ):
-            parts = (
-                _ratio(right, right + false),
-                _ratio(right, right + missed),
-                _ratio(2 * right, 2 * right + false + missed),
+        if self.each:
+            lines.append(
+                "all but accuracy, brier and ece: means over classes, each against the rest"
             )
+        width = max(map(len, classes))
+        areas = [f"  {one.auc}" for one in self.each] or [""] * len(classes)
+        last = "  AUC" if self.each else ""
+        lines += ["", f"{'':<{width}}  precision  recall      f1  images{last}"]
+        counts = np.array(self.confusion.counts)
+        for name, right, said, true, area in zip(
+            classes, counts.diagonal(), counts.sum(0), counts.sum(1), areas, strict=True
+        ):
+            parts = _ratio(right, said), _ratio(right, true), _ratio(2 * right, said + true)
             shown = ["  --  " if p is None else f"{p:.4f}" for p in parts]
             lines.append(
-                f"{name:<{width}}     {shown[0]}  {shown[1]}  {shown[2]}  {right + missed:>6,}"
+                f"{name:<{width}}     {shown[0]}  {shown[1]}  {shown[2]}  {true:>6,}{area}"
             )
-        lines += [
-            "",
-            f"positive from probability {self.threshold:.3f} on: {c.tp:,} true and {c.fp:,} false"
-            " positives,",
-            f"  {c.tn:,} true and {c.fn:,} false negatives;"
-            f" {self.n:,} images of {self.patients:,} patients",
-        ]
+        images = f"{self.n:,} images of {self.patients:,} patients"
+        if self.threshold is None:
+            columns = [max(len(name), 6) for name in classes]
+            named = "  ".join(f"{n:>{w}}" for n, w in zip(classes, columns, strict=True))
+            lines += ["", f"{'truth':<{width}}  called {named}"]
+            for name, row in zip(classes, counts.tolist(), strict=True):
+                shown = [f"{n:>{w},}" for n, w in zip(row, columns, strict=True)]
+                lines.append(f"{name:<{width}}         {'  '.join(shown)}")
+            lines += ["", f"decided for the most probable class; {images}"]
+        else:
+            c = self.confusion
+            lines += [
+                "",
+                f"positive from probability {self.threshold:.3f} on: {c.tp:,} true and"
+                f" {c.fp:,} false positives,",
+                f"  {c.tn:,} true and {c.fn:,} false negatives; {images}",
+            ]
         return "\n".join(lines)
 
 
@@ -142,16 +194,18 @@ def evaluate(
 
     All intervals allow for what the images of one patient have in common. Accuracy, sensitivity,
     specificity and precision get that of `clustered_proportion`; F1, AUC, Brier score and
-    calibration error get the percentile interval of a bootstrap that draws whole patients. That of
-    the calibration error is moved by the bootstrap's bias: each draw adds noise, and an average of
-    absolute values rises with it. Where all draws agree, as of a single patient or for a perfect
-    ranking, they cannot tell how far off the metric may be, and there is no interval.
+    calibration error, and all averages over classes, get the percentile interval of a bootstrap
+    that draws whole patients. That of the calibration error is moved by the bootstrap's bias: each
+    draw adds noise, and an average of absolute values rises with it. Where all draws agree, as of a
+    single patient or for a perfect ranking, they cannot tell how far off the metric may be, and
+    there is no interval.
 
     Args:
-        logits: float [n].
-        labels: int [n], 0 or 1.
+        logits: float [n] of two classes, or [n, K] of K classes.
+        labels: int [n], 0 or 1, or 0 to K - 1.
         patients: n patients.
-        threshold: an image is positive from this probability on.
+        threshold: an image of two classes with one logit is positive from this probability on; of
+            K logits, the highest decides.
         replicates: draws of the bootstrap; 0 leaves its intervals out.
         seed: of the bootstrap.
 
@@ -161,48 +215,117 @@ def evaluate(
     logits = np.asarray(logits, np.float64)
     labels = np.asarray(labels)
     _expect_as_many(logits=logits, labels=labels, patients=patients)
-    probability = sigmoid(logits)
-    decided = probability >= threshold
-    truth = labels == 1
-    c = Confusion(
-        tn=int((~truth & ~decided).sum()),
-        fp=int((~truth & decided).sum()),
-        fn=int((truth & ~decided).sum()),
-        tp=int((truth & decided).sum()),
+    bootstrap = patients, replicates, seed
+    if logits.ndim == 1:
+        probability = sigmoid(logits)
+        one, _ = _against_rest(
+            logits, probability, probability >= threshold, labels == 1, bootstrap
+        )
+        return replace(one, threshold=threshold)
+
+    classes = range(logits.shape[1])
+    scores, probabilities = against_rest(logits), softmax(logits)
+    called = logits.argmax(1)
+    each, drawn = [], []
+    for k in classes:
+        one, draws = _against_rest(
+            scores[:, k], probabilities[:, k], called == k, labels == k, bootstrap
+        )
+        each.append(one)
+        drawn.append(draws)
+
+    def summed(name: str, times: float = 1.0) -> Estimate:
+        """Returns a metric summed over the classes; undefined where it is of one of them."""
+        values = [getattr(one, name).value for one in each]
+        value = None if None in values else times * sum(values)
+        return _bootstrapped(value, times * np.sum([draws[name] for draws in drawn], axis=0))
+
+    # The highest probability says how likely the decision is right: calibration is about that.
+    right = called == labels
+    confidence, _ = _against_rest(
+        probabilities.max(1), probabilities.max(1), np.ones(len(labels), bool), right, bootstrap
+    )
+    return Evaluation(
+        accuracy=clustered_proportion(right, np.asarray(patients)),
+        **{name: summed(name, 1 / len(classes)) for name in _MACRO},
+        brier=summed("brier"),
+        ece=confidence.ece,
+        confusion=Confusion(
+            tuple(
+                tuple(int(((labels == row) & (called == column)).sum()) for column in classes)
+                for row in classes
+            )
+        ),
+        threshold=None,
+        n=len(labels),
+        patients=each[0].patients,
+        each=tuple(each),
     )
 
+
+def _against_rest(
+    scores: np.ndarray,
+    probability: np.ndarray,
+    decided: np.ndarray,
+    truth: np.ndarray,
+    bootstrap: tuple[Sequence[str], int, int],
+) -> tuple[Evaluation, dict[str, np.ndarray]]:
+    """Judges one class against the rest.
+
+    Args:
+        scores: float64 [n], by which images are ranked.
+        probability: float64 [n], of the class.
+        decided: bool [n], whether an image is called of the class.
+        truth: bool [n], whether it is.
+        bootstrap: patients, draws and seed.
+
+    Returns:
+        The evaluation, without a threshold, and the draws [replicates] of the metrics; NaN where a
+        draw does not define one.
+    """
+    patients, replicates, seed = bootstrap
+    c = Confusion(
+        (
+            (int((~truth & ~decided).sum()), int((~truth & decided).sum())),
+            (int((truth & ~decided).sum()), int((truth & decided).sum())),
+        )
+    )
     whom, patient = np.unique(np.asarray(patients), return_inverse=True)
-    drawn: dict[str, list[np.ndarray]] = {"f1": [], "auc": [], "brier": [], "ece": []}
+    drawn: dict[str, list[np.ndarray]] = {name: [] for name in (*_MACRO, "brier", "ece")}
     # [n, bins]: how much each image's probability is too high, in the column of its bin
-    excess = np.zeros((len(labels), _BINS))
+    excess = np.zeros((len(truth), _BINS))
     bins = np.minimum((probability * _BINS).astype(int), _BINS - 1)
-    excess[np.arange(len(labels)), bins] = probability - truth
+    excess[np.arange(len(truth)), bins] = probability - truth
     for weights in patient_bootstrap(patients, replicates, seed):
-        drawn["auc"].append(_weighted_auc(logits, truth, weights))
-        drawn["brier"].append(weights @ (probability - truth) ** 2 / weights.sum(1))
-        drawn["ece"].append(np.abs(weights @ excess).sum(1) / weights.sum(1))
-        hits = weights @ (truth & decided)
-        drawn["f1"].append(_divide(2 * hits, weights @ decided + weights @ truth))
+        images = weights.sum(1)
+        drawn["auc"].append(_weighted_auc(scores, truth, weights))
+        drawn["brier"].append(weights @ (probability - truth) ** 2 / images)
+        drawn["ece"].append(np.abs(weights @ excess).sum(1) / images)
+        hits, said, true = weights @ (truth & decided), weights @ decided, weights @ truth
+        drawn["f1"].append(_divide(2 * hits, said + true))
+        drawn["sensitivity"].append(_divide(hits, true))
+        drawn["specificity"].append(_divide(images - said - true + hits, images - true))
+        drawn["precision"].append(_divide(hits, said))
 
     draws = {name: np.concatenate([np.empty(0), *some]) for name, some in drawn.items()}
-    ece = float(np.abs(excess.sum(0)).sum() / len(labels))
+    ece = float(np.abs(excess.sum(0)).sum() / len(truth))
     if len(_telling(draws["ece"])):
         draws["ece"] = np.maximum(draws["ece"] + ece - np.median(draws["ece"]), 0)
-
-    return Evaluation(
+    found = Evaluation(
         accuracy=clustered_proportion(decided == truth, patient),
         sensitivity=clustered_proportion(decided[truth], patient[truth]),
         specificity=clustered_proportion(~decided[~truth], patient[~truth]),
         precision=clustered_proportion(truth[decided], patient[decided]),
         f1=_bootstrapped(_ratio(2 * c.tp, 2 * c.tp + c.fp + c.fn), draws["f1"]),
-        auc=_bootstrapped(auc(logits, labels), draws["auc"]),
+        auc=_bootstrapped(auc(scores, truth), draws["auc"]),
         brier=_bootstrapped(float(np.mean((probability - truth) ** 2)), draws["brier"]),
         ece=_bootstrapped(ece, draws["ece"]),
         confusion=c,
-        threshold=threshold,
-        n=len(labels),
+        threshold=None,
+        n=len(truth),
         patients=len(whom),
     )
+    return found, draws
 
 
 def patient_bootstrap(
@@ -229,27 +352,26 @@ def paired_differences(
 ) -> dict[str, Estimate]:
     """Returns how far the second logits of the same images are above the first, by metric.
 
-    AUC, accuracy, sensitivity and specificity; positive are logits from 0 on. The intervals are
+    AUC, accuracy, sensitivity and specificity as of `at_zero`. The intervals are
     percentiles of 2000 bootstrap draws of whole patients, the same for both: what makes an image
     hard for both does not widen them. Where all draws agree there is none, as in `evaluate`.
 
     Args:
-        logits: float [n].
-        others: float [n].
-        labels: int [n], 0 or 1.
+        logits: float [n], or [n, K] of K classes.
+        others: of the same shape.
+        labels: int [n], 0 or 1, or 0 to K - 1.
         patients: n patients.
 
     Raises:
         ValueError: the four do not have the same length, or are empty.
     """
     _expect_as_many(logits=logits, others=others, labels=labels, patients=patients)
-    truth = np.asarray(labels) == 1
 
     def gain(weights: np.ndarray) -> np.ndarray:
-        first, second = (_weighted_at_zero(scores, truth, weights) for scores in (logits, others))
+        first, second = (_weighted_at_zero(each, labels, weights) for each in (logits, others))
         return second - first
 
-    values = gain(np.ones((1, len(truth))))[:, 0].tolist()
+    values = gain(np.ones((1, len(labels))))[:, 0].tolist()
     drawn = np.hstack([gain(weights) for weights in patient_bootstrap(patients, _REPLICATES)])
     return {
         name: _bootstrapped(None if math.isnan(value) else value, draws)
@@ -279,28 +401,39 @@ def _telling(draws: np.ndarray) -> np.ndarray:
     return draws if len(np.unique(draws)) > 1 else draws[:0]
 
 
-def _weighted_at_zero(scores: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def _weighted_at_zero(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Returns [metrics, draws] under each row of weights [draws, n]; NaN where undefined."""
-    decided = np.asarray(scores) >= 0
-    return np.stack(
-        [
-            _weighted_auc(np.asarray(scores), truth, weights),
-            weights @ (decided == truth) / weights.sum(1),
-            _divide(weights @ (decided & truth), weights @ truth),
-            _divide(weights @ ~(decided | truth), weights @ ~truth),
-        ]
-    )
+    scores, decided, truth = _by_class(np.asarray(logits), np.asarray(labels))
+    areas, found, spared = [], [], []
+    for score, said, true in zip(scores.T, decided.T, truth.T, strict=True):
+        areas.append(_weighted_auc(score, true, weights))
+        found.append(_divide(weights @ (said & true), weights @ true))
+        spared.append(_divide(weights @ ~(said | true), weights @ ~true))
+    accuracy = weights @ (decided == truth).all(1) / weights.sum(1)
+    return np.stack([np.mean(areas, 0), accuracy, np.mean(found, 0), np.mean(spared, 0)])
+
+
+def _by_class(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns scores, decisions and truth of each class against the rest, [n, classes].
+
+    Of one logit [n] there is one column, that of the positive class, decided from 0 on.
+    """
+    if logits.ndim == 1:
+        return logits[:, None], logits[:, None] >= 0, labels[:, None] == 1
+    classes = np.arange(logits.shape[1])
+    return against_rest(logits), logits.argmax(1)[:, None] == classes, labels[:, None] == classes
 
 
 def at_zero(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """Returns AUC, accuracy, sensitivity and specificity where logits from 0 on are positive.
 
     Args:
-        logits: float [n].
-        labels: int [n], 0 and 1, both of them.
+        logits: float [n]; or [n, K] of K classes, of which the highest decides: then all but
+            accuracy are means over the classes, each against the rest.
+        labels: int [n], every class among them.
     """
-    values = _weighted_at_zero(logits, labels == 1, np.ones((1, len(labels))))[:, 0]
-    assert not np.isnan(values).any(), "training_data() sees to it that both classes validate"
+    values = _weighted_at_zero(logits, labels, np.ones((1, len(labels))))[:, 0]
+    assert not np.isnan(values).any(), "training_data() sees to it that all classes validate"
     return dict(zip(AT_ZERO, values.tolist(), strict=True))
 
 
@@ -308,14 +441,19 @@ def auc(scores: np.ndarray, labels: np.ndarray) -> float | None:
     """Returns the area under the ROC curve: P(positive scores higher) + P(tie) / 2.
 
     Args:
-        scores: float [n].
-        labels: int [n], 0 or 1.
+        scores: float [n]; or logits [n, K] of K classes, each of which is then compared with the
+            rest.
+        labels: int [n], 0 or 1, or 0 to K - 1.
 
     Returns:
-        A number in [0, 1]; None if a class is missing.
+        A number in [0, 1], of K classes their mean; None if a class is missing.
     """
-    value = _weighted_auc(np.asarray(scores), np.asarray(labels) == 1, np.ones((1, len(scores))))[0]
-    return None if math.isnan(value) else float(value)
+    columns, _, truth = _by_class(np.asarray(scores), np.asarray(labels))
+    one = np.ones((1, len(columns)))
+    value = float(
+        np.mean([_weighted_auc(c, t, one)[0] for c, t in zip(columns.T, truth.T, strict=True)])
+    )
+    return None if math.isnan(value) else value
 
 
 def clustered_proportion(hits: np.ndarray, patients: np.ndarray) -> Estimate:
@@ -367,6 +505,25 @@ def proportion(hits: int, n: int, effective: float | None = None) -> Estimate:
 def sigmoid(logits: np.ndarray) -> np.ndarray:
     """Returns probabilities float64 [n] of logits [n], without overflow."""
     return np.exp(-np.logaddexp(0, -np.asarray(logits, np.float64)))
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Returns probabilities float64 [n, K] of logits [n, K], without overflow."""
+    return np.exp(log_softmax(logits))
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Returns log-probabilities float64 [n, K] of logits [n, K], without overflow."""
+    wide = np.asarray(logits, np.float64)
+    return wide - np.logaddexp.reduce(wide, axis=1, keepdims=True)
+
+
+def against_rest(logits: np.ndarray) -> np.ndarray:
+    """Returns float64 [n, K], the log-odds of each class against the rest, of logits [n, K]."""
+    wide = np.asarray(logits, np.float64)
+    own = np.eye(wide.shape[1], dtype=bool)
+    rest = np.where(own, -np.inf, wide[:, None])  # [n, class, the others]
+    return wide - np.logaddexp.reduce(rest, axis=2)
 
 
 def _weighted_auc(scores: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> np.ndarray:

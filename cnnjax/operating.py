@@ -3,11 +3,15 @@
 Both are fitted on images that trained nothing, and judged on yet others. A threshold is a place on
 the logit, so its sensitivity and specificity do not depend on how common the disease is; what a
 logit means in terms of probability does, and `OperatingPoint.probabilities` takes a prevalence.
+
+Three and more classes have no positive one, and so no threshold and no prevalence: their logits are
+calibrated alike, and the most probable class is the decision (`SoftmaxPoint`).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -15,7 +19,7 @@ import numpy as np
 
 from cnnjax.config import OperatingConfig
 from cnnjax.errors import InputError
-from cnnjax.metrics import sigmoid
+from cnnjax.metrics import Evaluation, evaluate, log_softmax, sigmoid, softmax
 
 
 @dataclass(frozen=True)
@@ -60,16 +64,57 @@ class OperatingPoint:
         """
         return self.slope * (np.asarray(logits, np.float64) - self.threshold)
 
+    def decide(self, logits: np.ndarray) -> np.ndarray:
+        """Returns int64 [n], the labels that logits [n] are called."""
+        return (np.asarray(logits) >= self.threshold).astype(np.int64)
+
     def to_json(self) -> dict[str, Any]:
         """Returns plain numbers and strings, for `OperatingPoint(**values)`."""
         return asdict(self)
 
 
-Points = dict[int, OperatingPoint]
+@dataclass(frozen=True)
+class SoftmaxPoint:
+    """From a network's K logits to probabilities of K classes and a decision.
+
+    Temperature scaling with a bias for each class (Alexandari et al., ICML 2020, arXiv:1901.06852),
+    which undoes what class weights do to the probabilities.
+    """
+
+    slope: float = 1.0
+    """What the logits are multiplied with: one over the temperature."""
+    bias: tuple[float, ...] = ()
+    """What is added then to the logit of each class; nothing where empty."""
+    criterion: str = "the most probable class"
+    """How an image's class is decided."""
+
+    def calibrated(self, logits: np.ndarray) -> np.ndarray:
+        """Returns float64 [n, K], the log-probabilities that logits [n, K] mean."""
+        return log_softmax(self.slope * np.asarray(logits, np.float64) + (self.bias or 0.0))
+
+    def probabilities(self, logits: np.ndarray) -> np.ndarray:
+        """Returns float64 [n, K], the probabilities that logits [n, K] mean."""
+        return np.exp(self.calibrated(logits))
+
+    def margins(self, logits: np.ndarray) -> np.ndarray:
+        """Returns float64 [n, K]: those of networks of other scales can be compared."""
+        return self.calibrated(logits)
+
+    def decide(self, logits: np.ndarray) -> np.ndarray:
+        """Returns int64 [n], the most probable label of each row of logits [n, K]."""
+        return self.calibrated(logits).argmax(1)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain numbers, lists and strings."""
+        return asdict(self) | {"bias": list(self.bias)}
+
+
+Point = OperatingPoint | SoftmaxPoint
+Points = dict[int, Point]
 """The operating point for each number of views that an image's logit may be the mean of."""
 
 
-def at_views(points: Points, views: int, source: str) -> OperatingPoint:
+def at_views(points: Points, views: int, source: str) -> Point:
     """Returns the point for so many views.
 
     Raises:
@@ -93,9 +138,14 @@ def points_from_json(values: dict[str, Any]) -> Points:
     """Returns the points that `points_to_json` wrote down.
 
     Raises:
-        TypeError, ValueError, AttributeError: the values are none.
+        TypeError, ValueError, AttributeError, KeyError: the values are none.
     """
-    return {int(views): OperatingPoint(**point) for views, point in values.items()}
+    return {
+        int(views): OperatingPoint(**point)
+        if "threshold" in point
+        else SoftmaxPoint(**point | {"bias": tuple(point["bias"])})
+        for views, point in values.items()
+    }
 
 
 def fit_operating_point(
@@ -103,16 +153,22 @@ def fit_operating_point(
     labels: np.ndarray,
     config: OperatingConfig,
     weights: np.ndarray | None = None,
-) -> OperatingPoint:
+) -> Point:
     """Chooses calibration and threshold on images that trained nothing.
 
     Args:
-        logits: float [n].
-        labels: int [n], 0 or 1, both of them there.
+        logits: float [n], or [n, K] of K classes, which have no threshold.
+        labels: int [n], 0 or 1, or 0 to K - 1, all of them there.
         config: by what to choose the threshold.
         weights: float [n], of the images in the choice of the threshold; equal when None.
+
+    Raises:
+        InputError: the config asks for a threshold on K logits; see `expect_decidable`.
     """
     labels = np.asarray(labels)
+    if np.ndim(logits) == 2:
+        expect_decidable(config, np.shape(logits)[1])
+        return SoftmaxPoint(*fit_softmax_calibration(logits, labels))
     weights = np.ones(len(labels)) if weights is None else weights
     slope, bias = fit_calibration(logits, labels)
     prevalence = float(np.average(labels, weights=weights))
@@ -130,6 +186,82 @@ def fit_operating_point(
         threshold = least_cost_threshold(logits, labels, alarm, missed, weights)
         criterion = "highest sensitivity + specificity (Youden)"
     return OperatingPoint(slope, bias, prevalence, threshold, criterion)
+
+
+def evaluate_at(
+    point: Point, logits: np.ndarray, labels: np.ndarray, patients: Sequence[str]
+) -> Evaluation:
+    """Returns the figures of calibrated probabilities at an operating point.
+
+    Args:
+        point: of the logits.
+        logits: the network's, float [n] or [n, K].
+        labels: int [n].
+        patients: n patients.
+    """
+    threshold = point.probability_threshold() if isinstance(point, OperatingPoint) else 0.5
+    return evaluate(point.calibrated(logits), labels, patients, threshold=threshold)
+
+
+def expect_decidable(config: OperatingConfig, classes: int) -> None:
+    """Raises InputError where a threshold is asked for that only a positive class has."""
+    if config.criterion != "youden":
+        raise InputError(
+            f"--operating.criterion {config.criterion} is of a positive class, and {classes}"
+            " classes with a logit each have none: the most probable is called; drop the flag"
+        )
+
+
+def fit_softmax_calibration(
+    logits: np.ndarray, labels: np.ndarray
+) -> tuple[float, tuple[float, ...]]:
+    """Returns (slope, bias [K]) such that softmax(slope * logits + bias) is calibrated.
+
+    Multinomial logistic regression with one slope for all logits, by Newton's method, on targets
+    as of `fit_calibration`: those of a class of n_k images are (n_k + 1) / (n_k + K) for itself,
+    and the rest evenly for the others. The slope is positive; the biases have the sum 0.
+
+    Args:
+        logits: float [n, K].
+        labels: int [n], 0 to K - 1, all of them there.
+    """
+    x = np.asarray(logits, np.float64)
+    n, classes = x.shape
+    counts = np.bincount(labels, minlength=classes)
+    target = np.repeat(1 / (counts + classes)[:, None], classes, axis=1)
+    target[np.diag_indices(classes)] *= counts + 1
+    target = target[labels]
+    x = x - x.mean(1, keepdims=True)  # what all classes share says nothing
+    scale = x.std() or 1.0
+    x = (x - x.mean(0)) / scale
+    # [n, K, 1 + K]: what the logits are of slope and biases
+    design = np.concatenate(
+        [x[:, :, None], np.broadcast_to(np.eye(classes), (n, classes, classes))], 2
+    )
+
+    def loss(w: np.ndarray) -> float:
+        return float(-np.mean((target * log_softmax(design @ w)).sum(1)))
+
+    fitted = np.append(1.0, np.log(counts / n))
+    for _ in range(50):
+        p = softmax(design @ fitted)
+        gradient = np.einsum("nkw,nk->w", design, p - target) / n
+        mean = np.einsum("nkw,nk->nw", design, p)
+        hessian = np.einsum("nkw,nk,nkv->wv", design, p, design) - mean.T @ mean
+        # A number added to all biases changes nothing; the ridge takes the least.
+        step = np.linalg.solve(hessian / n + 1e-9 * np.eye(1 + classes), gradient)
+        before, size = loss(fitted), 1.0
+        while loss(fitted - size * step) > before and size > 1e-6:
+            size /= 2
+        fitted = fitted - size * step
+        if np.abs(size * step).max() < 1e-10:
+            break
+    if fitted[0] <= 0:  # see `fit_calibration`
+        slope, bias = _FLAT, np.log(counts + 1)
+    else:
+        slope = float(fitted[0] / scale)
+        bias = fitted[1:] - slope * np.asarray(logits, np.float64).mean(0)
+    return slope, tuple((bias - bias.mean()).tolist())
 
 
 def fit_calibration(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:

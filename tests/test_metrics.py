@@ -30,7 +30,7 @@ def test_values_against_scikit_learn(ties: bool, threshold: float) -> None:
     probability = 1 / (1 + np.exp(-logits))
     decided = probability >= threshold
     tn, fp, fn, tp = reference.confusion_matrix(labels, decided).ravel()
-    assert found.confusion == metrics.Confusion(tn, fp, fn, tp)
+    assert found.confusion == metrics.Confusion(((tn, fp), (fn, tp)))
     for ours, theirs in (
         (found.accuracy, reference.accuracy_score(labels, decided)),
         (found.sensitivity, reference.recall_score(labels, decided)),

@@ -1,7 +1,8 @@
 """Objectives: what a network's outputs are compared with, and the loss of each image.
 
 An objective is the part of the train step that knows the task. `Binary` is the project's own task,
-one logit for two classes; `Segmentation` is that of the lung finder, a map of logits.
+one logit for two classes; `Softmax` has a logit for each of three and more; `Segmentation` is that
+of the lung finder, a map of logits.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ class Batch(NamedTuple):
     images: jax.Array
     """uint8 [batch, height, width]."""
     labels: jax.Array
-    """int32 [batch], 1 for the positive class; for `Segmentation` uint8 [batch, height, width], 255
-    on the object."""
+    """int32 [batch], 0 and up, of two classes 1 for the positive; for `Segmentation` uint8
+    [batch, height, width], 255 on the object."""
     auxiliary: jax.Array | None = None
     """int32 [batch], 0 or 1, what the auxiliary head learns; -1 where that is not known; None where
     there is no such head."""
@@ -150,6 +151,8 @@ class Softmax(struct.PyTreeNode):
     """Weights of the labels, [K], or one for all."""
     label_smoothing: float = struct.field(pytree_node=False, default=0.0)
     """s moves a share s of each label evenly to all classes."""
+    mixup: float = struct.field(pytree_node=False, default=0.0)
+    """Each image is mixed with the next, in shares from Beta(mixup, mixup); 0 mixes nothing."""
 
     @property
     def collections(self) -> Sequence[str]:
@@ -158,24 +161,29 @@ class Softmax(struct.PyTreeNode):
 
     def prepare(self, key: jax.Array, augment: Augment, batch: Batch) -> tuple[jax.Array, PyTree]:
         """See `Objective`."""
-        return augment(key, to_float(batch.images)), batch.labels
+        images = augment(key, to_float(batch.images))
+        share = jnp.zeros(len(images), jnp.float32)
+        if self.mixup:
+            share = _shares(jax.random.fold_in(key, _MIXUP), self.mixup, len(images))
+            images = _mixed(images, share[:, None, None, None])
+        return images, (batch.labels, share)
 
     def losses(self, outputs: jax.Array, kept: PyTree, targets: PyTree) -> Losses:
         """See `Objective`; correct is an image whose own logit is the largest."""
+        labels, share = targets
         classes = outputs.shape[-1]
-        smooth = optax.smooth_labels(jax.nn.one_hot(targets, classes), self.label_smoothing)
-        weights = jnp.broadcast_to(jnp.asarray(self.class_weights, jnp.float32), (classes,))
-        losses = weights[targets] * optax.softmax_cross_entropy(outputs, smooth)
-        return Losses(losses, losses, outputs.argmax(-1) == targets)
+        given = jnp.broadcast_to(jnp.asarray(self.class_weights, jnp.float32), (classes,))
+        wanted, weights = jax.nn.one_hot(labels, classes), given[labels]
+        if self.mixup:
+            wanted, weights = _mixed(wanted, share[:, None]), _mixed(weights, share)
+        smooth = optax.smooth_labels(wanted, self.label_smoothing)
+        losses = weights * optax.softmax_cross_entropy(outputs, smooth)
+        return Losses(losses, losses, outputs.argmax(-1) == labels)
 
     def figures(self, outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """See `Objective`: unweighted cross-entropy and accuracy."""
-        wide = outputs.astype(np.float64)
-        wide -= wide.max(-1, keepdims=True)
-        own = np.take_along_axis(wide, labels[:, None], 1)[:, 0]
-        loss = np.log(np.exp(wide).sum(-1)) - own
-        correct = outputs.argmax(-1) == labels
-        return {"loss": float(loss.mean()), "accuracy": float(correct.mean())}
+        """See `Objective`: unweighted cross-entropy, and what `metrics.at_zero` tells."""
+        own = np.take_along_axis(metrics.log_softmax(outputs), labels[:, None], 1)
+        return {"loss": float(-own.mean()), **metrics.at_zero(outputs, labels)}
 
 
 class Segmentation(struct.PyTreeNode):

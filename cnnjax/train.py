@@ -34,10 +34,15 @@ from cnnjax.errors import InputError, TrainingError, first_line
 from cnnjax.logits import make_logits
 from cnnjax.machine import devices, processes
 from cnnjax.machine.files import write_atomically, write_rows
-from cnnjax.networks import model_of
+from cnnjax.networks import model_of, second_head
 from cnnjax.networks.imported import expect_logits
-from cnnjax.objectives import Batch, Binary, Objective
-from cnnjax.operating import fit_operating_point, points_to_json
+from cnnjax.objectives import Batch, Binary, Objective, Softmax
+from cnnjax.operating import (
+    evaluate_at,
+    expect_decidable,
+    fit_operating_point,
+    points_to_json,
+)
 from cnnjax.optimizers import Factory, layers_of, make_optimizer
 from cnnjax.phantom import DRAWN, is_drawn
 from cnnjax.run import initial, signals
@@ -82,7 +87,7 @@ class Result:
     summary: dict[str, Any]
     evaluations: dict[str, metrics.Evaluation]
     """Of the `best` and the `latest` checkpoint; empty for objectives other than
-    `cnnjax.objectives.Binary`, whose figures are in `summary`."""
+    `cnnjax.objectives.Binary` and `Softmax`, whose figures are in `summary`."""
 
     @property
     def best(self) -> metrics.Evaluation:
@@ -120,7 +125,7 @@ def fit(
             with float32 images [batch, size, size, 1] in [0, 1] and returns what the objective
             takes; by default the one that `config.model` describes.
         objective: the loss and what an epoch reports, see `cnnjax.objectives.Objective`; by default
-            `Binary` as `config.train` says.
+            `Binary` for two classes and `Softmax` for more, as `config.train` says.
         optimizer: from the learning rate, an optax schedule, to an optax transformation, as
             `optax.lion`; by default what `config.train.optimizer` names. The schedule and the other
             flags of `config.train` are in force.
@@ -188,6 +193,7 @@ class Run:
         data: the images and what they are for.
         workdir: where everything is kept.
         mesh: the devices: as many as divide a batch.
+        auxiliary: weight of the second head's loss; 0 where the classes leave it nothing to learn.
         network: a Linen module.
         objective: the loss and what an epoch reports.
         steps_per_epoch: how many batches the training images fill, rounded up.
@@ -208,14 +214,9 @@ class Run:
     ) -> None:
         train = config.train
         self.config, self.data, self.workdir, self.mesh = config, data, workdir, mesh
-        self.network = given.network
+        self.network, self.objective = given.network, given.objective
+        self.auxiliary = second_head(train, data.classes)
         self.steps_per_epoch = math.ceil(len(data.train) / train.batch)
-        self.objective = given.objective or Binary(
-            class_weights_of(data.labels[data.train]) if train.class_weights else _EQUAL,
-            train.label_smoothing,
-            train.mixup,
-            train.auxiliary,
-        )
         layers = layers_of(self.network, config.data.size) if train.layer_decay < 1 else ()
         self._optimizer, self._learning_rate = make_optimizer(
             train, self.steps_per_epoch, given.optimizer, layers
@@ -271,7 +272,7 @@ class Run:
     def feeder(self) -> Feeder:
         """Returns what brings the images to the devices."""
         decoded, limit = self.data.decoded, self.config.data.resident_mib
-        auxiliary = decoded.viral if self.config.train.auxiliary else None
+        auxiliary = decoded.viral if self.auxiliary else None
         return Feeder(
             decoded.images, self.data.labels, self.mesh, limit, auxiliary, decoded.weights
         )
@@ -464,7 +465,7 @@ class Run:
         }
         workdir.write_config(config)
         self._checkpoints.drop("within")
-        if not isinstance(self.objective, Binary):
+        if not isinstance(self.objective, Binary | Softmax):
             figures = {kind: self.objective.figures(out, labels) for kind, out in outputs.items()}
             summary |= {"best": figures["best"], "last": figures["latest"]}
             write_json(workdir.summary, summary)
@@ -482,30 +483,34 @@ class Run:
         off = processes.no_bars()
         for kind, out in tqdm(outputs.items(), "intervals", leave=False, disable=off):
             point = points[kind][config.augment.views]
-            judged[kind] = metrics.evaluate(
-                point.calibrated(out), labels, patients, threshold=point.probability_threshold()
-            )
+            judged[kind] = evaluate_at(point, out, labels, patients)
+        several = isinstance(self.objective, Softmax)
         if processes.is_main():
+            columns = [f"_{name}" for name in data.classes] if several else [""]
+            logits = [f"logit_{kind}{each}" for kind in ("best", "last") for each in columns]
+            both = np.hstack([outputs[k].reshape(len(labels), -1) for k in ("best", "latest")])
             with write_atomically(workdir.validation) as file:
-                write_rows(file, [["image", "patient", "label", "logit_best", "logit_last"]])
-                for e, a, b in zip(held_out, outputs["best"], outputs["latest"], strict=True):
-                    write_rows(file, [[e.name, e.patient, e.label, float(a), float(b)]])
+                write_rows(file, [["image", "patient", "label", *logits]])
+                for e, row in zip(held_out, both.tolist(), strict=True):
+                    write_rows(file, [[e.name, e.patient, e.label, *row]])
         rules = processes.on_main(lambda: _trivial_rules(data))
         undecided = {kind: metrics.at_zero(out, labels) for kind, out in outputs.items()}
         summary |= {
             "best": judged["best"].to_json(),
             "last": judged["latest"].to_json(),
-            # At the network's own probability 0.5, before calibration, as in metrics.jsonl.
-            "at_0.5": {"best": undecided["best"], "last": undecided["latest"]},
             "rules": rules,
         }
+        if not several:
+            # At the network's own probability 0.5, before calibration, as in metrics.jsonl.
+            summary["at_0.5"] = {"best": undecided["best"], "last": undecided["latest"]}
         found = undecided["latest"]
         if found["accuracy"] <= rules["majority_accuracy"]:
             summary["notes"].append(
-                f"on the held-out images the last epoch (accuracy {found['accuracy']:.4f} at its"
-                f" probability 0.5, AUC {found['auc']:.4f}) is no better than calling them all what"
-                f" most are (accuracy {rules['majority_accuracy']:.4f}): training was too short, or"
-                " diverged; begin another run (--workdir) with more --train.epochs, or a lower"
+                f"on the held-out images the last epoch (accuracy {found['accuracy']:.4f}"
+                f"{'' if several else ' at its probability 0.5'}, AUC {found['auc']:.4f}) is no"
+                " better than calling them all what most are (accuracy"
+                f" {rules['majority_accuracy']:.4f}): training was too short, or diverged; begin"
+                " another run (--workdir) with more --train.epochs, or a lower"
                 " --train.learning-rate"
             )
         for note in summary["notes"]:
@@ -562,7 +567,9 @@ class Run:
             counts = np.bincount(data.labels[rows], minlength=len(data.classes))
             shown = (f"{n:,} {c}" for n, c in zip(counts, data.classes, strict=True))
             print(f"  {name:<8} {', '.join(shown)}")
-        if config.train.auxiliary:
+        if config.train.auxiliary and not self.auxiliary:
+            print(f"  no second head: --train.auxiliary is left out for {', '.join(data.classes)}")
+        if self.auxiliary:
             viral = data.decoded.viral[data.train]
             known = f"{(viral == 0).sum():,} bacterial, {(viral == 1).sum():,} viral"
             both = {0, 1} <= set(viral)
@@ -612,16 +619,23 @@ def open_run(
             data = training_data(config.data, config.seed, print, mesh)
         if drawn:
             print(f"note      {DRAWN}")
-        network = model_of(config) if given.network is None else given.network
+        network, objective = given.network, given.objective
+        if network is None:
+            network = model_of(config, data.classes)
+        if objective is None:
+            objective = objective_of(config.train, data)
         # Before the workdir is this run's: what does not fit can be mended with other flags.
-        if (given.network or ":" in config.model.name) and not given.objective:
-            expect_logits(network, config.data.size, classes=2)
+        if given.network or given.objective or ":" in config.model.name:
+            _expect_outputs(network, objective, config.data.size, len(data.classes))
+        if isinstance(objective, Softmax):
+            expect_decidable(config.operating, len(data.classes))
         initial.expect_fit(network, config, weights)
         workdir.claim_data(data.decoded.fingerprint, data.classes, drawn)
         processes.on_main(lambda: _claim_rest(workdir, data, given))
         session = {"devices": devices.describe(mesh), "versions": versions()}
         append_line(workdir.sessions, session)
-        run = Run(config, data, workdir, mesh, given._replace(network=network), weights)
+        parts = given._replace(network=network, objective=objective)
+        run = Run(config, data, workdir, mesh, parts, weights)
         stack.callback(run.close)
         run.describe()
         run.mend()
@@ -770,14 +784,30 @@ def means(sums: Sequence[Metrics]) -> dict[str, float]:
     return {"loss": loss / images, "accuracy": correct / images}
 
 
-_EQUAL = (1.0, 1.0)
+def class_weights_of(labels: np.ndarray) -> tuple[float, ...]:
+    """Returns n / (K n_c) for each label c of K, so that all classes weigh the same in sum."""
+    counts = np.bincount(labels).tolist()
+    return tuple(len(labels) / (len(counts) * count) for count in counts)
 
 
-def class_weights_of(labels: np.ndarray) -> tuple[float, float]:
-    """Returns n / (2 n_c) for each label c, so that both classes weigh the same in sum."""
-    n = len(labels)
-    positive = int(labels.sum())
-    return n / (2 * (n - positive)), n / (2 * positive)
+def objective_of(train: TrainConfig, data: TrainingData) -> Objective:
+    """Returns the objective of a config: one logit for two classes, one for each of more."""
+    weights = (1.0,) * len(data.classes)
+    if train.class_weights:
+        weights = class_weights_of(data.labels[data.train])
+    if len(data.classes) == 2:
+        return Binary(weights, train.label_smoothing, train.mixup, second_head(train, data.classes))
+    return Softmax(np.array(weights, np.float32), train.label_smoothing, train.mixup)
+
+
+def _expect_outputs(network: Any, objective: Objective, size: int, classes: int) -> None:
+    """Raises InputError where the network does not return what the objective takes."""
+    if isinstance(objective, Binary):
+        if classes > 2:
+            raise InputError(f"Binary is for two classes, not {classes}; give Softmax, or none")
+        expect_logits(network, size, classes, outputs=1)
+    elif isinstance(objective, Softmax):
+        expect_logits(network, size, classes, outputs=classes)
 
 
 def _fetched(state: TrainState) -> TrainState:
@@ -834,20 +864,25 @@ def _score(figures: dict[str, float], config: TrainConfig) -> float:
 
 
 def _trivial_rules(data: TrainingData) -> dict[str, float]:
-    """Returns what needs no network: accuracy of the larger class, AUC of mean brightness."""
+    """Returns what needs no network: accuracy of the largest class, AUC of mean brightness.
+
+    Of three and more classes that is the mean over the classes, each against the rest.
+    """
     labels = data.labels
     brightness = np.array([image.mean() for image in data.decoded.images])
 
-    def area(rows: np.ndarray) -> float:
-        return metrics.auc(brightness[rows], labels[rows]) or 0.0
+    def area(label: int, rows: np.ndarray) -> float:
+        return metrics.auc(brightness[rows], labels[rows] == label) or 0.0
 
-    # Whether brighter means positive is for the training images to say.
-    validated = area(data.validation)
+    areas = []
+    for label in (1,) if len(data.classes) == 2 else range(len(data.classes)):
+        # Whether brighter means positive is for the training images to say.
+        validated = area(label, data.validation)
+        areas.append(validated if area(label, data.train) >= 0.5 else 1 - validated)
+    largest = np.bincount(labels[data.train]).argmax()
     return {
-        "majority_accuracy": float(
-            np.mean(labels[data.validation] == labels[data.train].mean().round())
-        ),
-        "brightness_auc": validated if area(data.train) >= 0.5 else 1 - validated,
+        "majority_accuracy": float(np.mean(labels[data.validation] == largest)),
+        "brightness_auc": float(np.mean(areas)),
     }
 
 

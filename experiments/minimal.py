@@ -19,7 +19,7 @@ import tyro
 from cnnjax.augment import make_augment
 from cnnjax.cli import guarded
 from cnnjax.config import AugmentConfig, DataConfig, DeviceConfig
-from cnnjax.data.prepare import training_data
+from cnnjax.data.prepare import expect_two_classes, training_data
 from cnnjax.machine import devices
 from cnnjax.metrics import evaluate
 from cnnjax.networks import BaselineCNN
@@ -90,6 +90,7 @@ def main(data: DataConfig, epochs: int = 5) -> int:
     batch_size = math.ceil(BATCH / mesh.size) * mesh.size  # divisible among the devices
     everywhere, by_row = devices.replicated(mesh), devices.divided(mesh)
     found = training_data(data, SEED, print)
+    expect_two_classes(found.classes, "experiments/minimal.py")
     init_key, order_key, step_key = jax.random.split(jax.random.key(SEED), 3)
     state = jax.device_put(init(init_key, data.size), everywhere)
     images, labels, step_key = jax.device_put(

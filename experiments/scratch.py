@@ -22,7 +22,7 @@ from cnnjax import metrics, steps
 from cnnjax.cli import guarded
 from cnnjax.config import DataConfig, TrainConfig
 from cnnjax.data.batches import in_batches, step_rows
-from cnnjax.data.prepare import training_data
+from cnnjax.data.prepare import expect_two_classes, training_data
 from cnnjax.errors import InputError
 from cnnjax.machine.devices import keep_compiled_programs
 from cnnjax.networks import BaselineCNN
@@ -62,7 +62,9 @@ def main(options: Options) -> metrics.Evaluation:
     keep_compiled_programs()
     data = training_data(options.data, options.seed, print)
     images, labels = data.decoded.images, data.decoded.labels
-    weights = class_weights_of(labels[data.train])
+    expect_two_classes(data.classes, "experiments/scratch.py")
+    negative, positive = class_weights_of(labels[data.train])
+    weights = negative, positive
     key = jax.random.key(options.seed)
     init_key, order_key = jax.random.split(key)
 

@@ -82,6 +82,11 @@ def data_of(
         )
     if {len(part) for part in (labels, held_out, patients, names)} != {n}:
         raise InputError(f"labels, held_out, patients and names must each be of {n} images")
+    if np.ndim(labels) != 1:
+        raise InputError(
+            f"labels must be int [n], got {list(np.shape(labels))}: several findings an image"
+            " (multi-label) are not supported; give each image one class"
+        )
     held_out = np.asarray(held_out, bool)
     for side in (~held_out, held_out):
         if set(np.asarray(labels)[side].tolist()) != set(range(len(classes))):
@@ -93,6 +98,14 @@ def data_of(
     each = zip(names, np.asarray(labels).tolist(), patients, strict=True)
     examples = tuple(Example(name, "train", label, patient) for name, label, patient in each)
     return TrainingData(cache.decoded_of(images, examples), held_out, classes)
+
+
+def expect_two_classes(classes: Sequence[str], who: str) -> None:
+    """Raises InputError where there are more classes than `who`, a phrase, can tell apart."""
+    if len(classes) > 2:
+        raise InputError(
+            f"{who} tells two classes apart, and these are {len(classes)}: {', '.join(classes)}"
+        )
 
 
 def open_index(config: DataConfig, say: Say) -> Index:

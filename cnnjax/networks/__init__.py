@@ -17,6 +17,7 @@ from cnnjax.networks.classifiers import (
     ResNet,
     make_model,
     model_of,
+    second_head,
 )
 from cnnjax.networks.lung_finder import LungFinder
 from cnnjax.networks.modules import ConvPool, local_contrast, standardized
@@ -33,5 +34,6 @@ __all__ = [
     "local_contrast",
     "make_model",
     "model_of",
+    "second_head",
     "standardized",
 ]

@@ -1,12 +1,14 @@
-"""The networks that tell two classes apart."""
+"""The networks that tell classes apart."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from cnnjax.config import Config, ModelConfig
+from cnnjax.config import Config, ModelConfig, TrainConfig
 from cnnjax.errors import InputError
 from cnnjax.networks.imported import expect_second_head, make_imported
 from cnnjax.networks.modules import BatchNorm, Conv, ConvPool, local_contrast, standardized
@@ -25,7 +27,7 @@ STEM_SIZES = {2: 3, 4: 7}  # side of the ResNet's first kernel, by its stride
 
 
 def make_model(
-    config: ModelConfig, dtype: Dtype = jnp.float32, *, auxiliary: bool = False
+    config: ModelConfig, dtype: Dtype = jnp.float32, *, classes: int = 2, auxiliary: bool = False
 ) -> nn.Module:
     """Returns the network that the config names; its parameters come from `model.init`.
 
@@ -33,18 +35,20 @@ def make_model(
         config: which network, and its size.
         dtype: what it computes in, float32 or bfloat16. Parameters and the statistics of batch norm
             are float32 in any case, and so are the logits.
+        classes: how many to tell apart: two have one logit, [batch]; K of them K, [batch, K].
         auxiliary: with a second head on the last features, whose logits [batch] `apply` leaves in
             the collection `AUXILIARY` in training, where that is mutable. Else it is not needed,
             nor are its parameters.
     """
+    outputs = 1 if classes == 2 else classes
     if ":" in config.name:
-        network = make_imported(config.name, dtype=dtype, auxiliary=auxiliary)
+        network = make_imported(config.name, dtype=dtype, auxiliary=auxiliary, outputs=outputs)
         if auxiliary:
             expect_second_head(network)
         return network
     if config.name == "baseline":
         return BaselineCNN(
-            config.channels, config.standardize, config.local_contrast, dtype, auxiliary
+            config.channels, config.standardize, config.local_contrast, dtype, auxiliary, outputs
         )
     return ResNet(
         channels=config.channels,
@@ -56,13 +60,29 @@ def make_model(
         local_contrast=config.local_contrast,
         dtype=dtype,
         auxiliary=auxiliary,
+        outputs=outputs,
     )
 
 
-def model_of(config: Config) -> nn.Module:
-    """Returns the network that a run of the config trains, in the precision that it settled on."""
+def model_of(config: Config, classes: Sequence[str]) -> nn.Module:
+    """Returns the network that a run of the config trains, in the precision that it settled on.
+
+    Args:
+        config: of the run.
+        classes: names of the labels that it tells apart.
+    """
     precision = jnp.dtype(config.train.precision)
-    return make_model(config.model, precision, auxiliary=bool(config.train.auxiliary))
+    second = bool(second_head(config.train, classes))
+    return make_model(config.model, precision, classes=len(classes), auxiliary=second)
+
+
+def second_head(train: TrainConfig, classes: Sequence[str]) -> float:
+    """Returns the weight of the auxiliary head's loss: 0 where it has nothing to add to classes.
+
+    It tells the causes of one of two classes apart.
+    """
+    causes = {"BACTERIA", "VIRUS"} & {name.upper() for name in classes}
+    return train.auxiliary if len(classes) == 2 and not causes else 0.0
 
 
 def _prepared(images: jax.Array, network: BaselineCNN | ResNet) -> jax.Array:
@@ -87,6 +107,7 @@ class BaselineCNN(nn.Module):
     local_contrast: bool = False
     dtype: Dtype = jnp.float32
     auxiliary: bool = False
+    outputs: int = 1
 
     @nn.compact
     def __call__(
@@ -95,7 +116,10 @@ class BaselineCNN(nn.Module):
         *,
         train: bool = False,
     ) -> jax.Array:
-        """Returns logits [batch] of images [batch, height, width, 1]; see the module.
+        """Returns logits of images [batch, height, width, 1]; see the module.
+
+        Returns:
+            float32 [batch] of one output, else [batch, outputs].
 
         Raises:
             InputError: they have fewer than 10 rows or columns.
@@ -114,8 +138,8 @@ class BaselineCNN(nn.Module):
         dtype = layers.dense_dtype(self.dtype)
         x = nn.relu(nn.Dense(128, kernel_init=glorot, dtype=dtype, name="dense1")(x))
         _second_head(self, x, train)
-        x = nn.Dense(1, kernel_init=glorot, dtype=dtype, name="dense2")(x)
-        return x[:, 0].astype(jnp.float32)
+        x = nn.Dense(self.outputs, kernel_init=glorot, dtype=dtype, name="dense2")(x)
+        return (x[:, 0] if self.outputs == 1 else x).astype(jnp.float32)
 
 
 class ResidualBlock(nn.Module):
@@ -159,6 +183,7 @@ class ResNet(nn.Module):
     local_contrast: bool = False
     dtype: Dtype = jnp.float32
     auxiliary: bool = False
+    outputs: int = 1
 
     @nn.compact
     def __call__(
@@ -167,7 +192,11 @@ class ResNet(nn.Module):
         *,
         train: bool = False,
     ) -> jax.Array:
-        """Returns logits [batch] of images [batch, height, width, 1]; see the module."""
+        """Returns logits of images [batch, height, width, 1]; see the module.
+
+        Returns:
+            float32 [batch] of one output, else [batch, outputs].
+        """
         x = Conv(
             self.width,
             size=STEM_SIZES[self.stem],
@@ -190,7 +219,8 @@ class ResNet(nn.Module):
         x = _exposed(self, FINAL, x)
         x = x.mean((1, 2), dtype=jnp.float32)
         _second_head(self, x, train)
-        return nn.Dense(1, dtype=jnp.float32, name="head")(x)[:, 0]
+        x = nn.Dense(self.outputs, dtype=jnp.float32, name="head")(x)
+        return x[:, 0] if self.outputs == 1 else x
 
 
 def _exposed(network: nn.Module, name: str, maps: jax.Array) -> jax.Array:

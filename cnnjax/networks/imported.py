@@ -80,20 +80,21 @@ def expect_second_head(network: nn.Module) -> None:
         )
 
 
-def expect_logits(network: nn.Module, size: int, classes: int) -> None:
+def expect_logits(network: nn.Module, size: int, classes: int, outputs: int) -> None:
     """Raises InputError where a network does not return logits of this shape.
 
     Args:
         network: to be looked at.
         size: side of its images, in pixels.
-        classes: 2 for [batch], more for [batch, classes].
+        classes: how many it is to tell apart.
+        outputs: 1 for [batch], more for [batch, outputs].
     """
     images = jax.ShapeDtypeStruct((2, size, size, 1), jnp.float32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     _, logits = jax.eval_shape(
         lambda key, x: (v := network.init(key, x), network.apply(v, x, train=False)), key, images
     )
-    wanted = (2,) if classes == 2 else (2, classes)
+    wanted = (2,) if outputs == 1 else (2, outputs)
     shape = getattr(logits, "shape", None)
     if shape != wanted:
         raise InputError(

@@ -23,7 +23,10 @@ from cnnjax.config import Config, differences, expect_effect, flags, from_json, 
 from cnnjax.errors import InputError
 from cnnjax.machine import processes
 from cnnjax.machine.files import read_cell, write_atomically
-from cnnjax.operating import OperatingPoint, Points, points_from_json
+from cnnjax.operating import OperatingPoint, Points, SoftmaxPoint, points_from_json
+
+BINARY, SOFTMAX = "cnnjax.objectives:Binary", "cnnjax.objectives:Softmax"
+"""The objectives of one logit, and of one for each class, as `parts.json` names them."""
 
 
 class Judged(NamedTuple):
@@ -34,7 +37,7 @@ class Judged(NamedTuple):
     """int [n]."""
     patients: list[str]
     logits: np.ndarray
-    """float64 [n]."""
+    """float64 [n], or [n, K] of K classes."""
 
 
 class Workdir:
@@ -55,7 +58,7 @@ class Workdir:
         throughput: `throughput.jsonl`, wall time for each epoch; the only file with times in it.
         events: `tensorboard/`, event files where the config asks for them.
         checkpoints: `checkpoints/latest` and `checkpoints/best`.
-        validation: `validation.csv`, a logit for each held-out image.
+        validation: `validation.csv`, the logits of each held-out image.
         operating: `operating.json`, the operating points of the best and the latest state.
         summary: `summary.json`, written when training has ended.
     """
@@ -101,10 +104,17 @@ class Workdir:
         with write_atomically(self.config) as file:
             file.write(to_json(config))
 
-    def read_classes(self) -> tuple[str, str]:
-        """Returns the names of labels 0 and 1."""
-        negative, positive = read_json(self.data, "classes")
-        return negative, positive
+    def read_classes(self) -> tuple[str, ...]:
+        """Returns the names of the labels, 0 and up."""
+        return tuple(read_json(self.data, "classes"))
+
+    @property
+    def has_softmax(self) -> bool:
+        """Whether the network has a logit for each class: always, where there are three or more."""
+        objective = self.read_parts()["objective"]
+        return len(self.read_classes()) > 2 or (
+            objective is not None and objective["part"] == SOFTMAX
+        )
 
     def read_parts(self) -> dict[str, Any]:
         """Returns what `cnnjax.train.fit` was given beside the config; see `cnnjax.run.parts`."""
@@ -133,13 +143,15 @@ class Workdir:
     def read_operating(self, kind: str) -> Points:
         """Returns the operating points of the `best` or `latest` state.
 
-        A run that has not ended has none yet: then it is probability 0.5, as the network gives it.
+        A run that has not ended has none yet: then probabilities are as the network gives them,
+        and the decision is at 0.5 or, of three and more classes, for the most probable one.
         """
         if not self.operating.exists() and not self.summary.exists():
-            return dict.fromkeys(self.read_config().augment.looks, OperatingPoint())
+            nothing = SoftmaxPoint() if self.has_softmax else OperatingPoint()
+            return dict.fromkeys(self.read_config().augment.looks, nothing)
         try:
             return points_from_json(read_json(self.operating, kind))
-        except (AttributeError, TypeError, ValueError):
+        except (AttributeError, KeyError, TypeError, ValueError):
             raise InputError(f"{self.operating} holds no operating points; restore it") from None
 
     def expect_ended(self) -> None:
@@ -156,15 +168,19 @@ class Workdir:
 
     def read_validation(self) -> Judged:
         """Returns the held-out images of a run that has ended, as its best epoch judges them."""
-        rows = read_table(self.validation, ("image", "label", "patient", "logit_best"))
+        logits = ["logit_best"]
+        if self.has_softmax:
+            logits = [f"logit_best_{name}" for name in self.read_classes()]
+        rows = read_table(self.validation, ("image", "label", "patient", *logits))
         if not rows:
             raise InputError(f"{self.validation} holds no images; restore it")
         with _undamaged(self.validation):
+            found = np.array([[float(row[name]) for name in logits] for row in rows])
             return Judged(
                 [row["image"] for row in rows],
                 np.array([int(row["label"]) for row in rows]),
                 [row["patient"] for row in rows],
-                np.array([float(row["logit_best"]) for row in rows]),
+                found if self.has_softmax else found[:, 0],
             )
 
     def read_split(self) -> list[dict[str, str]]:

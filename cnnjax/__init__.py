@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from cnnjax.errors import InputError, TrainingError
     from cnnjax.evaluation.predict import Predictor
     from cnnjax.metrics import Evaluation, evaluate
-    from cnnjax.operating import OperatingPoint
+    from cnnjax.operating import OperatingPoint, SoftmaxPoint
     from cnnjax.train import Result, fit
 
 __version__ = "0.2.0"
@@ -40,6 +40,7 @@ __all__ = [
     "OperatingPoint",
     "Predictor",
     "Result",
+    "SoftmaxPoint",
     "TrainConfig",
     "TrainingError",
     "decode",
@@ -51,7 +52,7 @@ _HOMES = {
     "cnnjax.data.decode": ("DecodeError", "decode"),
     "cnnjax.errors": ("InputError", "TrainingError"),
     "cnnjax.metrics": ("Evaluation", "evaluate"),
-    "cnnjax.operating": ("OperatingPoint",),
+    "cnnjax.operating": ("OperatingPoint", "SoftmaxPoint"),
     "cnnjax.evaluation.predict": ("Predictor",),
     "cnnjax.train": ("Result", "fit"),
 }

@@ -9,7 +9,8 @@ blocks of the file numbering. Each fold is a run of its own in RUN/fold0, RUN/fo
 command goes on where it was stopped. The figures are those of the last epoch, which the held-out
 fold had no part in choosing, at the operating point that was fitted on the other folds' held-out
 images. They go to the screen and to RUN/crossval.json, with what other operating points would come
-to and the probability to give `cnnjax evaluate` and `predict` for them as --threshold.
+to and the probability to give `cnnjax evaluate` and `predict` for them as --threshold. Of three and
+more classes AUC, sensitivity and specificity are means over the classes, each against the rest.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from cnnjax.evaluation.predict import Predictor
 from cnnjax.evaluation.rerender import read_facts
 from cnnjax.machine import devices
 from cnnjax.metrics import Estimate, auc
+from cnnjax.operating import OperatingPoint
 from cnnjax.run.workdir import Workdir, write_json
 from cnnjax.steps import variables_of
 from cnnjax.train import fit
@@ -125,7 +127,7 @@ def judge(
             criterion,
             found if criterion == config.operating else shifted.judge(pooled, fold_of, criterion),
         )
-        for criterion in OTHERS
+        for criterion in (OTHERS if pooled.sets[shifted.PLAIN].ndim == 1 else ())
     ]
     areas = [auc(fold.sets[shifted.PLAIN], fold.labels) or 0.0 for fold in each.values()]
     scores = [shifted.score(fold) for fold in each.values()] if options.shifted else []
@@ -150,6 +152,7 @@ def operate(
 ) -> dict[str, Any]:
     """Returns what an operating point came to, and where it lies if fitted on all folds."""
     point = shifted.fit_point(pooled.sets, pooled.labels, criterion)
+    assert isinstance(point, OperatingPoint), "only two classes have a threshold"
     shares = shifted.METRICS[1:]
     kinds = {"plain": found["plain"]}
     if "groups" in found:
@@ -186,6 +189,8 @@ def show(document: dict[str, Any]) -> None:
     print(f"as they are, pooled over {document['images']:,} images, with 95 % intervals")
     for name, value in document["plain"].items():
         print(f"  {name:<12} {Estimate(**value)}")
+    if not document["points"]:
+        return
     names = ("threshold", *shifted.METRICS[1:])
     print("\nas they are, at other operating points")
     width = max(len(point["criterion"]) for point in document["points"])

@@ -110,7 +110,8 @@ def test_figures_of_several_classes_are_those_of_scikit_learn() -> None:
     assert found["accuracy"] == pytest.approx((p.argmax(1) == labels).mean())
     large = np.array([[2000.0, 0.0], [0.0, 0.0]], np.float32)
     expected = pytest.approx({"loss": (2000 + np.log(2)) / 2, "accuracy": 0.5})
-    assert Softmax().figures(large, np.array([1, 0])) == expected
+    found = Softmax().figures(large, np.array([1, 0]))
+    assert {name: found[name] for name in ("loss", "accuracy")} == expected
 
 
 def test_maps_are_averaged_over_blocks() -> None:

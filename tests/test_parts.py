@@ -27,7 +27,7 @@ from cnnjax.errors import InputError
 from cnnjax.evaluation.export import export
 from cnnjax.machine.devices import make_mesh
 from cnnjax.networks import make_model
-from cnnjax.objectives import Softmax
+from cnnjax.objectives import Binary, Softmax
 from cnnjax.train import fit
 
 SIZE = 16
@@ -250,9 +250,38 @@ def test_three_classes(make_data: Callable[[int], TrainingData], tmp_path: Path)
     config, data = config_for(tmp_path / "run", epochs=4), make_data(3)
     result = fit(config, data=data, network=ThreeLogits(), objective=Softmax())
     assert result.classes == ("class0", "class1", "class2")
-    assert result.summary["last"]["accuracy"] > 0.8
-    assert set(result.summary["last"]) == {"loss", "accuracy"}
-    with pytest.raises(InputError, match=r"trained with cnnjax\.objectives:Softmax; only runs of"):
+    assert result.last.accuracy.value is not None
+    assert result.last.accuracy.value > 0.8
+    predictor = Predictor.open(config.workdir, make_mesh(config.device), "latest")
+    logits = predictor.logits(np.asarray(data.decoded.images[data.validation]))
+    called = predictor.operating.decide(logits)
+    assert np.mean(called == data.labels[data.validation]) > 0.8
+
+
+def test_two_classes_with_a_logit_each(
+    make_data: Callable[[int], TrainingData], tmp_path: Path
+) -> None:
+    config, data = config_for(tmp_path / "run", epochs=4), make_data(2)
+    result = fit(config, data=data, network=ThreeLogits(2), objective=Softmax())
+    assert [len(row) for row in result.last.confusion.counts] == [2, 2]
+    predictor = Predictor.open(config.workdir, make_mesh(config.device))
+    assert predictor.has_softmax
+    assert predictor.logits(np.asarray(data.decoded.images[:3])).shape == (3, 2)
+
+
+class Own(Softmax):
+    """An objective of the user's own."""
+
+
+def test_predictions_take_runs_of_our_objectives(
+    make_data: Callable[[int], TrainingData], tmp_path: Path
+) -> None:
+    config, data = config_for(tmp_path / "run", epochs=1), make_data(2)
+    fit(config, data=data, network=Plain(), objective=Binary())
+    assert not Predictor.open(config.workdir, make_mesh(config.device)).has_softmax
+    config = replace(config, workdir=tmp_path / "own")
+    fit(config, data=make_data(3), network=ThreeLogits(), objective=Own())
+    with pytest.raises(InputError, match=r"with test_parts:Own; only runs of the objectives"):
         Predictor.open(config.workdir)
 
 

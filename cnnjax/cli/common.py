@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cnnjax.errors import ElsewhereError, InputError, TrainingError, first_line
-from cnnjax.operating import OperatingPoint
 
 if TYPE_CHECKING:
     from cnnjax.evaluation.predict import Predictor
@@ -122,10 +121,11 @@ def expect_place(path: Path | None, flag: str) -> None:
 
 def tell_uncalibrated(predictor: Predictor) -> None:
     """Says so where a run has no operating point yet."""
-    if predictor.operating == OperatingPoint():
+    if predictor.operating == type(predictor.operating)():
+        positive = "" if predictor.has_softmax else ", and positive is from 0.5 on"
         print(
             "note: the run has not ended, so it has no operating point yet: probabilities are as"
-            " the network gives them, and positive is from 0.5 on",
+            f" the network gives them{positive}",
             file=sys.stderr,
         )
 
@@ -136,6 +136,19 @@ def tell_drawn(run: Path | None) -> None:
 
     if run is not None and Workdir(run).begun and Workdir(run).read_drawn():
         print("note: the run was trained on drawn images (phantoms)", file=sys.stderr)
+
+
+def expect_positive_class(
+    predictor: Predictor, threshold: float | None, prevalence: float | None
+) -> None:
+    """Raises InputError where --threshold or --prevalence is given for more than two classes."""
+    for value, flag in ((threshold, "--threshold"), (prevalence, "--prevalence")):
+        if value is not None and predictor.has_softmax:
+            raise InputError(
+                f"{flag} is of a positive class, and {predictor.about} tells"
+                f" {', '.join(predictor.classes)} apart, the most probable of which is called;"
+                " drop the flag"
+            )
 
 
 def check_probabilities(threshold: float | None, prevalence: float | None) -> None:

@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from cnnjax.cli.common import check_probabilities, expect_place, tell_uncalibrated, writing
+from cnnjax.cli.common import (
+    check_probabilities,
+    expect_place,
+    expect_positive_class,
+    tell_uncalibrated,
+    writing,
+)
 from cnnjax.config import DataConfig, DeviceConfig, DistributedConfig, OtherData
 
 if TYPE_CHECKING:
@@ -70,10 +76,12 @@ class Evaluate:
         from cnnjax.evaluation.predict import Predictor
         from cnnjax.machine import processes
         from cnnjax.machine.files import write_atomically
+        from cnnjax.operating import SoftmaxPoint
         from cnnjax.phantom import DRAWN, is_drawn
         from cnnjax.run.workdir import Workdir, write_json
 
         predictor = Predictor.open(self.run, mesh, self.checkpoint, self.views)
+        expect_positive_class(predictor, self.threshold, self.prevalence)
         tell_uncalibrated(predictor)
         workdir = None if self.run is None or release.is_release(self.run) else Workdir(self.run)
         trained = DataConfig() if workdir is None else workdir.read_config().data
@@ -103,16 +111,26 @@ class Evaluate:
             if seen := workdir.trained_on(e.name for e in decoded.examples):
                 print(f"  warning: the run was trained on {seen:,} images of these names")
         point, threshold = predictor.operating, self.threshold
-        if threshold is None:
-            threshold = point.probability_threshold(self.prevalence)
+        several = predictor.classes if predictor.has_softmax else ()
         mine = processes.share(len(decoded.images))
         framed = lungs.as_framed(decoded.images[mine.start : mine.stop])
-        raw = processes.concatenated(predictor.logits(framed))
+        logits = processes.concatenated(predictor.logits(framed))
         if not processes.is_main():
             return 0
-        logits = point.calibrated(raw, self.prevalence)
         patients = [e.patient for e in decoded.examples]
-        judged = metrics.evaluate(logits, decoded.labels, patients, threshold=threshold)
+        if isinstance(point, SoftmaxPoint):
+            probabilities = point.probabilities(logits)
+            judged = metrics.evaluate(point.calibrated(logits), decoded.labels, patients)
+        else:
+            if threshold is None:
+                threshold = point.probability_threshold(self.prevalence)
+            probabilities = point.probabilities(logits, self.prevalence)
+            judged = metrics.evaluate(
+                point.calibrated(logits, self.prevalence),
+                decoded.labels,
+                patients,
+                threshold=threshold,
+            )
         if self.prevalence is not None:
             judged = replace(judged, brier=metrics.UNDEFINED, ece=metrics.UNDEFINED)
         views = "1 view" if predictor.views == 1 else f"{predictor.views} views"
@@ -142,20 +160,19 @@ class Evaluate:
                     "image": example.name,
                     "patient": example.patient,
                     "truth": predictor.classes[label],
-                    "probability": probability,
-                    "class": predictor.classes[int(probability >= threshold)],
+                    **outputs.row_of(probability, predictor.classes, threshold),
                     "lungs": "" if decoded.found is None else str(bool(decoded.found[i])).lower(),
                 }
                 for i, (example, label, probability) in enumerate(
                     zip(
                         decoded.examples,
                         decoded.labels.tolist(),
-                        metrics.sigmoid(logits).tolist(),
+                        probabilities.tolist(),
                         strict=True,
                     )
                 )
             ]
             with writing(self.csv, "--csv"), write_atomically(self.csv) as file:
-                file.write(outputs.Csv(_JUDGED).head())
-                file.write(outputs.Csv(_JUDGED).body(rows))
+                form = outputs.Csv(_JUDGED, several)
+                file.write(form.head() + form.body(rows))
         return 0

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 import os
+import re
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -133,6 +134,21 @@ def heat_names(films: Sequence[Film]) -> list[str]:
     return names
 
 
+def heat_classes(several: Sequence[str]) -> dict[int | None, str]:
+    """Returns what is added to the names of the pictures, by the label that their heat is about.
+
+    Args:
+        several: the classes, where each has a probability; else the one picture is of the positive
+            class.
+    """
+    if not several:
+        return {None: ""}
+    names = [re.sub(r"[^\w.-]", "_", name) for name in several]
+    if len(set(names)) < len(names):
+        names = [f"{i}-{name}" for i, name in enumerate(names)]
+    return {label: f"-{name}" for label, name in enumerate(names)}
+
+
 def write_heat(
     folder: Path, films: Sequence[tuple[Film, str]], heat: np.ndarray, boxes: np.ndarray
 ) -> None:
@@ -141,7 +157,7 @@ def write_heat(
     Args:
         folder: where to; made where it is not there.
         films: n images that can be decoded, each with the name of its picture.
-        heat: float [n, size, size], evidence for the positive class.
+        heat: float [n, size, size], evidence for a class.
         boxes: float [n, 4], what the network saw of each image: left, top, right and bottom, as
             parts of the side; the edge of a part is drawn.
 

@@ -23,6 +23,42 @@ COLUMNS = ("path", "probability", "class", "confidence", "lungs", "warning", "er
 """Of a prediction; of the CSV file."""
 
 
+def row_of(
+    probability: float | Sequence[float], classes: Sequence[str], threshold: float | None
+) -> Row:
+    """Returns what a prediction says of an image.
+
+    Args:
+        probability: of the positive class of two, or of each class.
+        classes: names of the labels.
+        threshold: from which probability on an image of two classes is positive; None for more, of
+            which the most probable is called.
+
+    Returns:
+        `probability`, or `probabilities` by class; `class`; and `confidence`, the probability of
+        that.
+    """
+    if not isinstance(probability, float):
+        called = max(range(len(classes)), key=probability.__getitem__)
+        return {
+            "probabilities": dict(zip(classes, probability, strict=True)),
+            "class": classes[called],
+            "confidence": probability[called],
+        }
+    assert threshold is not None
+    positive = probability >= threshold
+    return {
+        "probability": probability,
+        "class": classes[int(positive)],
+        "confidence": probability if positive else 1 - probability,
+    }
+
+
+def _column(name: str) -> str:
+    """Returns the name of the column of a class's probability."""
+    return f"probability_{name}"
+
+
 class Form(Protocol):
     """How rows are written: what comes before them, for some of them, and after them."""
 
@@ -71,10 +107,19 @@ class Array:
 
 
 class Csv:
-    """CSV with a line of names."""
+    """CSV with a line of names.
 
-    def __init__(self, columns: Sequence[str] = COLUMNS) -> None:
-        self._columns = columns
+    Args:
+        columns: the names.
+        several: the classes, where each has a probability: then the column `probability` gives way
+            to a column for each.
+    """
+
+    def __init__(self, columns: Sequence[str] = COLUMNS, several: Sequence[str] = ()) -> None:
+        self._columns: list[str] = []
+        for column in columns:
+            wide = several and column == "probability"
+            self._columns += map(_column, several) if wide else [column]
 
     def head(self) -> str:
         """Returns the names of the columns."""
@@ -82,7 +127,11 @@ class Csv:
 
     def body(self, rows: Sequence[Row]) -> str:
         """Returns a line for each row."""
-        return self._text([[row.get(column, "") for column in self._columns] for row in rows])
+        flat = [
+            row | {_column(name): p for name, p in row.get("probabilities", {}).items()}
+            for row in rows
+        ]
+        return self._text([[row.get(column, "") for column in self._columns] for row in flat])
 
     def tail(self) -> str:
         """Returns nothing."""
@@ -98,20 +147,22 @@ class Table:
     """Aligned lines, for a person.
 
     Args:
-        classes: names of labels 0 and 1.
-        threshold: the probability from which on an image is called positive.
+        classes: names of the labels.
+        threshold: the probability from which on an image of two classes is called positive; None
+            where each class has a probability.
         longest: letters of the longest path.
     """
 
-    def __init__(self, classes: tuple[str, str], threshold: float, longest: int) -> None:
-        self._threshold, self._positive = threshold, classes[1]
-        self._names = ("image", f"P({self._positive})", "class", "confidence")
+    def __init__(self, classes: Sequence[str], threshold: float | None, longest: int) -> None:
+        self._threshold = threshold
+        self._shown = tuple(classes) if threshold is None else (classes[1],)
         labels = (*classes, "nothing found", "not read", "class")
-        self._widths = (max(longest, 5), len(self._names[1]), max(map(len, labels)), 10)
+        columns = (max(6, len(name) + 3) for name in self._shown)
+        self._widths = (max(longest, 5), *columns, max(map(len, labels)), 10)
 
     def head(self) -> str:
         """Returns the names of the columns."""
-        return self._line(*self._names)
+        return self._line("image", [f"P({name})" for name in self._shown], "class", "confidence")
 
     def body(self, rows: Sequence[Row]) -> str:
         """Returns a line for each row."""
@@ -119,21 +170,27 @@ class Table:
 
     def tail(self) -> str:
         """Returns what the columns mean."""
+        if self._threshold is None:
+            return "The class is the most probable one; confidence is its calibrated probability.\n"
         return (
-            f"{self._positive} from probability {self._threshold:.3f} on; confidence is the"
+            f"{self._shown[0]} from probability {self._threshold:.3f} on; confidence is the"
             " calibrated\nprobability of the class it is called, below 50 % where the threshold"
             " decides\nagainst the likelier class.\n"
         )
 
     def _of(self, row: Row) -> str:
         if "class" not in row:
-            return self._line(row["path"], "", "not read" if "error" in row else "nothing found")
+            said = "not read" if "error" in row else "nothing found"
+            return self._line(row["path"], [""] * len(self._shown), said)
         sure = f"{100 * row['confidence']:.1f} %"
-        return self._line(row["path"], f"{row['probability']:.4f}", row["class"], sure)
+        found = row.get("probabilities") or {self._shown[0]: row["probability"]}
+        shown = [f"{found[name]:.4f}" for name in self._shown]
+        return self._line(row["path"], shown, row["class"], sure)
 
-    def _line(self, name: str, probability: str, label: str, sure: str = "") -> str:
-        a, b, c, d = self._widths
-        return f"{name:<{a}}  {probability:>{b}}  {label:<{c}}  {sure:>{d}}\n"
+    def _line(self, name: str, numbers: Sequence[str], label: str, sure: str = "") -> str:
+        a, *columns, c, d = self._widths
+        middle = "  ".join(f"{n:>{b}}" for n, b in zip(numbers, columns, strict=True))
+        return f"{name:<{a}}  {middle}  {label:<{c}}  {sure:>{d}}\n"
 
 
 def json_form(path: Path) -> Form:

@@ -14,14 +14,17 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
+from cnnjax.cli import outputs
 from cnnjax.cli.common import (
     check_probabilities,
     expect_place,
+    expect_positive_class,
     tell_drawn,
     tell_uncalibrated,
     writing,
 )
 from cnnjax.config import DeviceConfig, DistributedConfig
+from cnnjax.operating import SoftmaxPoint
 
 if TYPE_CHECKING:
     from cnnjax.evaluation.predict import Predictor
@@ -61,13 +64,14 @@ class Predict:
     """Also write the predictions to this file as a table."""
     heatmap: Path | None = None
     """Write to this folder a PNG of each image with what speaks for the positive class laid over it
-    (HiResCAM), each by itself from nothing to most."""
+    (HiResCAM), each by itself from nothing to most; of three and more classes a PNG for each,
+    IMAGE-CLASS.png."""
     device: DeviceConfig = field(default_factory=DeviceConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __call__(self) -> int:
         """Prints the predictions; returns the exit status."""
-        from cnnjax.cli import films, outputs
+        from cnnjax.cli import films
         from cnnjax.evaluation.predict import FEW, Predictor
         from cnnjax.machine import devices, processes
 
@@ -82,21 +86,24 @@ class Predict:
         mesh = devices.local_mesh(devices.make_mesh(self.device, self.distributed))
         main = processes.is_main()
         predictor = Predictor.open(self.run, mesh, self.checkpoint, self.views)
+        expect_positive_class(predictor, self.threshold, self.prevalence)
         tell_uncalibrated(predictor)
         tell_drawn(self.run)
+        several = predictor.classes if predictor.has_softmax else ()
         threshold = self.threshold
-        if threshold is None:
+        if threshold is None and not isinstance(predictor.operating, SoftmaxPoint):
             threshold = predictor.operating.probability_threshold(self.prevalence)
         form = self.format
         if form == "auto":
             form = "table" if sys.stdout.isatty() else "jsonl"
+        table = outputs.Csv(several=several)
         forms: dict[str, outputs.Form] = {
             "table": outputs.Table(
                 predictor.classes, threshold, max(len(film.name) for film in given)
             ),
             "jsonl": outputs.Lines(),
             "json": outputs.Array(),
-            "csv": outputs.Csv(),
+            "csv": table,
         }
         heat_names = films.heat_names(given)
         # A few steps at a time, so that memory does not grow with the films.
@@ -111,9 +118,7 @@ class Predict:
             lines = outputs.json_form(self.json) if self.json else outputs.Lines()
             files = [
                 stack.enter_context(outputs.opened(self.json if main else None, lines, "--json")),
-                stack.enter_context(
-                    outputs.opened(self.csv if main else None, outputs.Csv(), "--csv")
-                ),
+                stack.enter_context(outputs.opened(self.csv if main else None, table, "--csv")),
             ]
             off = processes.no_bars()
             bar = stack.enter_context(tqdm(total=len(given), unit="image", disable=off))
@@ -134,8 +139,11 @@ class Predict:
                 if self.heatmap is not None and images is not None:
                     with writing(self.heatmap, "--heatmap"):
                         at = [starts[number] + i for i in good]
-                        some = [(given[i], heat_names[i]) for i in at]
-                        films.write_heat(self.heatmap, some, predictor.heat(framed), framed.boxes)
+                        for label, suffix in films.heat_classes(several).items():
+                            some = [(given[i], heat_names[i] + suffix) for i in at]
+                            about = None if label is None else np.full(len(good), label)
+                            heat = predictor.heat(framed, about)
+                            films.write_heat(self.heatmap, some, heat, framed.boxes)
                 unread += sum("error" in row for row in rows)
                 bar.update(len(rows))
         if main:
@@ -148,11 +156,14 @@ class Predict:
         rows: Sequence[dict[str, Any]],
         images: np.ndarray,
         framed: Framed,
-        threshold: float,
+        threshold: float | None,
     ) -> None:
         """Adds to the rows of images what the network says of them, or why it says nothing."""
-        point = predictor.operating
-        probabilities = point.probabilities(predictor.logits(framed), self.prevalence)
+        point, logits = predictor.operating, predictor.logits(framed)
+        if isinstance(point, SoftmaxPoint):
+            probabilities = point.probabilities(logits)
+        else:
+            probabilities = point.probabilities(logits, self.prevalence)
         blank = images.min((1, 2)) == images.max((1, 2))
         for row, probability, lungs, empty in zip(
             rows, probabilities.tolist(), framed.found.tolist(), blank.tolist(), strict=True
@@ -163,12 +174,7 @@ class Predict:
                 doubt = _NO_LUNGS if not empty else "all pixels have the same gray level"
                 row["warning"] = "; ".join(filter(None, (row.get("warning"), doubt)))
                 continue
-            positive = probability >= threshold
-            row |= {
-                "probability": probability,
-                "class": predictor.classes[int(positive)],
-                "confidence": probability if positive else 1 - probability,
-            }
+            row |= outputs.row_of(probability, predictor.classes, threshold)
 
 
 def _tell_doubts(rows: Sequence[dict[str, Any]]) -> None:

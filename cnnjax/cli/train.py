@@ -115,17 +115,26 @@ def _train(
 def _told(result: Result) -> str:
     """Returns what training came to, as text of at most 80 columns."""
     summary, found = result.summary, result.best
-    rules, half = summary["rules"], summary["at_0.5"]["best"]
+    rules, half = summary["rules"], summary.get("at_0.5", {}).get("best")
+    if half is None:  # three and more classes, which are decided for the most probable one
+        own, size = "", "largest"
+    else:
+        own, size = (
+            (
+                f"at the network's own probability 0.5, before calibration:"
+                f" accuracy {half['accuracy']:.4f},\n"
+                f"  sensitivity {half['sensitivity']:.4f}, specificity {half['specificity']:.4f}\n"
+            ),
+            "larger",
+        )
     views = "1 view" if summary["views"] == 1 else f"{summary['views']} views"
     return (
         f"best epoch, {summary['best_epoch']} of {summary['epochs']}, by {views} of each image,"
         " with 95 % intervals, on the\n"
         f"{found.n:,} held-out images, which also chose the epoch and the operating point\n\n"
         f"{found.report(result.classes)}\n\n"
-        f"at the network's own probability 0.5, before calibration:"
-        f" accuracy {half['accuracy']:.4f},\n"
-        f"  sensitivity {half['sensitivity']:.4f}, specificity {half['specificity']:.4f}\n"
-        f"without a network: the larger class always, accuracy {rules['majority_accuracy']:.4f};\n"
+        f"{own}without a network: the {size} class always,"
+        f" accuracy {rules['majority_accuracy']:.4f};\n"
         f"  mean brightness, AUC {rules['brightness_auc']:.4f}"
     )
 

@@ -18,7 +18,8 @@ from cnnjax.networks import FINAL, FINE
 from cnnjax.objectives import to_float
 from cnnjax.steps import PyTree
 
-Explain = Callable[[PyTree, jax.Array], jax.Array]
+Explain = Callable[..., jax.Array]
+"""(variables, images, classes=None) -> heat; see `make_grad_cam`."""
 
 
 def make_grad_cam(model: Any) -> Explain:
@@ -32,13 +33,18 @@ def make_grad_cam(model: Any) -> Explain:
         model: a network of `cnnjax.networks`.
 
     Returns:
-        A function of the Flax variables and uint8 [batch, height, width]. It gives float32 of the
-        same shape, bilinearly enlarged from the maps' size: evidence for the positive class, in
-        logits, so that the images of a batch can be compared; see `normalized`.
+        A function of the Flax variables, uint8 [batch, height, width] and, optionally, int32
+        [batch], the label that each image's heat is to be about. It gives float32 of the images'
+        shape, bilinearly enlarged from the maps' size: evidence in log-odds, so that the images of
+        a batch can be compared; see `normalized`. It is evidence for the given class against the
+        rest; without one, for the positive class of two, or else for the class of the highest
+        logit.
     """
 
-    def grad_cam(variables: PyTree, images: jax.Array) -> jax.Array:
-        maps, gradient = _maps_and_gradient(model, variables, to_float(images), FINAL)
+    def grad_cam(
+        variables: PyTree, images: jax.Array, classes: jax.Array | None = None
+    ) -> jax.Array:
+        maps, gradient = _maps_and_gradient(model, variables, to_float(images), FINAL, classes)
         weights = gradient.mean((1, 2), keepdims=True)
         heat = jnp.maximum((weights * maps).sum(3), 0)
         return jax.image.resize(heat, images.shape, "bilinear")
@@ -65,8 +71,10 @@ def make_hires_cam(model: Any) -> Explain:
         A function as that of `make_grad_cam`.
     """
 
-    def hires_cam(variables: PyTree, images: jax.Array) -> jax.Array:
-        maps, gradient = _maps_and_gradient(model, variables, to_float(images), FINE)
+    def hires_cam(
+        variables: PyTree, images: jax.Array, classes: jax.Array | None = None
+    ) -> jax.Array:
+        maps, gradient = _maps_and_gradient(model, variables, to_float(images), FINE, classes)
         heat = jnp.maximum((maps * gradient).sum(3), 0)
         for axis in (1, 2):
             heat = _smoothed(heat, axis)
@@ -85,18 +93,34 @@ def _smoothed(heat: jax.Array, axis: int) -> jax.Array:
     return (before + 2 * here + after) / 4
 
 
+def evidence(logits: jax.Array, classes: jax.Array | None = None) -> jax.Array:
+    """Returns float [batch], the log-odds of a class against the rest.
+
+    Args:
+        logits: [batch] of two classes, or [batch, K].
+        classes: int32 [batch], the labels; by default 1, or that of the highest logit.
+    """
+    if logits.ndim == 1:
+        return logits if classes is None else jnp.where(classes == 1, logits, -logits)
+    if classes is None:
+        classes = logits.argmax(-1)
+    own = jax.nn.one_hot(classes, logits.shape[-1], dtype=bool)
+    rest = jax.scipy.special.logsumexp(jnp.where(own, -jnp.inf, logits), -1)
+    return jnp.where(own, logits, 0).sum(-1) - rest
+
+
 def _maps_and_gradient(
-    model: Any, variables: PyTree, images: jax.Array, name: str
+    model: Any, variables: PyTree, images: jax.Array, name: str, classes: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns feature maps and the logit's gradient by them, float32 [batch, h, w, channels]."""
+    """Returns feature maps, and the gradient of `evidence` by them, [batch, h, w, channels]."""
     shapes = jax.eval_shape(lambda v, x: features_of(model, v, x)[1], variables, images)
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
-    def logit(perturbation: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def told(perturbation: jax.Array) -> tuple[jax.Array, jax.Array]:
         logits, maps = features_of(model, variables, images, nothing | {name: perturbation})
-        return logits.sum(), maps[name]
+        return evidence(logits, classes).sum(), maps[name]
 
-    gradient, maps = jax.grad(logit, has_aux=True)(nothing[name])
+    gradient, maps = jax.grad(told, has_aux=True)(nothing[name])
     return maps.astype(jnp.float32), gradient.astype(jnp.float32)
 
 
@@ -106,7 +130,7 @@ def features_of(
     images: jax.Array,
     perturbations: dict[str, jax.Array] | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns logits [batch] and feature maps [batch, height', width', channels] by name.
+    """Returns logits and feature maps [batch, height', width', channels] by name.
 
     Args:
         model: a network of `cnnjax.networks`, or one that names its maps `FINAL` and `FINE`
@@ -135,14 +159,19 @@ def make_occlusion(model: Any, *, patch: float = 0.2, steps: int = 12) -> Explai
 
     Returns:
         A function as that of `make_grad_cam`. The heat of a pixel is by how much the squares that
-        cover it lower the logit, on average; negative where they raise it.
+        cover it lower the log-odds, on average; negative where they raise them.
     """
 
-    def occlusion(variables: PyTree, images: jax.Array) -> jax.Array:
+    def occlusion(
+        variables: PyTree, images: jax.Array, classes: jax.Array | None = None
+    ) -> jax.Array:
         pixels = to_float(images)
         batch, height, width, _ = pixels.shape
         gray = pixels.mean((1, 2, 3), keepdims=True)
-        whole = model.apply(variables, pixels, train=False)
+        logits = model.apply(variables, pixels, train=False)
+        if classes is None and logits.ndim == 2:
+            classes = logits.argmax(-1)  # of the whole image, wherever the square is
+        whole = evidence(logits, classes)
         sides = max(1, round(patch * height)), max(1, round(patch * width))
 
         def cover(heat: tuple[jax.Array, jax.Array], place: jax.Array) -> tuple[Any, None]:
@@ -150,10 +179,9 @@ def make_occlusion(model: Any, *, patch: float = 0.2, steps: int = 12) -> Explai
             row = (jnp.arange(height) >= place[0]) & (jnp.arange(height) < place[0] + sides[0])
             column = (jnp.arange(width) >= place[1]) & (jnp.arange(width) < place[1] + sides[1])
             covered = row[:, None] & column[None, :]
-            logits = model.apply(
-                variables, jnp.where(covered[None, :, :, None], gray, pixels), train=False
-            )
-            total = total + jnp.where(covered, (whole - logits)[:, None, None], 0)
+            changed = jnp.where(covered[None, :, :, None], gray, pixels)
+            less = whole - evidence(model.apply(variables, changed, train=False), classes)
+            total = total + jnp.where(covered, less[:, None, None], 0)
             return (total, times + covered.astype(times.dtype)), None
 
         rows = jnp.linspace(0, height - sides[0], steps).round().astype(jnp.int32)

@@ -20,6 +20,7 @@ from cnnjax.errors import InputError
 from cnnjax.evaluation.predict import Predictor
 from cnnjax.networks.variables import flatten
 from cnnjax.objectives import to_float
+from cnnjax.operating import SoftmaxPoint
 from cnnjax.ops import layers
 from cnnjax.steps import variables_of
 
@@ -34,8 +35,9 @@ def export(predictor: Predictor, form: Format, path: Path) -> list[Path]:
     """Writes the network to a file, and beside it what is to be known.
 
     `stablehlo` is a program: `jax.export.deserialize(path.read_bytes()).call(images)` takes uint8
-    [n, size, size], for any n, and gives float32 [n], logits, on CPU, CUDA or TPU. `onnx` is the
-    same program for ONNX Runtime and its like, from `images` to `logits`. `safetensors` are the
+    [n, size, size], for any n, and gives float32 [n], logits, on CPU, CUDA or TPU; of networks with
+    a logit for each of K classes [n, K], calibrated probabilities. `onnx` is the same program for
+    ONNX Runtime and its like, from `images` to `logits` or `probabilities`. `safetensors` are the
     weights alone, named `MEMBER/COLLECTION/LAYER/ARRAY`, in float32; those of the lung finder are
     the member `lungs`. Where the networks see images cut to the lungs, the programs find and cut
     them.
@@ -99,7 +101,7 @@ def onnx(predictor: Predictor) -> bytes:
             model_name="cnnjax",
             opset=OPSET,
             input_names=["images"],
-            output_names=["logits"],
+            output_names=["probabilities" if predictor.has_softmax else "logits"],
         )
     # The converter notes shapes in between that are those before a transposition.
     del model.graph.value_info[:]
@@ -112,7 +114,7 @@ def onnx(predictor: Predictor) -> bytes:
         expected = jax.jit(program)(jnp.asarray(images))
     if not np.allclose(found, expected, rtol=CLOSE, atol=CLOSE):
         raise InputError(
-            "what jax2onnx made of the network gives other logits than it does;"
+            "what jax2onnx made of the network gives other outputs than it does;"
             " try another version of jax2onnx, or --format stablehlo"
         )
     return data
@@ -120,6 +122,8 @@ def onnx(predictor: Predictor) -> bytes:
 
 def _program(predictor: Predictor, dtype: Any = None) -> Callable[[jax.Array], jax.Array]:
     """Returns the pure function from uint8 images [n, size, size] to logits float32 [n].
+
+    Where the networks have a logit for each of K classes, it gives probabilities [n, K].
 
     Args:
         predictor: whose networks.
@@ -129,14 +133,20 @@ def _program(predictor: Predictor, dtype: Any = None) -> Callable[[jax.Array], j
     members = [variables_of(member) for member in predictor.members]
     finder = lungs.read() if predictor.framed else None
 
-    def logits(images: jax.Array) -> jax.Array:
+    point = predictor.operating
+
+    def outputs(images: jax.Array) -> jax.Array:
         if finder is not None:
             images = lungs.frame(finder, images, predictor.side).images
         pixels = to_float(images)
         each = [model.apply(m, pixels, train=False) for m in members]
-        return jnp.stack(each).mean(0)
+        mean = jnp.stack(each).mean(0)
+        if isinstance(point, SoftmaxPoint):
+            bias = jnp.asarray(point.bias or 0.0, jnp.float32)
+            return jax.nn.softmax(jnp.float32(point.slope) * mean + bias)
+        return mean
 
-    return logits
+    return outputs
 
 
 def safetensors(predictor: Predictor) -> bytes:
@@ -164,7 +174,6 @@ _FRAMED = (
 
 def describe(predictor: Predictor) -> dict[str, Any]:
     """Returns what one needs to know to use the network elsewhere; plain JSON."""
-    point = predictor.operating
     return {
         "weights": predictor.about,
         "input": {
@@ -179,16 +188,31 @@ def describe(predictor: Predictor) -> dict[str, Any]:
             ),
             "frame": _FRAMED if predictor.framed else "the whole image",
         },
-        "output": {
-            "dtype": "float32",
-            "meaning": f"logit of {predictor.classes[1]} against {predictor.classes[0]}",
-            "probability": "1 / (1 + exp(-(slope * logit + bias)))",
-            "slope": point.slope,
-            "bias": point.bias,
-            "prevalence": point.prevalence,
-            "positive from this logit on": point.threshold,
-        },
+        "output": _output(predictor),
         "intended use": "research and teaching; not a medical device",
+    }
+
+
+def _output(predictor: Predictor) -> dict[str, Any]:
+    point, classes = predictor.operating, predictor.classes
+    if isinstance(point, SoftmaxPoint):
+        return {
+            "shape": ["batch", len(classes)],
+            "dtype": "float32",
+            "classes": list(classes),
+            "meaning": "calibrated probability of each class, softmax(slope * logits + bias) of the"
+            " network's logits; the class is that of the highest",
+            "slope": point.slope,
+            "bias": list(point.bias),
+        }
+    return {
+        "dtype": "float32",
+        "meaning": f"logit of {classes[1]} against {classes[0]}",
+        "probability": "1 / (1 + exp(-(slope * logit + bias)))",
+        "slope": point.slope,
+        "bias": point.bias,
+        "prevalence": point.prevalence,
+        "positive from this logit on": point.threshold,
     }
 
 

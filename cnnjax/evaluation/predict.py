@@ -23,9 +23,9 @@ from cnnjax.lungs import Framed, Framer
 from cnnjax.machine import processes
 from cnnjax.machine.devices import divided, full_float32, make_mesh, replicated, traits
 from cnnjax.networks import FINE, make_model, model_of
-from cnnjax.operating import OperatingPoint, at_views
+from cnnjax.operating import Point, SoftmaxPoint, at_views
 from cnnjax.run import parts
-from cnnjax.run.workdir import Workdir
+from cnnjax.run.workdir import BINARY, SOFTMAX, Workdir
 from cnnjax.steps import TrainState, variables_of
 
 if TYPE_CHECKING:
@@ -45,8 +45,10 @@ class Predictor:
         side: side of the network's input, in pixels.
         framing: what of an image the networks see, `whole` or `lungs`.
         framed: whether that is the lungs.
-        classes: names of labels 0 and 1.
-        operating: what probability a logit means, and from which one on to call it positive.
+        classes: names of the labels, 0 and up.
+        has_softmax: whether the networks have a logit for each class, and not one for two.
+        operating: what probability a logit means, and how it decides: a `SoftmaxPoint` of networks
+            with a logit for each class, else an `OperatingPoint`.
         about: a phrase that names the weights.
         model: the network.
         members: the states of each.
@@ -62,13 +64,14 @@ class Predictor:
         *,
         side: int,
         frame: Frame,
-        classes: tuple[str, str],
-        operating: OperatingPoint,
+        classes: tuple[str, ...],
+        operating: Point,
         about: str,
         views: int,
         augment: AugmentConfig,
     ) -> None:
         self.classes, self.operating, self.about = classes, operating, about
+        self.has_softmax = isinstance(operating, SoftmaxPoint)
         self.side, self.framing, self.framed = side, frame, frame == "lungs"
         self.size = lungs.FILM if self.framed else side
         self.model, self.members, self.views = model, tuple(members), views
@@ -134,15 +137,17 @@ class Predictor:
         config = workdir.read_config()
         views = config.augment.views if views is None else views
         given = workdir.read_parts()
-        if given["objective"] is not None:
+        objective = given["objective"]
+        if objective is not None and objective["part"] not in (BINARY, SOFTMAX):
             raise InputError(
-                f"{run} was trained with {given['objective']['part']}; only runs of the binary"
-                " objective can be used for prediction"
+                f"{run} was trained with {objective['part']}; only runs of the objectives Binary"
+                " and Softmax can be used for prediction"
             )
         if network is None and given["network"] is not None:
             network = parts.rebuilt_network(given["network"], run)
         operating = at_views(workdir.read_operating(kind), views, str(run))
-        model = model_of(config) if network is None else network
+        classes = workdir.read_classes()
+        model = model_of(config, classes) if network is None else network
         with processes.alone():  # each reads all
             checkpoints = Checkpoints(workdir.checkpoints)
             state = _state_of(checkpoints.variables(kind), mesh)
@@ -153,7 +158,7 @@ class Predictor:
             mesh,
             side=config.data.size,
             frame=config.data.frame,
-            classes=workdir.read_classes(),
+            classes=classes,
             operating=operating,
             about=f"{kind} checkpoint of {run}",
             views=views,
@@ -172,7 +177,7 @@ class Predictor:
         views = released.augment.views if views is None else views
 
         return cls(
-            make_model(released.model),
+            make_model(released.model, classes=len(released.classes)),
             [_state_of(member, mesh) for member in released.members],
             mesh,
             side=released.size,
@@ -216,7 +221,7 @@ class Predictor:
         return Framer(self.side, self._mesh).maps(images) > 0.5
 
     def logits(self, images: np.ndarray | Framed) -> np.ndarray:
-        """Returns float32 [n], the logits of images.
+        """Returns float32 [n], or [n, K] where `has_softmax`, the logits of images.
 
         Args:
             images: uint8 [n, size, size], or what `frame` made of them.
@@ -224,12 +229,14 @@ class Predictor:
         return self.member_logits(images).mean(0)
 
     def member_logits(self, images: np.ndarray | Framed) -> np.ndarray:
-        """Returns float32 [members, n], those of each network on its views; see `logits`.
+        """Returns float32 [members, n(, K)], those of each network on its views; see `logits`.
 
         Raises:
             InputError: one is not finite.
         """
         seen = self._seen(images).images
+        if self.has_softmax and not len(seen):
+            return np.zeros((len(self.members), 0, len(self.classes)), np.float32)
         rows = np.arange(len(seen))
         logits = self._few_logits if len(seen) <= FEW else self._logits
         # Streamed: the program is the same for any number of images.
@@ -250,14 +257,16 @@ class Predictor:
         _, maps = jax.eval_shape(lambda v, x: features_of(self.model, v, x), variables, pixels)
         return FINE in maps
 
-    def heat(self, images: np.ndarray | Framed) -> np.ndarray:
+    def heat(self, images: np.ndarray | Framed, classes: np.ndarray | None = None) -> np.ndarray:
         """Returns float32 [n, size, size]: HiResCAM of images, zero outside what the networks see.
 
-        It is evidence for the positive class, in logits, averaged over the networks; see
+        It is evidence for a class against the rest, in log-odds, averaged over the networks; see
         `cnnjax.evaluation.explain`.
 
         Args:
             images: uint8 [n, size, size], or what `frame` made of them.
+            classes: int [n], the label that each image's heat is about; by default the positive one
+                or, where `has_softmax`, the one that the image is called.
 
         Raises:
             InputError: the network names no feature maps.
@@ -269,14 +278,20 @@ class Predictor:
             )
         seen = self._seen(images)
         images = seen.images
+        if classes is None and self.has_softmax:
+            classes = self.operating.decide(self.logits(seen))
         most = traits(self._mesh).evaluated_at(self.side)
         batch = min(most, FEW if len(images) <= FEW else MANY)
         batch = -(-batch // self._mesh.size) * self._mesh.size
         chunks = [np.zeros((0, self.side, self.side), np.float32)]
         for rows in in_batches(np.arange(len(images), dtype=np.int32), batch):
             taken = jax.device_put(images[np.maximum(rows, 0)], divided(self._mesh))
+            about = None
+            if classes is not None:
+                chosen = np.asarray(classes, np.int32)[np.maximum(rows, 0)]
+                about = jax.device_put(chosen, divided(self._mesh))
             with full_float32(self._mesh):
-                maps = [self._cam(variables_of(state), taken) for state in self.members]
+                maps = [self._cam(variables_of(state), taken, about) for state in self.members]
             chunks.append(np.mean(jax.device_get(maps), axis=0)[rows >= 0])
         heat = np.concatenate(chunks)
         return lungs.put_back(heat, seen.boxes, self.size) if self.framed else heat

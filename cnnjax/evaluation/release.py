@@ -38,8 +38,8 @@ class Release:
     """Side of the images that the networks take, in pixels."""
     frame: Frame
     """What of an image these show: `whole`, or the part around the `lungs`."""
-    classes: tuple[str, str]
-    """Names of labels 0 and 1."""
+    classes: tuple[str, ...]
+    """Names of the labels, 0 and up."""
     augment: AugmentConfig
     """What the networks were trained with, and what views of an image differ by."""
     operating: Points
@@ -105,7 +105,7 @@ def read(folder: Path = SHIPPED) -> Release:
         raise InputError(f"{folder / _WEIGHTS} is damaged: its checksum is another; {mend}")
     try:
         model = from_dict(ModelConfig, document["model"], str(path), "model.")
-        negative, positive = document["classes"]
+        classes = tuple(map(str, document["classes"]))
         augment = from_dict(AugmentConfig, document["augment"], str(path), "augment.")
         operating = points_from_json(document["operating"])
         size, about = document["size"], document["about"]
@@ -118,5 +118,4 @@ def read(folder: Path = SHIPPED) -> Release:
     with np.load(io.BytesIO(weights), allow_pickle=False) as file:
         tree = unflatten(file)
     members = tuple(tree[str(i)] for i in range(count))
-    classes = negative, positive
     return Release(model, size, frame, classes, augment, operating, members, about)

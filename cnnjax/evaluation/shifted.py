@@ -31,8 +31,8 @@ from cnnjax.evaluation.predict import Predictor
 from cnnjax.evaluation.rerender import GROUPS, RENDERINGS, Facts
 from cnnjax.machine.files import no_cache
 from cnnjax.machine.host import cache_folder
-from cnnjax.metrics import AT_ZERO, at_zero, auc, evaluate, sigmoid
-from cnnjax.operating import OperatingPoint, fit_operating_point, reliability
+from cnnjax.metrics import AT_ZERO, at_zero, auc, evaluate, sigmoid, softmax
+from cnnjax.operating import OperatingPoint, Point, fit_operating_point, reliability
 from cnnjax.run.workdir import Workdir
 
 PLAIN = "as they are"
@@ -51,8 +51,8 @@ class HeldOut:
     """int [n]."""
     patients: tuple[str, ...]
     sets: dict[str, np.ndarray]
-    """float32 [n] by rendering; `PLAIN` is one of them. NaN where a rendering needs a fact that is
-    not known of the film."""
+    """float32 [n], or [n, K] of K classes, by rendering; `PLAIN` is one of them. NaN where a
+    rendering needs a fact that is not known of the film."""
 
 
 def held_out_logits(
@@ -95,8 +95,9 @@ def held_out_logits(
 
         def judged(name: str, images: np.ndarray, at: np.ndarray) -> None:
             for views, predictor in predictors.items():
-                logits = np.full(len(rows), np.nan, np.float32)
-                logits[at] = predictor.logits(lungs.as_framed(images))
+                found = predictor.logits(lungs.as_framed(images))
+                logits = np.full((len(rows), *found.shape[1:]), np.nan, np.float32)
+                logits[at] = found
                 fresh[views][name] = logits
 
         judged(PLAIN, plain, np.arange(len(rows)))
@@ -208,9 +209,7 @@ def external(predictor: Predictor, root: Path) -> dict[str, float]:
     return found
 
 
-def fit_point(
-    sets: Mapping[str, np.ndarray], labels: np.ndarray, config: OperatingConfig
-) -> OperatingPoint:
+def fit_point(sets: Mapping[str, np.ndarray], labels: np.ndarray, config: OperatingConfig) -> Point:
     """Returns the point whose threshold serves every rendering.
 
     The films as they are and each group of renderings have the same weight in the choice of the
@@ -223,21 +222,28 @@ def fit_point(
         config: by what the threshold is chosen.
     """
     plain = fit_operating_point(sets[PLAIN], labels, config)
-    if len(sets) == 1:
+    if len(sets) == 1 or not isinstance(plain, OperatingPoint):
         return plain
     logits, repeated, weights = [], [], []
     for names in ((PLAIN,), *_by_group(sets).values()):
         for name in names:
-            known = np.isfinite(sets[name])
+            known = _known(sets[name])
             logits.append(sets[name][known])
             repeated.append(labels[known])
             weights.append(np.full(known.sum(), 1 / (len(names) * known.sum())))
     every = fit_operating_point(
         np.concatenate(logits), np.concatenate(repeated), config, np.concatenate(weights)
     )
+    assert isinstance(every, OperatingPoint)
     return replace(
         plain, threshold=every.threshold, criterion=f"{every.criterion}, over all renderings"
     )
+
+
+def _known(logits: np.ndarray) -> np.ndarray:
+    """Returns bool [n], whether there are logits [n(, K)] of an image."""
+    known: np.ndarray = np.isfinite(logits.reshape(len(logits), -1)).all(1)
+    return known
 
 
 def _by_group(sets: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -265,8 +271,8 @@ def judge(held_out: HeldOut, parts: np.ndarray, config: OperatingConfig) -> dict
         they are, with intervals.
     """
     labels = held_out.labels
-    moved = {name: np.empty(len(labels)) for name in held_out.sets}
-    calibrated = {name: np.empty(len(labels)) for name in held_out.sets}
+    moved = {name: np.empty(logits.shape) for name, logits in held_out.sets.items()}
+    calibrated = {name: np.empty(logits.shape) for name, logits in held_out.sets.items()}
     for part in np.unique(parts):
         inside = parts == part
         others = {name: logits[~inside] for name, logits in held_out.sets.items()}
@@ -276,7 +282,7 @@ def judge(held_out: HeldOut, parts: np.ndarray, config: OperatingConfig) -> dict
             calibrated[name][inside] = point.calibrated(logits[inside])
     sets = {}
     for name, logits in moved.items():
-        known = np.isfinite(logits)
+        known = _known(logits)
         sets[name] = at_zero(logits[known], labels[known])
     plain = evaluate(moved[PLAIN], labels, held_out.patients).to_json()
     probabilities = evaluate(calibrated[PLAIN], labels, held_out.patients).to_json()
@@ -308,7 +314,7 @@ def score(held_out: HeldOut) -> float:
     """Returns the mean over groups of renderings of the group's worst AUC."""
     areas = {}
     for name, logits in held_out.sets.items():
-        known = np.isfinite(logits)
+        known = _known(logits)
         areas[name] = auc(logits[known], held_out.labels[known]) or 0.0
     groups = _by_group(areas).values()
     return float(np.mean([min(areas[name] for name in names) for names in groups]))
@@ -335,10 +341,16 @@ def auc_across(logits: Sequence[np.ndarray], labels: np.ndarray) -> float:
 
 
 def _calibration_error(logits: Sequence[np.ndarray], labels: np.ndarray) -> float:
-    """Returns the expected calibration error of several renderings' log-odds, taken together."""
+    """Returns the expected calibration error of several renderings' log-odds, taken together.
+
+    Of K classes, that of the highest probability.
+    """
     whole, repeated = np.concatenate(logits), np.tile(labels, len(logits))
-    known = np.isfinite(whole)
-    bins = reliability(sigmoid(whole[known]), repeated[known])
+    known = _known(whole)
+    if whole.ndim == 1:
+        bins = reliability(sigmoid(whole[known]), repeated[known])
+    else:
+        bins = reliability(softmax(whole[known]).max(1), whole[known].argmax(1) == repeated[known])
     gaps = [each.images * abs(each.predicted - each.observed) for each in bins]
     return float(sum(gaps) / known.sum())
 

@@ -38,6 +38,7 @@ from cnnjax.lungs import Framed, put_back
 from cnnjax.machine.files import write_atomically
 from cnnjax.metrics import Estimate, Evaluation
 from cnnjax.objectives import to_float
+from cnnjax.operating import OperatingPoint, evaluate_at
 from cnnjax.phantom import DRAWN, is_drawn
 from cnnjax.report import plots
 from cnnjax.report.comparison import compare
@@ -47,7 +48,7 @@ from cnnjax.run.workdir import Judged, Workdir, read_json, read_lines, read_tabl
 __all__ = ["compare", "write"]
 
 MISTAKES, SAMPLES, AUGMENTED = 10, 6, 12
-MEASURED = 100  # positive images whose heat is measured
+MEASURED = 100  # images whose heat is measured, positive ones of two classes
 _SHOWN = 160  # pixels: longer side of the pictures
 
 
@@ -171,31 +172,19 @@ def _render(
     drawn: bool,
 ) -> str:
     point = predictor.operating
-    threshold = point.probability_threshold()
     probabilities = point.probabilities(judged.logits)
-    found = metrics.evaluate(
-        point.calibrated(judged.logits), judged.labels, judged.patients, threshold=threshold
-    )
+    found = evaluate_at(point, judged.logits, judged.labels, judged.patients)
     summary = workdir.read_summary()
     notes = [DRAWN] if drawn else []
     if rules is not None:  # of the held-out images, as training found them
         notes += [note for note in summary.get("notes", ()) if note != DRAWN]
     history, speeds = read_lines(workdir.metrics), read_lines(workdir.throughput)
     rows = workdir.read_split()
-    labels, patients = judged.labels, judged.patients
-    both = len(set(labels.tolist())) == 2
     draw: dict[str, Callable[[], str]] = {
         "curves": lambda: plots.curves(history, summary["best_epoch"]),
         "quality": lambda: plots.quality(history, summary["best_epoch"]),
-        "thresholds": lambda: plots.thresholds(probabilities, labels, threshold),
-        "calibration": lambda: plots.calibration(probabilities, labels),
-        "scores": lambda: plots.scores(probabilities, labels, predictor.classes, threshold),
+        **_figures(predictor, judged, probabilities, found),
     }
-    if both:
-        draw["roc"] = lambda: plots.roc(judged.logits, labels, patients, found)
-        draw["precision_recall"] = lambda: plots.precision_recall(
-            judged.logits, labels, patients, found
-        )
     figures = {}
     with tqdm(total=len(draw) + 1, desc="report", leave=False, disable=None) as bar:
         for name, figure in draw.items():
@@ -222,17 +211,51 @@ def _render(
         where=where,
         found=found,
         estimates=[(n, v) for n, v in vars(found).items() if isinstance(v, Estimate)],
-        half=metrics.evaluate(judged.logits, labels, patients, replicates=0),
+        half=metrics.evaluate(judged.logits, judged.labels, judged.patients, replicates=0),
         views="one view" if predictor.views == 1 else f"{predictor.views} views",
         notes=notes,
-        others=() if drawn else PUBLISHED,
+        others=() if drawn or found.each else PUBLISHED,
         point=point,
-        threshold=threshold,
+        threshold=found.threshold,
         history=history,
         seconds=sum(s["train_seconds"] + s["validation_seconds"] for s in speeds),
         speed=float(np.median([s["images_per_second"] for s in speeds])),
         **pictures,
     )
+
+
+def _figures(
+    predictor: Predictor, judged: Judged, probabilities: np.ndarray, found: Evaluation
+) -> dict[str, Callable[[], str]]:
+    """Returns what draws the figures of what is judged; those of a missing class are left out."""
+    labels, patients = judged.labels, judged.patients
+    there = set(labels.tolist())
+    if found.threshold is None:
+        scores = metrics.against_rest(predictor.operating.calibrated(judged.logits))
+        curves = [
+            (name, scores[:, k], (labels == k).astype(int))
+            for k, name in enumerate(predictor.classes)
+            if k in there != {k}
+        ]
+        right = probabilities.argmax(1) == labels
+        return {
+            "rocs": lambda: plots.rocs(curves),
+            "calibration": lambda: plots.calibration(
+                probabilities.max(1), right, "share that is right"
+            ),
+        }
+    threshold = found.threshold
+    draw: dict[str, Callable[[], str]] = {
+        "thresholds": lambda: plots.thresholds(probabilities, labels, threshold),
+        "calibration": lambda: plots.calibration(probabilities, labels),
+        "scores": lambda: plots.scores(probabilities, labels, predictor.classes, threshold),
+    }
+    if len(there) == 2:
+        draw["roc"] = lambda: plots.roc(judged.logits, labels, patients, found)
+        draw["precision_recall"] = lambda: plots.precision_recall(
+            judged.logits, labels, patients, found
+        )
+    return draw
 
 
 def _pictures(
@@ -247,12 +270,19 @@ def _pictures(
     if films is None:
         return {"mistakes": None, "samples": None, "augmented": None, "heat": None}
     images = films.squares
-    decided = probabilities >= found.threshold
-    wrong = np.flatnonzero(decided != (judged.labels == 1))
-    sure = np.abs(predictor.operating.margins(judged.logits[wrong]))
+    if isinstance(predictor.operating, OperatingPoint):
+        decided = (probabilities >= found.threshold).astype(int)
+        wrong = np.flatnonzero(decided != judged.labels)
+        sure = np.abs(predictor.operating.margins(judged.logits[wrong]))
+        measured = np.flatnonzero(judged.labels == 1)
+    else:
+        decided = probabilities.argmax(1)
+        wrong = np.flatnonzero(decided != judged.labels)
+        sure = probabilities[wrong].max(1)
+        measured = np.arange(len(images))
     surest = wrong[np.argsort(-sure, kind="stable")]
     rng = np.random.default_rng(0)
-    of_class = [np.flatnonzero(judged.labels == label) for label in (0, 1)]
+    of_class = [np.flatnonzero(judged.labels == k) for k in range(len(predictor.classes))]
     sample = np.concatenate([rng.permutation(rows)[:SAMPLES] for rows in of_class])
     rows = np.concatenate([surest[:MISTAKES], sample])
     framed = predictor.frame(images[rows])
@@ -267,8 +297,10 @@ def _pictures(
             "name": judged.names[row],
             "sides": sides,
             "truth": predictor.classes[judged.labels[row]],
-            "said": predictor.classes[int(decided[row])],
-            "probability": float(probabilities[row]),
+            "said": predictor.classes[decided[row]],
+            # What the probability and the heat are about.
+            "of": predictor.classes[decided[row] if predictor.has_softmax else 1],
+            "probability": float(probabilities[row].max()),
             "lungs": bool(framed.found[i]),
             "image": _encoded(image, sides, framed.boxes[i]),
             "overlay": _encoded(overlay(image, heat[i]), sides, framed.boxes[i]),
@@ -284,7 +316,7 @@ def _pictures(
         "mistakes": shown[: len(surest[:MISTAKES])],
         "samples": shown[len(surest[:MISTAKES]) :],
         "augmented": [(_encoded(a), _encoded(b)) for a, b in zip(few, changed, strict=True)],
-        "heat": _heat_in_lungs(predictor, images[of_class[1][:MEASURED]]),
+        "heat": _heat_in_lungs(predictor, images[measured[:MEASURED]]),
     }
 
 

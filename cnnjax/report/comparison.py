@@ -15,6 +15,7 @@ from cnnjax.config import flags
 from cnnjax.errors import InputError
 from cnnjax.machine.files import write_atomically
 from cnnjax.metrics import Estimate, Evaluation
+from cnnjax.operating import evaluate_at
 from cnnjax.phantom import DRAWN
 from cnnjax.report import plots
 from cnnjax.report.template import render
@@ -28,8 +29,8 @@ class Run:
     """What a finished run found, as its workdir has it."""
 
     name: str
-    classes: tuple[str, str]
-    """Names of labels 0 and 1."""
+    classes: tuple[str, ...]
+    """Names of the labels, 0 and up."""
     settings: dict[str, Any]
     """Every flag with its value."""
     summary: dict[str, Any]
@@ -39,7 +40,8 @@ class Run:
     patients: list[str]
     labels: np.ndarray
     margins: np.ndarray
-    """Of the best epoch, log-odds above the run's own operating point."""
+    """Of the best epoch, log-odds above the run's own operating point; of K classes
+    log-probabilities [n, K]."""
     found: Evaluation
     """At the run's own operating point."""
     notes: list[str]
@@ -77,12 +79,7 @@ def read(folder: Path, name: str) -> Run:
         patients=held_out.patients,
         labels=held_out.labels,
         margins=point.margins(held_out.logits),
-        found=metrics.evaluate(
-            point.calibrated(held_out.logits),
-            held_out.labels,
-            held_out.patients,
-            threshold=point.probability_threshold(),
-        ),
+        found=evaluate_at(point, held_out.logits, held_out.labels, held_out.patients),
         notes=notes,
         seconds=sum(line["train_seconds"] + line["validation_seconds"] for line in speeds),
         speed=float(np.median([line["images_per_second"] for line in speeds])),
@@ -133,7 +130,7 @@ def compare(folders: Sequence[Path], out: Path) -> Path:
         raise InputError(f"{len(folders)} runs are too many for one page; give at most {MOST}")
     shared = Path(os.path.commonpath([folder.absolute().parent for folder in folders]))
     runs = [read(folder, str(folder.absolute().relative_to(shared))) for folder in folders]
-    if len({run.classes for run in runs}) > 1:
+    if len({(run.classes, run.margins.ndim) for run in runs}) > 1:
         raise InputError("the runs tell different classes apart, so they cannot be compared")
     differing = [
         flag
@@ -141,10 +138,11 @@ def compare(folders: Sequence[Path], out: Path) -> Path:
         if flag != "--workdir" and len({str(run.settings[flag]) for run in runs}) > 1
     ]
     figures = {
-        "roc": plots.rocs([(run.name, run.margins, run.labels) for run in runs]),
         "progress": plots.progress([(run.name, run.history) for run in runs]),
         "forest": plots.forest([(run.name, run.found) for run in runs]),
     }
+    if runs[0].margins.ndim == 1:
+        figures["roc"] = plots.rocs([(run.name, run.margins, run.labels) for run in runs])
     page = render(
         "comparison.html.jinja",
         figures,

@@ -169,7 +169,9 @@ def thresholds(probabilities: np.ndarray, labels: np.ndarray, threshold: float) 
     return svg("thresholds", draw)
 
 
-def calibration(probabilities: np.ndarray, labels: np.ndarray) -> str:
+def calibration(
+    probabilities: np.ndarray, labels: np.ndarray, observed: str = "share of positives"
+) -> str:
     """Draws the reliability diagram; a dot's area is the number of images in its bin."""
     bins = reliability(probabilities, labels)
 
@@ -184,7 +186,7 @@ def calibration(probabilities: np.ndarray, labels: np.ndarray) -> str:
             color=BLUE,
             label="images, in bins",
         )
-        axes.set(xlabel="mean probability given", ylabel="share of positives", aspect="equal")
+        axes.set(xlabel="mean probability given", ylabel=observed, aspect="equal")
 
     return svg("calibration", draw)
 
@@ -211,19 +213,20 @@ def scores(
     return svg("scores", draw)
 
 
-# Runs side by side: Okabe and Ito's colours but the yellow, which is too light on paper.
+# Curves side by side: Okabe and Ito's colours but the yellow, which is too light on paper.
 _RUNS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f7f7f", "#8c564b")
 _DASHES = ("-", "--", "-.", ":")
 
 
 def rocs(runs: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> str:
-    """Draws the ROC curves of several runs: their names, logits and labels."""
+    """Draws the ROC curves of several runs or classes: their names, logits and labels, 0 or 1."""
 
     def draw(axes: Any) -> None:
         for i, (name, logits, labels) in enumerate(runs):
             false, true = _ranked(logits, labels, np.ones(len(labels)))
             dash = _DASHES[i % len(_DASHES)]
-            axes.plot(false / false[-1], true / true[-1], dash, color=_RUNS[i], label=_label(name))
+            color = _RUNS[i % len(_RUNS)]
+            axes.plot(false / false[-1], true / true[-1], dash, color=color, label=_label(name))
         axes.plot([0, 1], [0, 1], ls=":", color="0.5", label="chance")
         axes.set(xlabel="1 - specificity", ylabel="sensitivity", aspect="equal")
 

@@ -175,10 +175,11 @@ class Workdir:
         if not rows:
             raise InputError(f"{self.validation} holds no images; restore it")
         with _undamaged(self.validation):
+            labels = np.array([int(row["label"]) for row in rows])
             found = np.array([[float(row[name]) for name in logits] for row in rows])
             return Judged(
                 [row["image"] for row in rows],
-                np.array([int(row["label"]) for row in rows]),
+                labels,
                 [row["patient"] for row in rows],
                 found if self.has_softmax else found[:, 0],
             )

@@ -136,6 +136,16 @@ class Evaluation:
         said += f"; where {prevalence:.3g} are, accuracy is {true + (1 - prevalence) * spared:.4f}"
         return said if precision is None else f"{said} and precision {precision:.4f}"
 
+    def _repr_html_(self) -> str:
+        """Returns the metrics with intervals as a table, which notebooks show."""
+        rows = "".join(
+            f"<tr><th>{name}</th><td>{value}</td></tr>"
+            for name, value in vars(self).items()
+            if isinstance(value, Estimate)
+        )
+        about = f"{self.n:,} images of {self.patients:,} patients, with 95 % intervals"
+        return f"<table><caption>{about}</caption>{rows}</table>"
+
     def report(self, classes: Sequence[str]) -> str:
         """Returns the metrics with intervals, and the classification report per class, as text."""
         lines = [

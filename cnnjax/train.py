@@ -8,6 +8,7 @@ caller may give beside the config. The loop holds no state but `state` and the h
 from __future__ import annotations
 
 import contextlib
+import html
 import math
 import tempfile
 import textwrap
@@ -101,6 +102,12 @@ class Result:
         they did choose its operating point."""
         return self.evaluations["latest"]
 
+    def _repr_html_(self) -> str:
+        """Returns the last epoch's metrics as a table, which notebooks show."""
+        told = f"{' / '.join(self.classes)}: the last of {self.summary['epochs']} epochs"
+        figures = self.last._repr_html_() if self.evaluations else str(self.summary["last"])
+        return f"<p>{html.escape(told)}</p>{figures}"
+
 
 def fit(
     config: Config,
@@ -135,7 +142,7 @@ def fit(
         on_epoch: called after each epoch that is trained, with its number and its figures, such as
             `train/loss` and `validation/auc` (`cnnjax.run.events.figures_of`). Where it returns
             True, the run is concluded as after its last epoch; what it raises leaves the run to be
-            resumed.
+            resumed. Of several processes, the main one calls it.
 
     Raises:
         InputError: the data, the devices or the workdir cannot serve, or a run in the workdir was
@@ -179,7 +186,7 @@ def fit(
                 seconds = middle - start, time.perf_counter() - middle
                 bar.write(run.record(state, trained, outputs, seconds))
                 held.end()
-                if on_epoch is not None and on_epoch(epoch, figures_of(run.history[-1])):
+                if on_epoch is not None and run.asked_to_stop(on_epoch):
                     bar.write(f"stopped after epoch {epoch}, as on_epoch asked")
                     break
         return run.conclude()
@@ -385,6 +392,11 @@ class Run:
     def ended(self) -> bool:
         """Whether there is nothing left to train."""
         return self.done >= self.config.train.all_epochs or self.out_of_patience
+
+    def asked_to_stop(self, on_epoch: OnEpoch) -> bool:
+        """Calls the hook of `fit` for the last epoch; returns whether it asks for the end."""
+        figures = figures_of(self.history[-1])
+        return processes.on_main(lambda: bool(on_epoch(self.done, figures)))
 
     def mend(self) -> None:
         """Writes the best state where the process died when it had written it as the latest."""
@@ -608,7 +620,7 @@ def open_run(
         workdir = stack.enter_context(claim(config))
         found = versions()
         print(f"cnnjax    {found['cnnjax']} on jax {found['jax']}, flax {found['flax']}")
-        begins = config.train.init != "random" and not workdir.begun
+        begins = config.train.init != "random" and not processes.on_main(lambda: workdir.begun)
         # Before the images are: what is wrong with a flag is said at once.
         weights = initial.read(config.train.init, config.data.fold) if begins else None
         mesh, whole = devices.dividing(mesh, config.train.batch), mesh

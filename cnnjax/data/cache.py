@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from cnnjax.data import duplicates
 from cnnjax.data.decode import DecodeError, MissingDecoder, decode

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from cnnjax import lungs
 from cnnjax.config import Config, DataConfig, OperatingConfig

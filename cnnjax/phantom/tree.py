@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from joblib import Parallel, delayed
 from PIL import Image
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from cnnjax.machine.files import work_folder
 from cnnjax.machine.host import cpu_cores

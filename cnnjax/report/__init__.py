@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from cnnjax import metrics
 from cnnjax.augment import make_augment

@@ -40,6 +40,16 @@ def make_optimizer(
         layers: of the network, from the input on, see `layers_of`; for `config.layer_decay`.
     """
     rate = schedule_of(config, steps_per_epoch)
+    return optimizer_at(rate, config, factory, layers), rate
+
+
+def optimizer_at(
+    rate: optax.Schedule,
+    config: TrainConfig,
+    factory: Factory | None = None,
+    layers: Sequence[str] = (),
+) -> optax.GradientTransformation:
+    """Returns the optimizer that the config describes, at a learning rate; see `make_optimizer`."""
     optimizer = (factory or _factory(config))(rate)
     if config.clip_norm:
         optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
@@ -49,7 +59,7 @@ def make_optimizer(
         # Outermost, so that the norm of a clipped gradient is that of what is trained.
         kinds = {"trained": optimizer, "frozen": optax.set_to_zero()}
         optimizer = optax.partition(kinds, lambda params: _kinds(params, config.freeze))
-    return optimizer, rate
+    return optimizer
 
 
 def schedule_of(config: TrainConfig, steps_per_epoch: int) -> optax.Schedule:

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cnnjax.config import (
@@ -17,6 +18,7 @@ from cnnjax.config import (
     TrainConfig,
 )
 from cnnjax.errors import InputError
+from cnnjax.run.workdir import Workdir
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
@@ -102,3 +104,74 @@ def test_shortcuts_finds_the_file_that_gives_the_class_away(tree: Path, tmp_path
     assert [row["what"] for row in rows] == [f"network, {name}" for name in shortcuts.VIEWS]
     shortcuts.draw(rows, tmp_path / "plot.svg")
     assert (tmp_path / "plot.svg").read_text().startswith("<?xml")
+
+
+@pytest.mark.usefixtures("_scripts")
+def test_a_learning_rate_is_looked_for(tree: Path, tmp_path: Path) -> None:
+    import lr_range
+
+    config = Config(
+        data=DataConfig(root=str(tree), size=20, cache=tmp_path / "cache"),
+        model=ModelConfig("baseline", standardize=True),
+        augment=AugmentConfig(0, 0, False),
+        train=TrainConfig(batch=16, label_smoothing=0.2),
+        device=DeviceConfig("cpu", 1),
+    )
+    options = lr_range.Options(config, low=1e-5, high=10, steps=100)
+    found = lr_range.find_range(options)
+    assert found["rates"][0] == pytest.approx(1e-5)
+    assert found["rates"][1] / found["rates"][0] == pytest.approx(1e6 ** (1 / 99), rel=1e-3)
+    assert len(found["losses"]) < 100  # it diverged, and ended
+    assert found["rates"][0] < found["steepest"] <= found["least"] < found["rates"][-1]
+    assert min(found["smooth"]) < 0.9 * found["smooth"][0]
+    assert lr_range.draw(found).startswith("<svg")
+    with pytest.raises(InputError, match="--low must be positive"):
+        lr_range.Options(low=1.0, high=0.1)
+
+
+@pytest.mark.usefixtures("_scripts")
+def test_a_subset_of_the_pool_has_its_shares() -> None:
+    import finetune
+
+    labels = np.arange(1000) % 4 == 0
+    order = finetune.drawn(labels.astype(int), 400, seed=1)
+    assert len(set(order.tolist())) == 400
+    for size in (8, 40, 400):
+        assert labels[order[:size]].sum() == size // 4
+    assert set(order) != set(finetune.drawn(labels.astype(int), 400, seed=2))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_scripts")
+def test_fine_tuning_is_compared_on_images_that_no_network_saw(tree: Path, tmp_path: Path) -> None:
+    import finetune
+
+    config = Config(
+        workdir=tmp_path / "runs",
+        data=DataConfig(
+            root=str(tree), size=16, folds=2, validation="blocks", cache=tmp_path / "cache"
+        ),
+        model=ModelConfig("resnet", width=4, stages=1),
+        augment=AugmentConfig(0, 0, False),
+        train=TrainConfig(epochs=4, batch=8),
+        device=DeviceConfig("cpu", 1),
+    )
+    options = finetune.Options(config, sizes=(4, 8), seeds=2, steps=10)
+    document = finetune.compare(options)
+    assert list(document["sizes"]) == ["4", "8"]
+    row = document["sizes"]["8"]
+    means = {arm: row[arm]["auc"]["value"] for arm in finetune.ARMS}
+    assert row["gain"]["auc"]["value"] == pytest.approx(means["fine-tuned"] - means["from scratch"])
+    low, high = row["gain"]["auc"]["ci95"]
+    assert low <= row["gain"]["auc"]["value"] <= high
+    trained = Workdir(tmp_path / "runs" / "pretrained")
+    for seed in (0, 1):
+        few = Workdir(tmp_path / "runs" / "fine-tuned" / f"8-{seed}").read_split()
+        names = {row["image"].partition("/")[2] for row in few if row["role"] == "train"}
+        assert len(names) == 8
+        assert trained.trained_on(row["image"].partition("/")[2] for row in few) == 0
+    # Given again, it trains nothing; and a run that saw the block is refused.
+    assert finetune.compare(options) == document
+    other = replace(config, workdir=tmp_path / "other", data=replace(config.data, fold=1))
+    with pytest.raises(InputError, match=r"was trained on \d+ images of the block"):
+        finetune.compare(replace(options, config=other, init=trained.root))

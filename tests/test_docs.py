@@ -95,6 +95,24 @@ def test_the_notebook_runs_from_top_to_bottom(
     assert "drawn images" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["fine-tuning.md", "own-networks.md", "watching.md"])
+def test_a_page_runs_from_top_to_bottom(
+    page: str, tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tree, tmp_path / "chest_xray")
+    monkeypatch.chdir(tmp_path)
+    document = ROOT / "docs" / page
+    if page == "own-networks.md":  # it has its reader put the first block into a file
+        first = re.search(r"^```python\n(.*?)^```$", document.read_text("utf-8"), re.M | re.S)
+        assert first is not None
+        (tmp_path / "mynets.py").write_text(first[1], "utf-8")
+        monkeypatch.syspath_prepend(tmp_path)
+    with jax.numpy_dtype_promotion("standard"):
+        exec(compile(snippets(document), str(document), "exec"), {})
+    sys.modules.pop("mynets", None)
+
+
 def test_the_package_alone_starts_no_jax() -> None:
     code = "import sys, cnnjax; cnnjax.Config(); assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

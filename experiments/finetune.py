@@ -108,6 +108,8 @@ def compare(options: Options) -> dict[str, Any]:
     """Trains all networks; returns and prints what they come to."""
     config = options.config
     whole = training_data(config.data, config.seed, print, devices.make_mesh(config.device))
+    if len(whole.classes) != 2:
+        raise InputError(f"two classes are compared here, and there are {len(whole.classes)}")
     pretrained = options.init or config.workdir / "pretrained"
     if options.init is None:
         fit(replace(config, workdir=pretrained), data=whole)

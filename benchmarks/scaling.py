@@ -16,7 +16,7 @@ import resource
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ import tyro
 from tqdm import tqdm
 
 from benchmarks.measure import call, circumstances_apart, headline, print_table, write_json
+from benchmarks.projection import Assumptions, Step, project
 from cnnjax import steps, train
 from cnnjax.augment import make_augment
 from cnnjax.cli import guarded
@@ -60,6 +61,12 @@ class Options:
     """What to compute on."""
     json: Path | None = None
     """Write the points and the circumstances to this file."""
+    project: bool = False
+    """Project a step to 8, 64 and 512 devices instead, from one of --batch images on one device
+    (docs/scaling.md)."""
+    step_ms: float = 0.0
+    """Time of that step, in milliseconds, if it was measured elsewhere; 0 measures it here."""
+    links: Assumptions = field(default_factory=Assumptions)
 
     def __post_init__(self) -> None:
         for name in ("counts", "sizes"):
@@ -149,6 +156,25 @@ def measure(options: Options, found: dict[str, Any]) -> dict[str, list[dict[str,
     return curves
 
 
+def projected(options: Options) -> list[dict[str, Any]]:
+    """Returns the parts of a step's time on 8, 64 and 512 devices."""
+    size, batch = options.sizes[0] if len(options.sizes) == 1 else 64, options.batch
+    ms = options.step_ms
+    if not ms:
+        flags = ("--counts", "1", "--sizes", str(size), "--batches", str(batch))
+        (row,) = step_rows(options, *flags)
+        ms = row["median_ms"]
+    network = make_model(ModelConfig(options.network))
+    images = jax.ShapeDtypeStruct((1, size, size, 1), np.float32)
+    shapes = jax.eval_shape(lambda x: network.init(jax.random.key(0), x), images)
+    norms = len(jax.tree.leaves(shapes.get("batch_stats", {}))) // 2
+    parameters = sum(x.size for x in jax.tree.leaves(shapes["params"]))
+    step = Step(ms, batch, size, parameters, norms)
+    print(f"{options.network}, {parameters:,} parameters, {size} x {size} pixels:")
+    print(f"{ms:.3g} ms for a step of {batch} images on one device")
+    return [project(step, options.links, devices) for devices in (8, 64, 512)]
+
+
 def _of(row: dict[str, Any]) -> dict[str, Any]:
     names = ("median_ms", "quartile1_ms", "quartile3_ms", "images_per_second", "memory_mib")
     return {name: row[name] for name in names}
@@ -166,6 +192,12 @@ def _peak_bytes(device: Any) -> int:
 def main() -> int:
     """Measures, prints and writes; returns the exit status."""
     options = tyro.cli(Options, description=__doc__)
+    if options.project:
+        points = projected(options)
+        print_table(list(points[0]), [list(point.values()) for point in points])
+        if options.json is not None:
+            write_json(options.json, {"assumptions": asdict(options.links), "points": points})
+        return 0
     found = circumstances_apart(options.device)
     curves = measure(options, found)
     print(headline(found))

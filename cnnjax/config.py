@@ -260,6 +260,15 @@ class TrainConfig:
 
     epochs: int = 15
     """Passes over the training images."""
+    accumulate: int = 1
+    """Compute each batch in so many parts, one after the other, to save memory; their mean gradient
+    makes one update. Batch norm normalizes each part by its own statistics."""
+    remat: bool = False
+    """Compute activations inside residual blocks again in the backward pass instead of keeping
+    them (`jax.checkpoint`): less memory, more time, the same result."""
+    shard_optimizer: bool = False
+    """Keep a part of the optimizer's state on each device, instead of all of it on every one (ZeRO
+    stage 1, Rajbhandari et al., arXiv:1910.02054)."""
     extend: int = 0
     """Epochs after those, by which a finished run can be extended: give its command again with this
     flag. A constant learning rate goes on, and the flag may grow later; `cosine` begins anew, with
@@ -318,6 +327,12 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _settle(self, "train.")
         _require(self.epochs >= 1, "--train.epochs", "be at least 1", self.epochs)
+        _require(self.accumulate >= 1, "--train.accumulate", "be at least 1", self.accumulate)
+        if self.batch % self.accumulate:
+            raise InputError(
+                f"--train.batch {self.batch} must be a multiple of --train.accumulate"
+                f" {self.accumulate}"
+            )
         _require(self.extend >= 0, "--train.extend", "be at least 0", self.extend)
         _require(self.batch >= 1, "--train.batch", "be at least 1", self.batch)
         _require(self.learning_rate > 0, "--train.learning-rate", "be positive", self.learning_rate)
@@ -475,6 +490,8 @@ _INCIDENTAL = {
     "--data.strict",
     "--data.resident-mib",
     "--train.save-every",
+    "--train.remat",
+    "--train.shard-optimizer",
     "--device.platform",
     "--device.count",
     "--distributed.mode",
@@ -509,6 +526,8 @@ def expect_effect(config: Config, *, resumed: bool = False) -> None:
         raise InputError("--data.columns needs --data.table")
     if config.train.warmup != default.train.warmup and config.train.schedule != "cosine":
         raise InputError("--train.warmup needs --train.schedule cosine")
+    if config.train.remat and config.model.name != "resnet":
+        raise InputError("--train.remat needs --model.name resnet, whose blocks it concerns")
     if config.train.init_without and config.train.init == "random":
         raise InputError("--train.init-without needs --train.init")
 
@@ -563,7 +582,7 @@ def differences(ours: Config, theirs: Config) -> list[str]:
 _ADDED = {
     *("data.table", "data.columns", "data.patient_pattern", "data.classes"),
     *("train.extend", "train.init", "train.init_without", "train.freeze", "train.layer_decay"),
-    "distributed",
+    *("train.accumulate", "train.remat", "train.shard_optimizer", "distributed"),
 }
 
 _T = TypeVar("_T")

@@ -91,6 +91,7 @@ def make_train_step(
     *,
     ema_decay: float = 0.0,
     freeze: str = "",
+    accumulate: int = 1,
 ) -> TrainStep:
     """Returns the jitted pure step (state, batch, key) -> (state, metrics); `state` is donated.
 
@@ -110,6 +111,10 @@ def make_train_step(
             min(decay, (1 + step) / (10 + step)), so that it is unbiased from early on.
         freeze: pattern of the parameters that the optimizer leaves as they are, which then need no
             gradient; see `cnnjax.optimizers.held`.
+        accumulate: into so many parts of equal size the batch is cut, which are computed one after
+            the other; their mean gradient makes one update. Batch norm normalizes each part by its
+            own statistics, and its running statistics see the parts in turn. The objective's
+            targets must then be arrays [batch, ...].
     """
 
     def train_step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
@@ -118,21 +123,41 @@ def make_train_step(
         drawn = jax.random.split(jax.random.fold_in(key, _RNGS))
         rngs = {"params": drawn[0], "dropout": drawn[1]}
 
-        def loss_of(params: PyTree) -> tuple[jax.Array, tuple[Losses, PyTree]]:
+        def loss_of(
+            params: PyTree, batch_stats: PyTree, rngs: dict[str, jax.Array], part: PyTree
+        ) -> tuple[jax.Array, tuple[Losses, PyTree]]:
+            images, targets, weights = part
             outputs, changed = model.apply(
-                {"params": held(params, freeze), "batch_stats": state.batch_stats},
+                {"params": held(params, freeze), "batch_stats": batch_stats},
                 images,
                 train=True,
                 rngs=rngs,
                 mutable=["batch_stats", *objective.collections],
             )
             losses = objective.losses(outputs, changed, targets)
-            if batch.weights is not None:
-                minimized, reported = (batch.weights * x for x in losses[:2])
+            if weights is not None:
+                minimized, reported = (weights * x for x in losses[:2])
                 losses = losses._replace(minimized=minimized, reported=reported)
             return losses.minimized.mean(), (losses, changed.get("batch_stats", {}))
 
-        gradient, (losses, batch_stats) = jax.grad(loss_of, has_aux=True)(state.params)
+        gradient_of, whole = jax.grad(loss_of, has_aux=True), (images, targets, batch.weights)
+
+        def add(carry: PyTree, numbered: PyTree) -> tuple[PyTree, Losses]:
+            total, batch_stats = carry
+            number, part = numbered
+            own = {name: jax.random.fold_in(rng, number) for name, rng in rngs.items()}
+            gradient, (losses, batch_stats) = gradient_of(state.params, batch_stats, own, part)
+            return (jax.tree.map(jnp.add, total, gradient), batch_stats), losses
+
+        if accumulate == 1:
+            gradient, (losses, batch_stats) = gradient_of(
+                state.params, state.batch_stats, rngs, whole
+            )
+        else:
+            nothing = jax.tree.map(jnp.zeros_like, state.params)
+            parts = jnp.arange(accumulate), _cut(whole, accumulate)
+            (total, batch_stats), losses = jax.lax.scan(add, (nothing, state.batch_stats), parts)
+            gradient = jax.tree.map(lambda x: x / accumulate, total)
         # Optax mixes its integer counts with floats, which strict promotion would refuse.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
@@ -150,10 +175,19 @@ def make_train_step(
         ).all()
         state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
         correct = losses.correct.sum(dtype=jnp.int32)
-        images_seen = jnp.asarray(len(losses.correct), jnp.int32)
+        images_seen = jnp.asarray(losses.correct.size, jnp.int32)
         return state, Metrics(losses.reported.sum(), correct, images_seen, ~finite)
 
     return jax.jit(train_step, donate_argnames="state")
+
+
+def _cut(batch: PyTree, parts: int) -> PyTree:
+    """Cuts arrays [batch, ...] into [parts, batch / parts, ...].
+
+    Part k has the images k, k + parts, and so on: of a batch that is divided among devices, each
+    device has equally many of every part, and none moves.
+    """
+    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
 def make_eval_step(model: Any, views: Views = unchanged) -> EvalStep:

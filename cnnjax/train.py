@@ -8,6 +8,7 @@ caller may give beside the config. The loop holds no state but `state` and the h
 from __future__ import annotations
 
 import contextlib
+import functools
 import html
 import math
 import tempfile
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from tqdm.auto import tqdm
 
 from cnnjax import metrics
@@ -155,7 +156,7 @@ def fit(
         config, data, mesh = run.config, run.data, run.mesh
         if run.ended:
             return run.conclude()
-        steps = compile_steps(mesh, run.train_step)
+        steps = compile_steps(mesh, run.train_step, run.placement)
         given = devices.place((run.key(_STEP), run.objective), devices.replicated(mesh))
         feeder = run.feeder()
         outputs_of = make_logits(run.network, mesh)
@@ -243,6 +244,7 @@ class Run:
                 objective,
                 ema_decay=train.ema,
                 freeze=train.freeze,
+                accumulate=train.accumulate,
             )
             return step(state, batch, key)
 
@@ -342,7 +344,7 @@ class Run:
         """
         init = self._given_init
         placed: Any = {
-            "out_shardings": devices.replicated(self.mesh),
+            "out_shardings": self.placement,
             "compiler_options": devices.traits(self.mesh).once,
         }
         if init is None:
@@ -370,8 +372,23 @@ class Run:
 
     def template(self) -> TrainState:
         """Returns shapes, dtypes and placement of the state."""
-        shapes = jax.eval_shape(self.new_state, self.key(_INIT))
-        return template_of(shapes, devices.replicated(self.mesh))
+        return template_of(self._shapes, self.placement)
+
+    @functools.cached_property
+    def placement(self) -> NamedSharding | TrainState:
+        """The sharding of the state: one for all arrays, or for its parts."""
+        everywhere = devices.replicated(self.mesh)
+        if not self.config.train.shard_optimizer:
+            return everywhere
+        parts = devices.parts_of(self._shapes.opt_state, self.mesh)
+        each: Any = dict.fromkeys(("step", "params", "batch_stats", "ema"), everywhere)
+        return TrainState(**each, opt_state=parts)
+
+    @functools.cached_property
+    def _shapes(self) -> TrainState:
+        """Shapes and dtypes of the state."""
+        shapes: TrainState = jax.eval_shape(self.new_state, self.key(_INIT))
+        return shapes
 
     def restored(self, kind: Kind) -> TrainState:
         """Returns the state of a checkpoint, on the devices."""
@@ -623,7 +640,10 @@ def open_run(
         begins = config.train.init != "random" and not processes.on_main(lambda: workdir.begun)
         # Before the images are: what is wrong with a flag is said at once.
         weights = initial.read(config.train.init, config.data.fold) if begins else None
-        mesh, whole = devices.dividing(mesh, config.train.batch), mesh
+        part, flag = config.train.batch, "--train.batch"
+        if config.train.accumulate > 1:
+            part, flag = part // config.train.accumulate, f"{flag} / --train.accumulate"
+        mesh, whole = devices.dividing(mesh, part, flag), mesh
         some = f", of {whole.size}: a batch is divided evenly" if mesh.size < whole.size else ""
         print(f"devices   {devices.describe(mesh)}{some}")
         drawn = data is None and is_drawn(config.data.root)
@@ -673,7 +693,9 @@ class Steps(NamedTuple):
 
 
 def compile_steps(
-    mesh: Mesh, train_step: Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]]
+    mesh: Mesh,
+    train_step: Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]],
+    placement: NamedSharding | TrainState | None = None,
 ) -> Steps:
     """Returns what the loop calls: the step on a mesh, with the batch fetched inside it.
 
@@ -681,6 +703,7 @@ def compile_steps(
         mesh: the devices.
         train_step: (state, batch, given) -> (state, metrics); `given`, the same at each step, may
             be any arrays.
+        placement: the sharding of the state; by default all of it is on each device.
     """
 
     def one(
@@ -693,7 +716,9 @@ def compile_steps(
     ) -> tuple[TrainState, Metrics]:
         return jax.lax.scan(lambda state, feed: one(state, data, feed, given), state, feeds)
 
-    options: Any = {"donate_argnames": "state", "out_shardings": devices.replicated(mesh)}
+    everywhere = devices.replicated(mesh)
+    out = placement or everywhere, everywhere
+    options: Any = {"donate_argnames": "state", "out_shardings": out}
     together = devices.traits(mesh).steps
     return Steps(jax.jit(one, **options), jax.jit(many, **options), together)
 

@@ -14,6 +14,7 @@ import pytest
 from benchmarks import ahead, page
 from benchmarks.measure import processor
 from benchmarks.peaks import Peak, called_bytes, count_flops
+from benchmarks.projection import Assumptions, Step, project
 from cnnjax.cli import guarded
 from cnnjax.config import ModelConfig
 from cnnjax.errors import InputError
@@ -27,6 +28,28 @@ BENCHMARKS = ROOT / "benchmarks"
 def process(name: str, *flags: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", f"benchmarks.{name}", *map(str, flags)]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+def test_a_projection_is_that_worked_out_by_hand() -> None:
+    step = Step(ms=2.0, batch=32, size=64, parameters=1_000_000, norms=10)
+    given = Assumptions(per_machine=8, inner_gb_s=100, outer_gb_s=10, inner_us=1, outer_us=5)
+    alone = project(step, given, 1)
+    assert (alone["step_ms"], alone["efficiency"], alone["most"]) == (2.0, 1.0, "compute")
+    two = project(step, given, 16)
+    # 4 MB: a ring of 8 devices, then an eighth of it between two machines; 14 and 2 turns.
+    ring = 2 * 4e6 * 7 / 8 / 100e9 + 2 * 4e6 / 8 / 2 / 10e9
+    assert two["gradients_ms"] == pytest.approx(1e3 * (ring + 14e-6 + 10e-6))
+    assert two["batch_norm_ms"] == pytest.approx(1e3 * 40 * 2 * (3 * 1e-6 + 5e-6))
+    pixels = 32 * 16 * 64 * 64
+    moved = pixels * 7 / 8 / 100e9 + pixels / 8 / 2 / 10e9
+    assert two["images_ms"] == pytest.approx(1e3 * (moved + 7e-6 + 5e-6))
+    assert two["step_ms"] == pytest.approx(sum(two[f"{p}_ms"] for p in PARTS))
+    streamed = project(step, replace(given, read_images_s=64_000), 16)
+    assert (streamed["images_ms"], streamed["reading_ms"]) == (0, 32 * 8 / 64_000 * 1e3 - 2)
+    assert streamed["most"] in PARTS
+
+
+PARTS = ("compute", "gradients", "batch_norm", "images", "reading")
 
 
 @pytest.mark.parametrize("batch", [2, 32])

@@ -248,7 +248,7 @@ def test_where_one_is_killed_the_others_end_with_a_sentence(
     """
     started = start(2, code, tmp_path, images)
     metrics = tmp_path / "several" / "metrics.jsonl"
-    until = time.monotonic() + 200
+    until = time.monotonic() + 600
     while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
         assert time.monotonic() < until
         assert all(process.poll() is None for process in started)
@@ -270,6 +270,26 @@ def test_where_one_is_killed_the_others_end_with_a_sentence(
         config = config_of(tmp_path / name, images, tmp_path / "own")
         fit(replace(config, train=replace(config.train, epochs=25)))  # 100 steps
     expect_alike(lines(tmp_path / "several"), lines(tmp_path / "one"))
+
+
+@pytest.mark.parametrize("process", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_process_that_nobody_joins_ends_with_a_sentence(process: int) -> None:
+    code = """
+        import sys
+        from dataclasses import replace
+        from cnnjax.cli import guarded
+        from cnnjax.config import DeviceConfig, DistributedConfig
+        from cnnjax.machine import devices, processes
+
+        processes._CONNECT = 1
+        given = replace(DistributedConfig(**GIVEN), processes=2, process=int(sys.argv[1]))
+        sys.exit(guarded(lambda: devices.make_mesh(DeviceConfig(), given) and 0))
+    """
+    ((status, _, errors),) = ended(start(1, code, process))
+    assert status == 2
+    last = errors.splitlines()[-1]
+    assert last.startswith("error: --distributed.coordinator 127.0.0.1:")
+    assert "this process cannot join the others; start all of them" in last
 
 
 def test_a_lone_process_computes_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,6 +130,26 @@ def divided(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(AXIS))
 
 
+def parts_of(tree: Any, mesh: Mesh) -> Any:
+    """Returns shardings that divide each array among all devices.
+
+    It is along the longest axis that their number divides; an array without one is put on each.
+
+    Args:
+        tree: of arrays, or of their shapes.
+        mesh: the devices.
+    """
+
+    def part(x: Any) -> NamedSharding:
+        even = [axis for axis, length in enumerate(x.shape) if length and length % mesh.size == 0]
+        if not even:
+            return replicated(mesh)
+        longest = max(even, key=lambda axis: x.shape[axis])
+        return NamedSharding(mesh, PartitionSpec(*[None] * longest, AXIS))
+
+    return jax.tree.map(part, tree)
+
+
 def place(tree: Any, sharding: NamedSharding) -> Any:
     """Puts arrays of the host, which all processes hold alike, on the devices of a mesh.
 
@@ -198,7 +218,7 @@ def traits(mesh: Mesh) -> Traits:
     return TRAITS[platform(mesh)]
 
 
-def dividing(mesh: Mesh, batch: int) -> Mesh:
+def dividing(mesh: Mesh, batch: int, flag: str = "--train.batch") -> Mesh:
     """Returns the mesh of as many of the devices as divide a batch into equal parts.
 
     Raises:
@@ -207,11 +227,7 @@ def dividing(mesh: Mesh, batch: int) -> Mesh:
     several = len({d.process_index for d in mesh.devices.flat})
     sizes = range(several, min(mesh.size, batch) + 1, several)
     count = max((n for n in sizes if batch % n == 0), default=0)
-    return (
-        mesh
-        if count == mesh.size
-        else _spread(list(mesh.devices.flat), count, "--train.batch", batch)
-    )
+    return mesh if count == mesh.size else _spread(list(mesh.devices.flat), count, flag, batch)
 
 
 def full_float32(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:

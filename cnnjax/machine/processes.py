@@ -37,8 +37,8 @@ _CONNECT = 120  # seconds that processes wait for each other at the start
 _TOGETHER = 3  # seconds within which processes that fail for one reason all do
 
 _LOST = (
-    "error: another process of this run has ended or cannot be reached; its own message says why."
-    " Give the same command again to go on from the last checkpoint\n"
+    "another process of this run has ended or cannot be reached; its own message says why. Give the"
+    " same command again to go on from the last checkpoint"
 )
 
 
@@ -55,6 +55,11 @@ def join(config: DistributedConfig) -> None:
     if config.mode == "off" or jax.distributed.is_initialized():
         return
     given: dict[str, Any] = {}
+    where = f"--distributed.coordinator {config.coordinator}" if config.coordinator else "a cluster"
+    alone = (
+        f"{where}: this process cannot join the others; start all of them, with the same address"
+        " of process 0, or compute alone with --distributed off"
+    )
     if config.coordinator:
         given = {
             "coordinator_address": config.coordinator,
@@ -62,6 +67,7 @@ def join(config: DistributedConfig) -> None:
             "process_id": config.process,
             "cluster_detection_method": "deactivate",
         }
+    before = _say_at_abort(alone, 2)
     try:
         with warnings.catch_warnings():
             # A pod of Kubernetes is no cluster yet; JAX warns in each.
@@ -72,14 +78,11 @@ def join(config: DistributedConfig) -> None:
                 initialization_timeout=_CONNECT,
             )
     except Exception as error:
+        _on_abort(before)
         if not given and (isinstance(error, ValueError) or _is_in_use(error) or _is_lone_pod()):
             return
-        where = f"--distributed.coordinator {config.coordinator}" if given else "JAX's cluster"
-        raise InputError(
-            f"{where}: this process cannot join the others ({first_line(error)}); start all of"
-            " them, with one address, or compute alone with --distributed off"
-        ) from None
-    _say_why_jax_ends()
+        raise InputError(f"{alone} ({first_line(error)})") from None
+    _say_at_abort(_LOST, 1)
 
 
 def _is_in_use(error: Exception) -> bool:
@@ -92,20 +95,36 @@ def _is_lone_pod() -> bool:
     return "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" not in os.environ
 
 
-@ctypes.CFUNCTYPE(None, ctypes.c_int)
-def _end(number: int) -> None:
-    os.write(2, _LOST.encode())
-    os._exit(1)
+_Handler = ctypes.CFUNCTYPE(None, ctypes.c_int)
+_handlers: list[Any] = []  # which the C library calls, so they must stay
 
 
-def _say_why_jax_ends() -> None:
-    """Adds a sentence to JAX's end of a process that has lost another one.
+def _say_at_abort(sentence: str, status: int) -> int | None:
+    """Ends this process with a sentence where JAX's runtime aborts it, as it does without others.
 
-    JAX's runtime then aborts the process, from a thread of its own, which Python's signal handlers
-    never hear of: this one is the C library's.
+    It does so from a thread of its own, after its own report; Python's handlers of signals never
+    hear of that, so this one is the C library's.
+
+    Returns:
+        The handler before, for `_on_abort`.
     """
-    if os.name == "posix":
-        ctypes.CDLL(None).signal(signal.SIGABRT, _end)
+
+    def end(number: int) -> None:
+        os.write(2, f"error: {sentence}\n".encode())
+        os._exit(status)
+
+    _handlers.append(_Handler(end))
+    return _on_abort(ctypes.cast(_handlers[-1], ctypes.c_void_p).value)
+
+
+def _on_abort(handler: int | None) -> int | None:
+    """Sets the C library's handler of SIGABRT, and returns the one before; None is the default."""
+    if os.name != "posix":
+        return None
+    set_handler = ctypes.CDLL(None).signal
+    set_handler.restype, set_handler.argtypes = ctypes.c_void_p, (ctypes.c_int, ctypes.c_void_p)
+    before: int | None = set_handler(signal.SIGABRT, handler)
+    return before
 
 
 _alone = False  # see `alone`

@@ -27,7 +27,12 @@ STEM_SIZES = {2: 3, 4: 7}  # side of the ResNet's first kernel, by its stride
 
 
 def make_model(
-    config: ModelConfig, dtype: Dtype = jnp.float32, *, classes: int = 2, auxiliary: bool = False
+    config: ModelConfig,
+    dtype: Dtype = jnp.float32,
+    *,
+    classes: int = 2,
+    auxiliary: bool = False,
+    remat: bool = False,
 ) -> nn.Module:
     """Returns the network that the config names; its parameters come from `model.init`.
 
@@ -39,6 +44,8 @@ def make_model(
         auxiliary: with a second head on the last features, whose logits [batch] `apply` leaves in
             the collection `AUXILIARY` in training, where that is mutable. Else it is not needed,
             nor are its parameters.
+        remat: the ResNet keeps no activations inside its blocks for the backward pass, which
+            computes them again (`jax.checkpoint`).
     """
     outputs = 1 if classes == 2 else classes
     if ":" in config.name:
@@ -61,6 +68,7 @@ def make_model(
         dtype=dtype,
         auxiliary=auxiliary,
         outputs=outputs,
+        remat=remat,
     )
 
 
@@ -73,7 +81,13 @@ def model_of(config: Config, classes: Sequence[str]) -> nn.Module:
     """
     precision = jnp.dtype(config.train.precision)
     second = bool(second_head(config.train, classes))
-    return make_model(config.model, precision, classes=len(classes), auxiliary=second)
+    return make_model(
+        config.model,
+        precision,
+        classes=len(classes),
+        auxiliary=second,
+        remat=config.train.remat,
+    )
 
 
 def second_head(train: TrainConfig, classes: Sequence[str]) -> float:
@@ -155,7 +169,7 @@ class ResidualBlock(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """Maps [batch, height, width, in] to [batch, height', width', features]."""
         y = Conv(self.features, stride=self.stride, dtype=self.dtype, name="conv1")(x)
         y = nn.relu(BatchNorm(name="norm1")(y, train=train))
@@ -184,6 +198,7 @@ class ResNet(nn.Module):
     dtype: Dtype = jnp.float32
     auxiliary: bool = False
     outputs: int = 1
+    remat: bool = False
 
     @nn.compact
     def __call__(
@@ -206,14 +221,15 @@ class ResNet(nn.Module):
             name="stem",
         )(_prepared(images, self))
         x = nn.relu(BatchNorm(name="stem_norm")(x, train=train)).astype(self.dtype)
+        residual_block = nn.remat(ResidualBlock, static_argnums=2) if self.remat else ResidualBlock
         for stage in range(self.stages):
             for block in range(self.depth):
-                x = ResidualBlock(
+                x = residual_block(
                     self.width * 2**stage,
                     stride=2 if stage > 0 and block == 0 else 1,
                     dtype=self.dtype,
                     name=f"stage{stage + 1}_block{block + 1}",
-                )(x, train=train)
+                )(x, train)
             if stage == max(0, self.stages - 2):
                 x = _exposed(self, FINE, x)
         x = _exposed(self, FINAL, x)

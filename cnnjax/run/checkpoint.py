@@ -285,9 +285,16 @@ def _sync_one(path: Path) -> None:
         os.close(descriptor)
 
 
-def template_of(state: TrainState, sharding: jax.sharding.Sharding) -> TrainState:
-    """Returns shapes, dtypes and placement of a state, for `Checkpoints.restore`."""
+def template_of(state: TrainState, placement: Any) -> TrainState:
+    """Returns shapes, dtypes and placement of a state, for `Checkpoints.restore`.
+
+    Args:
+        state: of arrays, or of their shapes.
+        placement: a sharding for all of them, or a state of shardings for its parts.
+    """
     template: TrainState = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        state,
+        jax.tree.broadcast(placement, state),
     )
     return template

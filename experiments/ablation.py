@@ -57,6 +57,7 @@ def variants(recipe: Config) -> dict[str, Config]:
         RECIPE: recipe,
         "whole-films": with_data(frame="whole"),
         "no-crops": augmented(crop=1.0),
+        "crops-of-0.5": augmented(crop=0.5),
         "crops-of-0.25": augmented(crop=0.25),
         "no-tone": augmented(gamma=0.0, contrast=0.0, brightness=0.0),
         "no-sharpness": augmented(sharpness=0.0),

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +23,7 @@ from cnnjax.config import (
     Config,
     DataConfig,
     DeviceConfig,
+    ModelConfig,
     OperatingConfig,
     TrainConfig,
 )
@@ -29,6 +31,7 @@ from cnnjax.data.prepare import data_of
 from cnnjax.errors import InputError
 from cnnjax.evaluation import explain, release
 from cnnjax.evaluation.predict import FEW
+from cnnjax.networks import make_model
 from cnnjax.objectives import Batch, Binary, Softmax
 from cnnjax.operating import (
     OperatingPoint,
@@ -400,6 +403,21 @@ def test_what_does_not_fit_the_classes_is_refused(tmp_path: Path) -> None:
     several = np.eye(3, dtype=int)[np.arange(6) % 3]
     with pytest.raises(InputError, match="multi-label"):
         data_of(images, several, np.arange(6) >= 3, CLASSES)
+
+
+class Linear(nn.Module):
+    """A network of the user's own, which asks how many logits there are."""
+
+    outputs: int = 1
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+        return nn.Dense(self.outputs)(images.reshape(len(images), -1))
+
+
+def test_a_network_by_its_path_is_told_the_number_of_logits() -> None:
+    network = make_model(ModelConfig("test_classes:Linear"), classes=4)
+    assert network == Linear(4)
 
 
 def test_points_of_both_kinds_are_read_back() -> None:

@@ -143,7 +143,7 @@ def test_damaged_jpegs_are_refused(kind: str, mode: str, progressive: bool, size
     film = np.random.default_rng(0).integers(60, 200, (200, 180)).astype(np.uint8)
     whole = encode(Image.fromarray(film).convert(mode), "JPEG", progressive=progressive)
     decode(whole, size)
-    with pytest.raises(DecodeError, match=r"broken image: .*(Corrupt JPEG data|Premature end)"):
+    with pytest.raises(DecodeError, match=r"Corrupt JPEG data|Premature end|some scans"):
         decode(damaged(whole, kind), size)
 
 

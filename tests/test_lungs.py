@@ -209,7 +209,7 @@ def run(chests: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     fit(
         Config(
             workdir=folder / "run",
-            data=DataConfig(root=str(chests), size=24, frame="lungs", cache=folder / "cache"),
+            data=DataConfig(str(chests), 24, "lungs", folds=4, cache=folder / "cache"),
             model=ModelConfig("resnet", width=4, stages=2),
             train=TrainConfig(epochs=1, batch=16),
         )

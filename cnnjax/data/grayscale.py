@@ -445,11 +445,15 @@ def _monochrome(file: Any, stored: np.ndarray, turned: bool) -> np.ndarray:
         .astype(unsigned)
         .view(stored.dtype.newbyteorder("="))
     )
-    there = np.zeros(len(possible), bool)
     index = stored.astype(stored.dtype.newbyteorder("="), copy=False).view(unsigned)
-    for rows in strips(*stored.shape):
-        there[index[rows]] = True
-    table = shown_of(possible, *expect(possible[there & ~padding(possible)]))
+    if display.modality is None and not padding(possible).any():
+        inside = np.array([stored.min(), stored.max()])  # a slope keeps them the extremes
+    else:
+        there = np.zeros(len(possible), bool)
+        for rows in strips(*stored.shape):
+            there[index[rows]] = True
+        inside = possible[there & ~padding(possible)]
+    table = shown_of(possible, *expect(inside))
     shown = np.empty(stored.shape, np.float32)
     for rows in strips(*stored.shape):
         shown[rows] = table[index[rows]]

@@ -20,7 +20,7 @@ MOST_SCANS = 100
 MOST_SCANNED = 400_000_000  # pixels times scans
 
 _DAMAGE = "Corrupt JPEG data", "Premature end of JPEG", "Inconsistent progression"
-_MARKER = re.compile(rb"\xff+([^\x00\xff])")
+_MARKER = re.compile(rb"\xff([^\x00\xff])")  # with fill bytes before it
 _SCAN, _ADOBE = 0xDA, 0xEE
 _WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD9)}
 _FRAMES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # SOF of JPEG and of JPEG-LS

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cnnjax import cli
 from cnnjax.cli.outputs import Csv
+from cnnjax.cli.train import train_recipe
 from cnnjax.config import Config, DataConfig, DeviceConfig, TrainConfig
 from cnnjax.data.cache import write_quarantine
 from cnnjax.data.index import Example
@@ -83,7 +83,7 @@ def test_a_command_to_copy_names_its_folders_whatever_they_are_called(
         device=DeviceConfig(count=1),
     )
     with pytest.raises(SystemExit) as ended:
-        cli.train(default, "test", ["--workdir", str(workdir)])
+        train_recipe(default, "test", ["--workdir", str(workdir)])
     assert ended.value.code == 0
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("  cnnjax evaluate")]
     words = ["cnnjax", "evaluate", "--run", str(workdir), "--data", str(root), "--split", "test"]

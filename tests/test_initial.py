@@ -129,7 +129,7 @@ def test_a_new_head_leaves_the_backbone(
     shown = capsys.readouterr().out
     assert "drawn anew: head\n" in shown
     assert "left out: head\n" in shown
-    assert "note: these weights were trained with --model.standardize False" in shown
+    assert "note: these weights were trained with --model.no-standardize" in shown
 
 
 def test_three_classes_start_from_the_backbone_of_two(trained: Path, tmp_path: Path) -> None:

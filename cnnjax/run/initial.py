@@ -193,7 +193,7 @@ def describe(told: dict[str, Any], weights: Weights, config: Config) -> str:
             lines.append(f"  {label}: {_named(told[name])}")
     if weights.config is not None:
         before, now = flags(weights.config), flags(config)
-        other = [f"{flag} {before[flag]}" for flag in _UNSEEN if before[flag] != now[flag]]
+        other = [_given(flag, before[flag]) for flag in _UNSEEN if before[flag] != now[flag]]
         if other:
             lines.append(f"  note: these weights were trained with {', '.join(other)}")
     return "\n".join(lines)
@@ -223,8 +223,16 @@ def _other_flags(config: Config, weights: Weights) -> str:
         return ""
     before, now = flags(weights.config), flags(config)
     other = [
-        f"{flag} {before[flag]}"
+        _given(flag, before[flag])
         for flag in before
         if flag.startswith("--model.") and before[flag] != now[flag]
     ]
     return f"; those were trained with {', '.join(other)}" if other else ""
+
+
+def _given(flag: str, value: Any) -> str:
+    """Returns a flag as the command line takes it: `--model.no-standardize` for one that is off."""
+    if not isinstance(value, bool):
+        return f"{flag} {value}"
+    part, _, name = flag.rpartition(".")
+    return flag if value else f"{part}.no-{name}"

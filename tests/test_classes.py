@@ -27,6 +27,7 @@ from cnnjax.config import (
     OperatingConfig,
     TrainConfig,
 )
+from cnnjax.data.index import read_index
 from cnnjax.data.prepare import data_of
 from cnnjax.errors import InputError
 from cnnjax.evaluation import explain, release
@@ -401,6 +402,10 @@ def test_what_does_not_fit_the_classes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"where 3 classes need logits of shape \(2, 3\)"):
         fit(config, data=data, network=ThreeLogits(4))
     several = np.eye(3, dtype=int)[np.arange(6) % 3]
+    path = tmp_path / "several.npz"
+    np.savez(path, train_images=images, train_labels=several)
+    with pytest.raises(InputError, match="train_labels holds 3 findings an image"):
+        read_index(path)
     with pytest.raises(InputError, match="multi-label"):
         data_of(images, several, np.arange(6) >= 3, CLASSES)
 

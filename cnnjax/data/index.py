@@ -450,7 +450,13 @@ def _from_npz(path: Path, reading: Reading) -> Index:
     for split in SPLITS:
         if f"{split}_labels.npy" not in source.members:
             continue
-        labels = source.array(f"{split}_labels").reshape(-1)
+        labels = source.array(f"{split}_labels")
+        if labels.ndim == 2 and labels.shape[1] > 1:
+            raise InputError(
+                f"{path}: {split}_labels holds {labels.shape[1]} findings an image (multi-label),"
+                " which are not supported; give each image one class"
+            )
+        labels = labels.reshape(-1)
         if f"{split}_images.npy" not in source.members:
             raise InputError(f"{path} has {split}_labels but no {split}_images")
         images = source.array(f"{split}_images")

@@ -262,3 +262,23 @@ def test_weighted_auc_is_that_of_images_as_often_as_they_weigh() -> None:
     found = metrics._weighted_auc(logits, labels == 1, times[None].astype(float))
     expected = reference.roc_auc_score(np.repeat(labels, times), np.repeat(logits, times))
     assert found == pytest.approx([expected])
+
+
+def test_the_design_effect_is_kishs_and_one_patient_more() -> None:
+    """Written out patient by patient; two patients have the rarer outcome, one of them twice."""
+    hits = np.array([1, 1, 0, 0, 1, 1, 1, 0, 1, 1], bool)
+    patients = np.array(list("aabbccdddd"))
+    n, k, people = 10, 7, 4
+    residuals = [sum(hit - k / n for hit in hits[patients == one]) for one in "abcd"]
+    among_patients = people / (people - 1) * sum(r**2 for r in residuals) / n**2
+    ratio = max(1.0, among_patients / (k / n * (1 - k / n) / (n - 1)))
+    assert ratio > 1
+    effect = (n / people + 2 * ratio) / 3
+    found = metrics.clustered_proportion(hits, patients)
+    assert found.ci95 == pytest.approx(metrics.proportion(k, n, n / effect).ci95)
+
+
+def test_an_estimate_is_shown_with_its_interval() -> None:
+    assert str(metrics.Estimate(0.5, (0.25, 0.75))) == "0.5000  [0.2500, 0.7500]"
+    assert str(metrics.Estimate(0.5, None)) == "0.5000  [no interval]"
+    assert str(metrics.UNDEFINED) == "undefined"

@@ -121,7 +121,7 @@ def test_a_learning_rate_is_looked_for(tree: Path, tmp_path: Path) -> None:
     found = lr_range.find_range(options)
     assert found["rates"][0] == pytest.approx(1e-5)
     assert found["rates"][1] / found["rates"][0] == pytest.approx(1e6 ** (1 / 99), rel=1e-3)
-    assert len(found["losses"]) < 100  # it diverged, and ended
+    assert len(found["losses"]) == len(found["rates"]) <= 100
     assert found["rates"][0] < found["steepest"] <= found["least"] < found["rates"][-1]
     assert min(found["smooth"]) < 0.9 * found["smooth"][0]
     assert lr_range.draw(found).startswith("<svg")

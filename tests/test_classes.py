@@ -30,8 +30,9 @@ from cnnjax.config import (
 from cnnjax.data.index import read_index
 from cnnjax.data.prepare import data_of
 from cnnjax.errors import InputError
-from cnnjax.evaluation import explain, release
+from cnnjax.evaluation import explain, release, shifted
 from cnnjax.evaluation.predict import FEW
+from cnnjax.evaluation.rerender import RENDERINGS
 from cnnjax.networks import make_model
 from cnnjax.objectives import Batch, Binary, Softmax
 from cnnjax.operating import (
@@ -430,3 +431,22 @@ def test_points_of_both_kinds_are_read_back() -> None:
 
     points = {1: OperatingPoint(), 4: SoftmaxPoint(0.5, (0.1, 0.2, -0.3))}
     assert points_from_json(json.loads(json.dumps(points_to_json(points)))) == points
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_renderings_are_judged_alike(classes: int) -> None:
+    """Log-odds of three classes, of which one image lacks a rendering, and of two likewise."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(60) % classes
+    own = np.eye(classes)[labels]
+    sets = {shifted.PLAIN: rng.normal(size=own.shape) + 2 * own}
+    for name in list(RENDERINGS)[:4]:
+        sets[name] = rng.normal(size=own.shape) + own
+        sets[name][0] = np.nan
+    if classes == 2:
+        sets = {name: each[:, 1] - each[:, 0] for name, each in sets.items()}
+    held_out = shifted.HeldOut(labels, tuple(map(str, range(60))), sets)
+    found = shifted.judge(held_out, np.arange(60) // 6 % 2, OperatingConfig())
+    assert found["plain"]["auc"]["value"] > found["score"] > 0.5
+    for group in found["groups"].values():
+        assert group["across"] <= group["auc"] + 1e-9

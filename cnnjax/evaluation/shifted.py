@@ -31,7 +31,7 @@ from cnnjax.evaluation.predict import Predictor
 from cnnjax.evaluation.rerender import GROUPS, RENDERINGS, Facts
 from cnnjax.machine.files import no_cache
 from cnnjax.machine.host import cache_folder
-from cnnjax.metrics import AT_ZERO, at_zero, auc, evaluate, sigmoid, softmax
+from cnnjax.metrics import AT_ZERO, against_rest, at_zero, auc, evaluate, sigmoid, softmax
 from cnnjax.operating import OperatingPoint, Point, fit_operating_point, reliability
 from cnnjax.run.workdir import Workdir
 
@@ -278,8 +278,10 @@ def judge(held_out: HeldOut, parts: np.ndarray, config: OperatingConfig) -> dict
         others = {name: logits[~inside] for name, logits in held_out.sets.items()}
         point = fit_point(others, labels[~inside], config)
         for name, logits in held_out.sets.items():
-            moved[name][inside] = point.margins(logits[inside])
-            calibrated[name][inside] = point.calibrated(logits[inside])
+            known = inside & _known(logits)
+            moved[name][inside] = calibrated[name][inside] = np.nan
+            moved[name][known] = point.margins(logits[known])
+            calibrated[name][known] = point.calibrated(logits[known])
     sets = {}
     for name, logits in moved.items():
         known = _known(logits)
@@ -328,9 +330,16 @@ def auc_across(logits: Sequence[np.ndarray], labels: np.ndarray) -> float:
     normal images are framed more tightly than those with pneumonia, and at a fixed threshold.
 
     Args:
-        logits: of each rendering, float [n]; NaN where there is none.
-        labels: int [n], 0 or 1.
+        logits: of each rendering, float [n], or [n, K] of K classes, each of which is compared with
+            the rest, and the mean over them returned; NaN where there is none.
+        labels: int [n], 0 or 1, or 0 to K - 1.
     """
+    if logits[0].ndim == 2:
+        with np.errstate(invalid="ignore"):  # of images without logits
+            scores = [against_rest(each) for each in logits]
+        classes = range(logits[0].shape[1])
+        each_class = [auc_across([s[:, k] for s in scores], labels == k) for k in classes]
+        return float(np.mean(each_class))
     negatives = [each[(labels == 0) & np.isfinite(each)] for each in logits]
     positives = [each[(labels == 1) & np.isfinite(each)] for each in logits]
     return min(

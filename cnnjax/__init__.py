@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from cnnjax.operating import OperatingPoint, SoftmaxPoint
     from cnnjax.train import Result, fit
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "AugmentConfig",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -47,6 +48,7 @@ def place(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     fit = cnnjax.fit
 
+    @functools.wraps(fit)
     def shortened(config: cnnjax.Config, **parts: Any) -> Any:
         return fit(replace(config, train=replace(config.train, epochs=1)), **parts)
 

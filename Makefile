@@ -1,5 +1,5 @@
-# make train   everything, from an empty machine with Python 3.11+ to a trained model
-# make test    everything, to a tested checkout
+# make train   installs everything and trains; needs only Python 3.11 or newer
+# make test    installs everything and runs lint and the fast tests
 PYTHON ?= python3
 VENV   ?= .venv
 DATA   ?= phantom
@@ -8,7 +8,7 @@ ARGS   ?=
 
 BIN := $(VENV)/bin
 
-# Seconds for each of the tests that change bytes at random.
+# Seconds for each test with random changes of files.
 FUZZ_SECONDS ?= 60
 
 .PHONY: help install train test test-slow faults fuzz docs lint lock clean
@@ -36,14 +36,14 @@ test: lint
 test-slow: install
 	$(BIN)/python -m pytest -n auto --dist worksteal
 
-# What happens with bad input, a full disk, a killed process: a table of what was tried.
+# Tests of bad input, full disks and killed processes; prints a table of them.
 faults: install
 	$(BIN)/python -m pytest -n auto --dist worksteal -m faults
 
 fuzz: install
 	FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest -n auto -rP -p no:logging tests/faults/test_fuzz.py
 
-# The documentation as a site in site/; a broken link is an error.
+# Builds the documentation in site/; a broken link is an error.
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
@@ -52,7 +52,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The newest versions that serve every Python from 3.11 on, with hashes; needs uv.
+# Locks the newest versions that support every Python from 3.11 on, with hashes; needs uv.
 lock:
 	uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 \
 	  --generate-hashes --no-header --no-emit-index-url --upgrade --output-file requirements.lock

@@ -1,1 +1,1 @@
-"""What is measured, and beside whom: `python -m benchmarks.NAME`, from the root of the checkout."""
+"""Benchmarks. Run `python -m benchmarks.NAME` from the root of the checkout."""

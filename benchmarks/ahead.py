@@ -1,16 +1,16 @@
-"""What XLA makes of a train step for a GPU or a TPU that is not at hand.
+"""Compiles train steps ahead of time for a GPU or a TPU that is not available.
 
     pip install "jax[tpu]"
     python -m benchmarks.ahead --target tpu-v5e
     pip install "jax[cuda13]"
     python -m benchmarks.ahead --target h100 --batches 32 512 --json ahead.json
 
-The recipes' steps are compiled ahead of time for a description of the device, sixteen in one call,
-as there the loop takes them, by the very compiler that would be used there. That proves that they
-compile, and shows what of them it launches, what memory they take and, for a TPU, how many bytes
-the compiler counts that they move; it says nothing about how fast they run. The bound is the larger
-of operations over the device's peak and of those bytes over the bandwidth of its memory; what never
-leaves the chip's own memory counts too, so a device can do better.
+The steps of the recipes are compiled for a description of the device, by the compiler of that
+device. Sixteen steps are one program, as in the training loop on these devices. This proves that
+the steps compile, and gives the number of launches, the memory and, for a TPU, the bytes moved as
+the compiler counts them. It does not measure speed. The bound is the larger of the operations
+divided by the device's peak and the bytes divided by the memory bandwidth. The bytes include
+accesses that never leave the on-chip memory, so a device can be faster than the bound.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ from cnnjax.optimizers import make_optimizer
 Target = Literal["tpu-v5e", "h100"]
 Forms = Literal["chosen", "default"]
 
-_IMAGES = 4_096  # of the data set on the device
+_IMAGES = 4_096  # size of the data set on the device
 
-# What XLA's compiler asks about a GPU that it cannot ask itself: NVIDIA's data sheet and CUDA's
-# programming guide, compute capability 9.0.
+# Description of the GPU that XLA's compiler needs if there is none. Sources: NVIDIA's data sheet
+# and CUDA's programming guide, compute capability 9.0.
 _H100 = """
 platform_name: "CUDA"
 device_description_str: "NVIDIA H100 80GB HBM3"
@@ -68,31 +68,31 @@ gpu_device_info {
 }
 """
 
-# Of XLA's instructions, those that nothing is launched for.
+# XLA instructions that launch nothing.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
 _INSTRUCTION = re.compile(r"  (?:ROOT )?%[\w.-]+ = (?:\(.*?\)|\S+) ([a-z][a-z-]*)\(")
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is compiled: every combination."""
+    """What is compiled: all combinations of these options."""
 
     target: Target = "tpu-v5e"
-    """The device: a TPU v5e, or an NVIDIA H100."""
+    """The device: a TPU v5e or an NVIDIA H100."""
     recipes: tuple[Literal["baseline", "pneumonia"], ...] = ("baseline", "pneumonia")
-    """Which of the recipes in experiments/."""
+    """Names of recipes in experiments/."""
     batches: tuple[int, ...] = (32,)
     """Images per step, over all devices."""
     counts: tuple[Literal[1, 4], ...] = (1, 4)
     """Numbers of devices."""
     forms: tuple[Forms, ...] = ("chosen",)
-    """The forms of layers and augmentation that the target gets, or those of all other devices."""
+    """Implementations of layers and augmentation: those chosen for the target, or the default."""
     json: Path | None = None
     """Write the rows and the circumstances to this file."""
 
     def __post_init__(self) -> None:
         if min(self.batches, default=0) < 4 or any(batch % 4 for batch in self.batches):
-            raise InputError("--batches must be multiples of 4, the most devices")
+            raise InputError("--batches must be multiples of 4, the largest number of devices")
 
 
 @dataclass(frozen=True)
@@ -105,18 +105,18 @@ class Row:
     forms: str
     compile_seconds: float
     launches: int
-    """A step's kernels, or what a TPU has in their place."""
+    """Kernels launched per step, or their equivalent on a TPU."""
     memory_mib: float
-    """Of each device, for the program's temporary values."""
+    """Temporary memory of the program on each device, in MiB."""
     flops: int
-    """A step's, as `peaks.count_flops` counts them."""
+    """Operations of a step, as `peaks.count_flops` counts them."""
     traffic_mb: float | None
-    """Megabytes that a step moves in each device's memory; None where XLA does not count them."""
+    """Memory traffic per step and device, in MB; None if XLA does not count it."""
     bound_ms: float | None
 
 
 def mesh_of(target: Target, count: int) -> tuple[Mesh, str]:
-    """Returns a mesh of described devices, and XLA's name of their platform.
+    """Returns a mesh of described devices and XLA's name of their platform.
 
     Raises:
         InputError: the compiler for them is not installed.
@@ -131,7 +131,7 @@ def mesh_of(target: Target, count: int) -> tuple[Mesh, str]:
     except Exception as error:
         needed = "jax[cuda13]" if target == "h100" else "jax[tpu]"
         raise InputError(
-            f'--target {target}: its compiler is not here; pip install "{needed}"'
+            f'--target {target}: its compiler is not installed; pip install "{needed}"'
             f" ({first_line(error)})"
         ) from None
     return Mesh(np.array(found.devices[:count]), (devices.AXIS,)), (
@@ -140,7 +140,7 @@ def mesh_of(target: Target, count: int) -> tuple[Mesh, str]:
 
 
 def compiled(target: Target, recipe: str, batch: int, count: int, forms: Forms) -> Row:
-    """Compiles sixteen steps of a recipe, in bfloat16, its default there."""
+    """Compiles sixteen steps of a recipe in bfloat16, the default on these devices."""
     config = recipe_of(recipe)
     mesh, platform = mesh_of(target, count)
     everywhere = devices.replicated(mesh)
@@ -178,8 +178,8 @@ def compiled(target: Target, recipe: str, batch: int, count: int, forms: Forms) 
         )
     program = traced.lower(lowering_platforms=(platform,)).compile()
     seconds = time.perf_counter() - start
-    cost = program.cost_analysis()  # it counts a loop's body once
-    traffic = cost["bytes accessed"] if cost else None  # None of a GPU's
+    cost = program.cost_analysis()  # counts the body of a loop once
+    traffic = cost["bytes accessed"] if cost else None  # unknown for GPUs
     flops = count_flops(model, batch, size)[1]
     peak = peak_of(mesh.devices.flat[0], "bfloat16")
     return Row(
@@ -197,8 +197,8 @@ def compiled(target: Target, recipe: str, batch: int, count: int, forms: Forms) 
 
 
 def launches(program: str) -> int:
-    """Counts the instructions of the largest computation, the loop's body, in a program's text."""
-    fused = set(re.findall(r"calls=%([\w.-]+)", program))  # one launch each, counted by its caller
+    """Counts the launches of the largest computation (the loop body) in the text of a program."""
+    fused = set(re.findall(r"calls=%([\w.-]+)", program))  # one launch each, counted at the call
     most = count = 0
     name = ""
     for line in program.splitlines():
@@ -219,7 +219,7 @@ def main() -> int:
     """Compiles, prints and writes; returns the exit status."""
     options = tyro.cli(Options, description=__doc__)
     jax.config.update("jax_enable_compilation_cache", False)
-    os.environ["CNNJAX_ONEDNN"] = "0"  # its kernels are this machine's
+    os.environ["CNNJAX_ONEDNN"] = "0"  # its kernels are for this machine
     found = circumstances(DeviceConfig("cpu"))
     mesh, _ = mesh_of(options.target, 1)
     found["device"] = devices.describe(mesh)

@@ -1,13 +1,13 @@
-"""From the start of a process to a trained and judged network, beside the post's own Keras program.
+"""Time from the start of the process to an evaluated network, compared with the post's program.
 
     python -m benchmarks.end_to_end --data chest_xray --full-resolution DIR --json end_to_end.json
 
-Two jobs, each a process of its own, ours and Keras's in turn, on the same training and held-out
-files: the post's 15 epochs on a tree of small images, and 5 epochs on files as published, the
-tree's repeated under new names up to `--files`. Cold means that our process finds neither decoded
-images nor compiled programs, warm that it finds both. A first start of each side is not measured:
-it brings files and programs into the system's cache. Then the time to quality: how long after a
-cold start a recipe's held-out AUC first passes some values.
+There are two jobs: the post's 15 epochs on a tree of small images, and 5 epochs on files as
+published, repeated under new names up to `--files`. Our program and the post's Keras program
+alternate on the same training and held-out files, each in a separate process. "Cold" starts without
+cached images and compiled programs, "warm" with both. One start of each side is made first and not
+measured, to bring files and programs into the system's cache. The time to quality is the time from
+a cold start until the held-out AUC of a recipe first exceeds given values.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from cnnjax.run.workdir import Workdir
 
 @dataclass(frozen=True)
 class Options:
-    """Which jobs."""
+    """What is measured."""
 
     data: Path
     """A tree of small images: train/NORMAL and so on."""
@@ -57,11 +57,11 @@ class Options:
     full_epochs: int = 5
     """Epochs of the job on images as published."""
     rounds: int = 1
-    """How often each job is done by each side."""
+    """Number of times that each side does each job."""
     quality: tuple[float, ...] = (0.98, 0.99)
-    """Held-out AUC to be reached."""
+    """Values of the held-out AUC for the time to quality."""
     environments: Path = ENVIRONMENTS
-    """Folder of the peers' environments (`python -m benchmarks.peers --setup`)."""
+    """Folder of the peers' environments (made by `python -m benchmarks.peers --setup`)."""
     json: Path | None = None
     """Write the rows and the circumstances to this file."""
 
@@ -73,9 +73,9 @@ class Options:
 
 
 def repeated(source: Path, files: int, target: Path) -> None:
-    """Repeats the training images of a tree as copies of new patients, up to so many files."""
+    """Copies the training images of a tree under names of new patients, `files` files in all."""
     examples = list(read_index(source).split("train"))
-    random.Random(0).shuffle(examples)  # both classes, however few the files
+    random.Random(0).shuffle(examples)  # both classes, even for few files
     for i in range(files):
         example = examples[i % len(examples)]
         name = f"person{i}_virus_1.jpeg" if example.label else f"IM-{i}-0001.jpeg"
@@ -86,22 +86,22 @@ def repeated(source: Path, files: int, target: Path) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """How long one of our jobs took."""
+    """Times of one of our jobs."""
 
     seconds: float
     phases: dict[str, float]
-    """Seconds of each phase; they add up to all."""
+    """Seconds of each phase; their sum is `seconds`."""
     compiling: float
-    """Seconds in which JAX traced and XLA compiled, within the phases."""
+    """Seconds of tracing and compilation within the phases."""
     lines: list[tuple[float, float]]
-    """For each epoch, the seconds from the start until its line stood in `metrics.jsonl`, and those
-    of compiling among them."""
+    """For each epoch, the seconds from the start until its line was written to `metrics.jsonl`, and
+    the seconds of compilation among them."""
 
 
 def ours(
     root: Path, epochs: int | None, scratch: Path, *, cold: bool, recipe: str = "baseline"
 ) -> Job:
-    """Trains in a process of its own, for the recipe's own number of epochs if that is None."""
+    """Trains a recipe in a separate process; None means the recipe's own number of epochs."""
     shutil.rmtree(scratch / "run", ignore_errors=True)
     if cold:
         shutil.rmtree(scratch / "cache", ignore_errors=True)
@@ -119,13 +119,13 @@ def ours(
 
 
 def theirs(options: Options, folder: Path, epochs: int, on: str) -> float:
-    """Trains with Keras on a platform in a process of its own; returns its seconds."""
+    """Trains with Keras on a platform in a separate process; returns the seconds."""
     python = python_of("keras", options.environments, on)
     return _timed([python, "-m", "benchmarks.peers.keras_job", folder, str(epochs), on])[0]
 
 
 def split_folder(root: Path, run: Path, target: Path) -> None:
-    """Links a run's training and held-out images as Keras wants them: train/CLASS, val/CLASS."""
+    """Links the images of a run as Keras reads them: train/CLASS and val/CLASS (held out)."""
     for row in Workdir(run).read_split():
         path = root / row["image"]
         side = "train" if row["role"] == "train" else "val"
@@ -135,7 +135,7 @@ def split_folder(root: Path, run: Path, target: Path) -> None:
 
 
 def measure(options: Options, scratch: Path, on: str) -> dict[str, Any]:
-    """Does every job by both sides on a platform; returns the document."""
+    """Measures every job of both sides on a platform; returns the document."""
     rows: list[dict[str, Any]] = []
     ratios: dict[str, float] = {}
     jobs = [("small", options.data, options.epochs)]
@@ -143,7 +143,7 @@ def measure(options: Options, scratch: Path, on: str) -> dict[str, Any]:
         repeated(options.full_resolution, options.files, scratch / "full")
         jobs.append(("full resolution", scratch / "full", options.full_epochs))
     for job, root, epochs in jobs:
-        # Unmeasured: writes the split, and brings files and programs into the system's cache.
+        # Not measured: writes the split, and brings files and programs into the system's cache.
         ours(root, 1, scratch, cold=True)
         folder = scratch / f"keras-{job.split()[0]}"
         split_folder(root, scratch / "run", folder)
@@ -178,7 +178,7 @@ def measure(options: Options, scratch: Path, on: str) -> dict[str, Any]:
 
 
 def to_quality(options: Options, scratch: Path) -> list[dict[str, Any]]:
-    """Returns when each recipe's held-out AUC first passed each value, from a cold start."""
+    """Returns the time from a cold start until each recipe's held-out AUC exceeds each value."""
     found = []
     for recipe in ("baseline", "pneumonia"):
         done = ours(options.data, None, scratch, cold=True, recipe=recipe)
@@ -209,7 +209,7 @@ def main() -> int:
     """Measures, prints and writes; returns the exit status."""
     options = tyro.cli(Options, description=__doc__)
     found = circumstances_apart("auto")
-    on = "gpu" if found["platform"] == "gpu" else "cpu"  # TensorFlow's here take no TPU
+    on = "gpu" if found["platform"] == "gpu" else "cpu"  # this TensorFlow does not support TPUs
     keras = python_of("keras", options.environments, on)
     if not keras.exists():
         raise InputError(f"no {keras}; make it with: python -m benchmarks.peers --setup")

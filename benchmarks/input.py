@@ -1,12 +1,12 @@
-"""How fast images are read: decoded into the cache, found there again, and by the peers.
+"""Speed of reading images: into the cache, from the cache, and by the peers.
 
     python -m benchmarks.input --data chest_xray --full-resolution DIR --json input.json
 
-Read are the training images of each tree. Ours decodes into a fresh cache (cold) and maps one that
-is there (warm); beside it Pillow decodes in full in a plain loop, Keras reads with
-`flow_from_directory` and PyTorch with a `DataLoader` over Pillow, each one pass, in turn. Then a
-short training tells which share of its steps waits for data. The files are in the operating
-system's cache from the first round, which is not counted.
+Each reader makes one pass over the training images of each tree, and the readers alternate. Ours
+decodes into an empty cache (cold) or maps an existing one (warm). Pillow decodes at full size in a
+plain loop, Keras reads with `flow_from_directory`, and PyTorch with a `DataLoader` over Pillow.
+Then a short training measures the share of its time spent waiting for data. The first round is not
+counted; after it the files are in the operating system's cache.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from cnnjax.steps import TrainStep
 
 @dataclass(frozen=True)
 class Options:
-    """What is read."""
+    """What is measured."""
 
     data: Path
     """A tree of small images: train/NORMAL and so on."""
@@ -63,10 +63,10 @@ class Options:
     rounds: int = 3
     """Rounds after the first, which is not counted."""
     environments: Path = ENVIRONMENTS
-    """Folder of the peers' environments (`python -m benchmarks.peers --setup`); one that is
-    missing is left out."""
+    """Folder of the peers' environments (made by `python -m benchmarks.peers --setup`); missing
+    ones are left out."""
     waiting: bool = True
-    """Train too, and measure the wait for data."""
+    """Also measure the time that training waits for data."""
     json: Path | None = None
     """Write the rows and the circumstances to this file."""
 
@@ -77,7 +77,7 @@ class Options:
 
 
 def readers(options: Options, root: Path, scratch: Path) -> tuple[int, dict[str, Run]]:
-    """Returns the number of images under root, and what reads all of them once."""
+    """Returns the number of images under root, and functions that read all of them, by name."""
     index = read_index(root)
     examples = index.split("train")
     kept = scratch / f"kept-{root.name}"
@@ -101,7 +101,7 @@ def readers(options: Options, root: Path, scratch: Path) -> tuple[int, dict[str,
 
     runs: dict[str, Run] = {"ours, cold": cold, "ours, warm": warm, "Pillow loop": pillow}
     for peer in ("keras", "torch"):
-        # Either reads alike.
+        # Both environments read alike.
         pythons = [python_of(peer, options.environments, on) for on in ("cpu", "gpu")]
         python = next((python for python in pythons if python.exists()), pythons[0])
         if python.exists():
@@ -113,7 +113,7 @@ def readers(options: Options, root: Path, scratch: Path) -> tuple[int, dict[str,
 
 
 _SUFFIXES = {".jpeg", ".jpg", ".png"}
-_inside: dict[str, float] = {}  # seconds that a peer measured in its own process
+_inside: dict[str, float] = {}  # seconds measured in the process of a peer
 
 
 def _peer(peer: str, python: Path, root: Path, size: int) -> None:
@@ -122,7 +122,7 @@ def _peer(peer: str, python: Path, root: Path, size: int) -> None:
 
 
 def measure(options: Options, scratch: Path) -> list[dict[str, Any]]:
-    """Times every reader on every folder."""
+    """Times every reader on every tree; returns the rows."""
     rows = []
     for what, root in (("small", options.data), ("full resolution", options.full_resolution)):
         if root is None:
@@ -149,13 +149,13 @@ def measure(options: Options, scratch: Path) -> list[dict[str, Any]]:
 
 
 def waiting_share(options: Options, scratch: Path, resident: bool) -> float:
-    """Returns which share of training, from the second epoch on, passes with no batch to compute.
+    """Returns the share of the training time, from the second epoch on, spent waiting for data.
 
-    Each step is waited for here, so that what the loop waits for next is data alone; else it would
-    ask for a batch long before the device has done with the last.
+    The loop waits for each step here, so the time until the next batch is a wait for data only.
+    Otherwise the loop asks for a batch long before the device has finished the previous step.
     """
     waited = 0.0
-    epochs: list[tuple[float, float]] = []  # seconds waited, and in all
+    epochs: list[tuple[float, float]] = []  # seconds of waiting, total seconds
 
     class Watched(Feeder):
         def feed(self, rows: np.ndarray) -> Iterator[Any]:
@@ -170,7 +170,7 @@ def waiting_share(options: Options, scratch: Path, resident: bool) -> float:
                 yield batch
 
     def epoch(*arguments: Any) -> Any:
-        # The validation in between waits too, and is not to count.
+        # Validation between the epochs also waits for data; it is not counted.
         before, start = waited, time.perf_counter()
         found = take_epoch(*arguments)
         epochs.append((waited - before, time.perf_counter() - start))

@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing in turn, the circumstances, JSON files and tables."""
+"""Shared by the benchmarks: alternating timing, measurement conditions, JSON files and tables."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from cnnjax.machine.host import cache_folder
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENTS = cache_folder() / "peers"  # made by `python -m benchmarks.peers --setup`
 
-# Flags of a CPU, the widest vectors first.
+# CPU flags, the widest vectors first.
 _VECTORS = {"amx_tile": "AMX", "avx512f": "AVX-512", "avx2": "AVX2"}
 
 Run = Callable[[], None]
 
 
 def recipe_of(name: str) -> Config:
-    """Returns the config of a script of `experiments/`."""
+    """Returns the config of a script in `experiments/`."""
     config: Config = runpy.run_path(str(ROOT / "experiments" / f"{name}.py"))["CONFIG"]
     return config
 
@@ -40,16 +40,16 @@ def recipe_of(name: str) -> Config:
 def in_turn(
     runs: Mapping[str, Run], rounds: int, *, settled: bool = False
 ) -> dict[str, list[float]]:
-    """Times each run once a round: A B C, A B C. A busy machine slows all of them alike.
+    """Times the runs in turn: A B C, A B C. Other load on the machine then affects all of them.
 
     Args:
-        runs: what to time, by name.
-        rounds: how often.
-        settled: each turn starts with a run that is not counted, after which the caches and the
-            memory at hand are the run's own again, as in a process that does nothing else.
+        runs: functions to time, by name.
+        rounds: number of rounds after the first, which warms up and is not counted.
+        settled: whether each turn starts with a call that is not counted. It fills the caches and
+            the allocator with the data of this run, as in a process that does nothing else.
 
     Returns:
-        Seconds of each run in each round; a first round warms up and is not counted.
+        Seconds of each run in each counted round, by name.
     """
     took: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds + 1):
@@ -63,27 +63,27 @@ def in_turn(
 
 
 def python_of(peer: str, environments: Path, on: str = "cpu") -> Path:
-    """Returns the Python of a peer's environment for a platform, which need not be there."""
+    """Returns the path of Python in a peer's environment for a platform; it may not exist."""
     folder = peer if on == "cpu" else f"{peer}-{on}"
     return environments / folder / "bin" / "python"
 
 
 def call(what: str, command: Sequence[object], **environment: str) -> str:
-    """Runs a process in the root of the checkout, and returns what it printed.
+    """Runs a process in the root of the checkout; returns its standard output.
 
     Raises:
-        InputError: it failed; the message names `what` and holds the last line of its errors.
+        InputError: the process failed; the message contains `what` and its last line of errors.
     """
     done = subprocess.run(
         [str(part) for part in command],
         capture_output=True,
         text=True,
         check=False,
-        cwd=ROOT,  # where `-m benchmarks.NAME` is found, whoever's Python it is
+        cwd=ROOT,  # `-m benchmarks.NAME` is found here with any Python
         env=os.environ | environment,
     )
     if done.returncode:
-        said = done.stderr.strip().splitlines() or ["it said nothing"]
+        said = done.stderr.strip().splitlines() or ["no error message"]
         raise InputError(f"{what} failed: {said[-1].removeprefix('error: ')}")
     return done.stdout
 
@@ -100,10 +100,10 @@ def spread(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """Returns the CPU's name and its widest vectors: virtual machines call many alike.
+    """Returns the name of the CPU and its widest vectors; the name alone is ambiguous in a VM.
 
     Args:
-        cpuinfo: where Linux tells of it; elsewhere there is no such file, nor so much to say.
+        cpuinfo: Linux's description of the CPU. Without this file, only the machine type is known.
     """
     found: dict[str, str] = {}
     if cpuinfo.exists():
@@ -118,7 +118,7 @@ def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 
 def circumstances(device: DeviceConfig) -> dict[str, Any]:
-    """Returns what else one must know to compare with another run: machine, versions, load."""
+    """Returns the conditions of a measurement: machine, devices, versions, load and commit."""
     mesh = devices.make_mesh(device)
     names = ("jax", "jaxlib", "flax", "optax", "numpy", "pillow")
     return {
@@ -136,22 +136,22 @@ def circumstances(device: DeviceConfig) -> dict[str, Any]:
 
 
 def circumstances_apart(platform: str) -> dict[str, Any]:
-    """Returns the circumstances as a process of its own finds them.
+    """Returns `circumstances` from a separate process.
 
-    For a process whose children compute: whichever first asks JAX for its devices gets most of a
-    GPU's memory, or the whole TPU.
+    Use it if child processes compute: the first process that asks JAX for its devices reserves most
+    of the memory of a GPU, or the whole TPU.
     """
     return json.loads(call("measure", [sys.executable, "-m", "benchmarks.measure", platform]))
 
 
 def commit() -> str | None:
-    """Returns the checkout's commit, with a plus if files differ from it; None outside of git."""
+    """Returns the commit, with a plus if files differ from it; None outside of a git checkout."""
 
     def git(*arguments: str) -> str:
         command = ["git", *arguments]
         try:
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        except OSError:  # none here
+        except OSError:  # git is not installed
             return ""
         return done.stdout.strip()
 
@@ -160,7 +160,7 @@ def commit() -> str | None:
 
 
 def headline(found: Mapping[str, Any]) -> str:
-    """Returns the line about the circumstances that stands above a table."""
+    """Returns a line with the conditions of a measurement, to print above a table."""
     load = found["load_average"]
     busy = f", load {load[0]:.1f}" if load else ""
     return (
@@ -170,7 +170,7 @@ def headline(found: Mapping[str, Any]) -> str:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Prints rows under their columns; numbers to the right."""
+    """Prints a table; columns of numbers are right-aligned."""
     cells = [[_cell(value) for value in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
     right = [
@@ -189,7 +189,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Writes a result.
+    """Writes a result as JSON.
 
     Raises:
         InputError: the file cannot be written.
@@ -209,7 +209,7 @@ def _cell(value: object) -> str:
 
 
 def main() -> int:
-    """Prints the circumstances of the platform that the first argument names; see above."""
+    """Prints the circumstances of the platform in the first argument, for `circumstances_apart`."""
     print(json.dumps(circumstances(DeviceConfig(sys.argv[1]))))  # type: ignore[arg-type]
     return 0
 

@@ -1,10 +1,10 @@
-"""Runs the benchmarks, keeps what they find in `results/`, and makes `README.md` of it.
+"""Runs benchmarks, stores their results in `results/`, and writes `README.md` from them.
 
-    python -m benchmarks.page                               # the page, from the results kept
-    python -m benchmarks.page --run peers step_time         # measure these anew, then the page
-    python -m benchmarks.page --keep gpu.json=step_time     # take a result from elsewhere
+    python -m benchmarks.page                               # write the page from stored results
+    python -m benchmarks.page --run peers step_time         # run these benchmarks first
+    python -m benchmarks.page --keep gpu.json=step_time     # store a result of another machine
 
-There is one file of results for each device, named after it, with a section for each benchmark.
+Each device has one file of results, named after the device, with one section per benchmark.
 """
 
 from __future__ import annotations
@@ -37,24 +37,23 @@ Cell = str | float | int | None
 
 @dataclass(frozen=True)
 class Options:
-    """What to do before the page is made."""
+    """What to do before the page is written."""
 
     run: tuple[Section, ...] = ()
-    """Benchmarks to run now."""
+    """Benchmarks to run."""
     flags: str = ""
-    """Flags for them, such as --flags="--data DIR"; those that a benchmark does not have stop it.
-    """
+    """Flags for these benchmarks, such as --flags="--data DIR"; an unknown flag is an error."""
     keep: tuple[str, ...] = ()
-    """FILE=SECTION: results that a benchmark wrote with --json."""
+    """FILE=SECTION: results to store, as a benchmark wrote them with --json."""
 
 
 def keep(section: str, path: Path) -> None:
-    """Puts what a benchmark wrote into the results of its device."""
+    """Stores the result file of a benchmark in the results of its device."""
     try:
         document = json.loads(path.read_text("utf-8"))
         kind = document["circumstances"]["device_kind"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is no result of a benchmark ({error})") from None
+        raise InputError(f"{path} is not a result of a benchmark ({error})") from None
     if document["circumstances"]["platform"] == "cpu":
         kind = document["circumstances"]["processor"]
     name = "-".join(re.findall("[a-z0-9]+", kind.lower().replace("(r)", "")))
@@ -65,7 +64,7 @@ def keep(section: str, path: Path) -> None:
 
 
 def page(plots: Path = RESULTS) -> str:
-    """Returns the text of README.md, and writes the plots that it shows into a folder."""
+    """Returns the text of README.md, and writes its plots to a folder."""
     parts = [_HEAD]
     for path in sorted(RESULTS.glob("*.json")):
         sections = json.loads(path.read_text("utf-8"))
@@ -81,7 +80,7 @@ def page(plots: Path = RESULTS) -> str:
                     f" {found['device']}; load before {load[0] or 0:.1f}.*\n"
                 )
         platform = next(iter(sections.values()))["circumstances"]["platform"]
-        # What is compiled ahead is for devices that are not at hand; and the CPU reads the images.
+        # `ahead` is for devices that are not available; `input` is measured on the CPU.
         elsewhere = ("ahead",) if platform == "cpu" else ("ahead", "input")
         missing = [name for name in _SECTIONS if name not in sections and name not in elsewhere]
         if missing:
@@ -129,7 +128,7 @@ def _step_time(document: dict[str, Any], plots: Path) -> str:
             f"{row['median_ms']:.3g} ({row['quartile1_ms']:.3g} to {row['quartile3_ms']:.3g})",
             row["images_per_second"],
             _percent(row["mfu"]),
-            # Before bytes were counted with those of the convolutions, it was no bound.
+            # Older results did not count the bytes of the convolutions, so this was no bound.
             None if row.get("bytes") is None else _percent(row["of_bound"]),
             row["memory_mib"],
         ]
@@ -139,13 +138,13 @@ def _step_time(document: dict[str, Any], plots: Path) -> str:
     columns += ["step, ms (quartiles)", "images/s", "MFU, %", "of the roofline, %", "MiB"]
     plot = _throughput(document["rows"], plots)
     note = (
-        "MFU (model FLOPs utilization) is of the device's peak. The roofline's bytes are those that"
-        " XLA counts and those of the calls into libraries, over the bandwidth of memory; what a"
-        " cache serves beats it. It is empty where it was measured before the calls were counted,"
-        " as both are where no peak is known: of float32 in full, on an accelerator."
-        " Augmentation is part of the train step."
-        " Both networks see one channel, and `resnet` has 16 at first (the library's default is"
-        " 32); the recipes' networks are in `peers`.\n"
+        "MFU (model FLOPs utilization) is relative to the peak of the device. The bytes of the"
+        " roofline are those that XLA counts and those of calls into libraries; accesses served by"
+        " a cache count too, so a step can be faster than the roofline. The column is empty for"
+        " measurements made before the calls were counted. Both columns are empty if the peak is"
+        " unknown (full float32 precision on an accelerator). Augmentation is part of the train"
+        " step. Both networks have one input channel, and `resnet` has 16 channels in the first"
+        " stage (the library's default is 32); `peers` has the networks of the recipes.\n"
     )
     return f"### {_NAMES['step_time']}\n\n{_table(columns, rows)}\n{note}\n{plot}"
 
@@ -180,7 +179,7 @@ def _throughput(rows: list[dict[str, Any]], plots: Path) -> str:
 def _named(
     row: dict[str, Any], rows: list[dict[str, Any]], always: Sequence[str], varying: Sequence[str]
 ) -> str:
-    """Returns what a plot calls a row: some values, and others where they tell rows apart."""
+    """Returns the name of a row in a plot: some values always, others only if they vary."""
     told = [str(row[key]) for key in always]
     told += [f"{row[key]} {key}" for key in varying if len({other[key] for other in rows}) > 1]
     return ", ".join(told)
@@ -198,11 +197,11 @@ def _peers(document: dict[str, Any], plots: Path) -> str:
     columns = ["network", "peer", "precision", "batch", "pixels", "ours, ms", "theirs, ms"]
     columns += ["our throughput over theirs (least to most)"]
     proofs = document["proofs"]
-    proven = "Nothing was compared (bfloat16 alone is not)"
+    proven = "Logits and losses were not compared, because this is done in float32 only"
     if proofs:
         logits, losses = (max(proof[name] for proof in proofs) for name in ("logits", "losses"))
-        proven = f"Logits of the same weights agree within {logits:.1g}"
-        proven += f", losses over ten steps within {losses:.1g}"
+        proven = f"With the same weights, the logits agree within {logits:.1g}"
+        proven += f" and the losses of ten steps within {losses:.1g}"
 
     def draw(axes: Any) -> None:
         shown = document["rows"]
@@ -223,10 +222,10 @@ def _peers(document: dict[str, Any], plots: Path) -> str:
 
     return (
         f"### {_NAMES['peers']}\n\n{'; '.join(document['versions'])}. {proven}. The networks are"
-        " those of the recipes as the commit below has them, without augmentation. The baseline's"
-        " three channels are one gray image: the peers convolve all three, ours the sum of their"
-        " filters with one. Keras's batches come by `tf.data`, from the host's memory. The ratio is"
-        " the median of the rounds' ratios, so it need not be that of the two medians.\n\n"
+        " those of the recipes at the commit below, without augmentation. The three input channels"
+        " of the baseline are the same gray image: the peers convolve all three, ours sums the"
+        " filters and convolves one. Keras gets its batches through `tf.data` from host memory. The"
+        " ratio is the median over the rounds, which can differ from the ratio of the medians.\n\n"
         f"{_table(columns, rows)}\n{_left_out(document)}"
         + _plot(plots, "peers", "Our throughput over the peers'", draw, 1 + 0.2 * len(rows))
     )
@@ -250,7 +249,7 @@ def _input(document: dict[str, Any], plots: Path) -> str:
     )
     return (
         f"### {_NAMES['input']}\n\n{_table(['files', 'by', 'images', 'images/s'], rows)}\n"
-        f"Share of training, after the first epoch, spent waiting for data: {waiting}.\n"
+        f"Share of the training time after the first epoch spent waiting for data: {waiting}.\n"
     )
 
 
@@ -262,18 +261,18 @@ def _end_to_end(document: dict[str, Any], plots: Path) -> str:
         ]
         for row in document["rows"]
     ]
-    columns = ["job", "by", "start", "files", "epochs", "seconds", "of these"]
+    columns = ["job", "by", "start", "files", "epochs", "seconds", "phases, s"]
     text = f"### {_NAMES['end_to_end']}\n\n{_table(columns, rows)}"
     reached = document.get("time_to_quality") or []
     if reached:
         quality = [
             [
                 *(row["recipe"], row["auc"], row["seconds"] or "not reached"),
-                row.get("compiling_seconds"),  # earlier, that of the whole job was kept
+                row.get("compiling_seconds"),  # missing in older results
             ]
             for row in reached
         ]
-        columns = ["recipe", "held-out AUC", "seconds from the start", "of these compiling"]
+        columns = ["recipe", "held-out AUC", "seconds from the start", "of them compiling"]
         text += "\n" + _table(columns, quality)
     return text
 
@@ -285,18 +284,18 @@ def _phases(phases: dict[str, float] | None) -> str:
 def _scaling(document: dict[str, Any], plots: Path) -> str:
     text = f"### {_NAMES['scaling']}\n\n"
     text += (
-        "Each point is a process of its own, one after another: where the machine is shared, so are"
-        " its moods.\n\n"
+        "Each point is a separate process. The points are measured one after another, so other load"
+        " on a shared machine affects them differently.\n\n"
     )
     if document["circumstances"]["platform"] == "cpu":
         text += (
-            "A CPU's devices are virtual: they share the cores, and from two on they have XLA's"
-            " convolutions instead of oneDNN's. The curves show what dividing costs, not what more"
-            " hardware brings.\n\n"
+            "The devices of a CPU are virtual and share its cores. Two and more devices use XLA's"
+            " convolutions instead of oneDNN's. The curves show the cost of sharding, not the"
+            " benefit of more hardware.\n\n"
         )
     for curve, title in (
         ("weak", "Weak scaling: the same batch for each device"),
-        ("strong", "Strong scaling: one batch divided"),
+        ("strong", "Strong scaling: one batch sharded over the devices"),
         ("size", "Image size"),
         ("images", "Number of images"),
     ):
@@ -315,7 +314,7 @@ def _scaling(document: dict[str, Any], plots: Path) -> str:
                 marker=marker,
                 label=curve,
             )
-        axes.set(xlabel="devices", ylabel="throughput over that of the fewest devices")
+        axes.set(xlabel="devices", ylabel="throughput relative to the fewest devices")
 
     return text + _plot(plots, "scaling", "Throughput against devices", draw)
 
@@ -346,18 +345,18 @@ def _ahead(document: dict[str, Any], plots: Path) -> str:
         ]
         for row in document["rows"]
     ]
-    columns = ["recipe", "batch", "devices", "forms", "compile, s", "launches a step"]
-    columns += ["temporary MiB", "memory traffic of a step, MB", "bound, ms"]
+    columns = ["recipe", "batch", "devices", "forms", "compile, s", "launches per step"]
+    columns += ["temporary MiB", "memory traffic per step, MB", "bound, ms"]
     return (
-        f"### {_NAMES['ahead']}\n\nThe device was not at hand: its compiler made the"
-        " recipes' steps, in bfloat16, and nothing ran. `chosen` are the forms of layers and"
-        " augmentation that a device gets, `default` those of all others.\n\n"
+        f"### {_NAMES['ahead']}\n\nThe device was not available. Its compiler compiled the steps"
+        " of the recipes in bfloat16; nothing was executed. `chosen`: the implementations of layers"
+        " and augmentation for this device; `default`: those for all other devices.\n\n"
         f"{_table(columns, rows)}"
     )
 
 
 def _plot(plots: Path, name: str, alt: str, draw: Callable[[Any], None], height: float = 4) -> str:
-    """Draws into the device's file of that name; returns the line that shows it."""
+    """Draws a plot to a file of the device; returns the Markdown line that shows it."""
     figure = Figure(figsize=(7, height), layout="constrained")
     axes = figure.subplots()
     draw(axes)
@@ -371,10 +370,10 @@ def _plot(plots: Path, name: str, alt: str, draw: Callable[[Any], None], height:
 
 
 _NAMES = {
-    "peers": "Beside PyTorch and Keras: `peers`",
-    "step_time": "One step: `step_time`",
+    "peers": "Comparison with PyTorch and Keras: `peers`",
+    "step_time": "Time of a step: `step_time`",
     "input": "Reading images: `input`",
-    "end_to_end": "From start to a trained network: `end_to_end`",
+    "end_to_end": "From the start of the process to a trained network: `end_to_end`",
     "scaling": "Scaling: `scaling`",
     "precision": "Quality in bfloat16: `precision`",
     "ahead": "Compiled ahead of time: `ahead`",
@@ -389,21 +388,22 @@ _SECTIONS: dict[str, Callable[[dict[str, Any], Path], str]] = {
     "ahead": _ahead,
 }
 _HEAD = """\
-<!-- Made by benchmarks/page.py from benchmarks/results/*.json; edit those. -->
+<!-- Written by benchmarks/page.py from benchmarks/results/*.json; edit those. -->
 
 # Benchmarks
 
-What the modules here measured. Every comparison with others is made in turn within one run, A B C
-A B C, since the machines are shared: trust the ratios, and their spread, before the milliseconds.
-Each module's first lines say how to run it, from the root of the checkout, and what it counts;
-`python -m benchmarks.page --run NAME` runs one (with `--flags="--data DIR"` those that train on the
-real images) and makes this page anew. PyTorch and Keras need `python -m benchmarks.peers --setup`
-first. A plus behind a commit says that files differed from it.
+The results of the modules in this folder. The machines are shared. Therefore the sides of each
+comparison alternate within one run (A B C A B C), and the ratios and their spread are more
+reliable than the milliseconds. The docstring of each module says how to run it, from the root of
+the checkout, and what it measures. `python -m benchmarks.page --run NAME` runs a module (add
+`--flags="--data DIR"` for those that need the real images) and writes this page. PyTorch and Keras
+need `python -m benchmarks.peers --setup` first. A plus after a commit means that files differed
+from it.
 """
 
 
 def main() -> int:
-    """Runs, keeps and writes; returns the exit status."""
+    """Runs benchmarks, stores results and writes the page; returns the exit status."""
     options = tyro.cli(Options, description=__doc__)
     for section in options.run:
         print(f"--- {section}", flush=True)

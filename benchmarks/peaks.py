@@ -1,4 +1,4 @@
-"""What a device can do at most, and what a network asks of it."""
+"""Peak performance of devices, and the operations and memory traffic of networks."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import numpy as np
 
 from cnnjax.ops import layers
 
-# By jax.Device.device_kind: operations a second in bfloat16 and in float32 as XLA multiplies it by
-# default (TF32 on NVIDIA's tensor cores), without sparsity, and bytes a second of memory. From the
-# makers' data sheets: NVIDIA H100 SXM5, H200, A100 SXM 80 and 40 GB; Google Cloud TPU system
-# architecture (whose float32 products are done in bfloat16).
+# By jax.Device.device_kind: operations per second in bfloat16, operations per second in float32
+# with XLA's default precision (TF32 on NVIDIA's tensor cores, bfloat16 on TPUs), both without
+# sparsity, and bytes per second of memory. Sources: data sheets of NVIDIA H100 SXM5, H200, A100 SXM
+# 80 and 40 GB; Google Cloud TPU system architecture.
 _SHEETS: dict[str, tuple[float, float, float]] = {
     "NVIDIA H100 80GB HBM3": (989e12, 494e12, 3.35e12),
     "NVIDIA H200": (989e12, 494e12, 4.8e12),
@@ -33,27 +33,27 @@ _SHEETS: dict[str, tuple[float, float, float]] = {
 
 @dataclass(frozen=True)
 class Peak:
-    """The most that one device does."""
+    """Peak performance of one device."""
 
     flops: float
-    """Floating-point operations a second."""
+    """Floating-point operations per second."""
     bandwidth: float
-    """Bytes a second of memory."""
+    """Memory bandwidth, in bytes per second."""
     source: str
-    """`data sheet`, or `measured` by a large matrix product, a convolution and a copy."""
+    """`data sheet`, or `measured` with a large matrix product, a convolution and a copy."""
 
     def shared(self, devices: int) -> Peak:
-        """Returns what is left for each of so many virtual devices, which have the same cores."""
+        """Returns the peak of each of several virtual devices that share this one."""
         return replace(self, flops=self.flops / devices, bandwidth=self.bandwidth / devices)
 
     def bound(self, flops: float, bytes_moved: float) -> float:
-        """Returns the seconds that the work takes at least (roofline: Williams et al., 2009)."""
+        """Returns the lower bound of the time in seconds (roofline: Williams et al., 2009)."""
         return max(flops / self.flops, bytes_moved / self.bandwidth)
 
 
 @functools.cache
 def peak_of(device: Any, precision: str) -> Peak:
-    """Returns the peak of a device: from its data sheet, or measured where there is none here."""
+    """Returns the peak of a device: from its data sheet if known here, otherwise measured."""
     if sheet := _SHEETS.get(device.device_kind):
         bfloat16, float32, bandwidth = sheet
         return Peak(bfloat16 if precision == "bfloat16" else float32, bandwidth, "data sheet")
@@ -61,12 +61,12 @@ def peak_of(device: Any, precision: str) -> Peak:
         n = 2048 if device.platform == "cpu" else 8192
         a = jnp.ones((n, n), precision)
         product = 2 * n**3 / _best(jax.jit(lambda a: a @ a), a)
-        # On a CPU the two are different libraries'.
+        # On a CPU, different libraries compute products and convolutions.
         x, kernel = jnp.ones((32, 32, 32, 256), precision), jnp.ones((3, 3, 256, 256), precision)
         work = 2 * x.size * kernel.size // kernel.shape[2]
         convolution = work / _best(jax.jit(lambda x: layers.conv(x, kernel)), x)
         words = 2**25 if device.platform == "cpu" else 2**29
-        # In place: what a new array costs is the system's making of its pages.
+        # In place: with a new array, the time would include the allocation of its pages.
         add = jax.jit(lambda x: x + 1, donate_argnums=0)
         copy = _best(add, jnp.zeros(words, jnp.float32), in_place=True)
     return Peak(max(product, convolution), 2 * 4 * words / copy, "measured")
@@ -85,15 +85,15 @@ def _best(
 
 
 def count_flops(model: Any, batch: int, size: int) -> tuple[int, int]:
-    """Counts the operations of a network's products and convolutions: (forward, train).
+    """Counts the operations of a network's matrix products and convolutions: (forward, train).
 
-    A multiplication and an addition count as two, what is elementwise as nothing. Training adds the
-    gradient of each layer's filters, and that of its input except at the first convolution; what
-    products stand before that learn nothing.
+    A multiplication and an addition count as two operations; elementwise operations are not
+    counted. Training adds the gradient by the weights of each layer, and the gradient by its input
+    except at the first convolution. Products before the first convolution have no weights.
     """
     images = jax.ShapeDtypeStruct((batch, size, size, 1), jnp.float32)
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
-    with layers.portable():  # oneDNN's calls may have pooled what they return
+    with layers.portable():  # oneDNN's calls can return pooled arrays
         traced = jax.make_jaxpr(lambda v, x: model.apply(v, x, train=False))(variables, images)
     found = _products(traced.jaxpr)
     first = [name for name, _ in found].index("conv_general_dilated")
@@ -102,19 +102,19 @@ def count_flops(model: Any, batch: int, size: int) -> tuple[int, int]:
     return sum(flops), sum(flops) + 2 * sum(learned) - learned[0]
 
 
-# %name = result operation(operands), ..., and within these type[sides].
+# %name = result operation(operands), ...; arrays are written as type[sides].
 _INSTRUCTION = re.compile(r"%([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*?)\)")
 _ARRAY = re.compile(r"\b[a-z]+(\d+)\w*\[([\d,]*)\]")
 
 
 def called_bytes(program: str) -> int:
-    """Returns the bytes that a compiled program's calls into libraries read and write.
+    """Returns the bytes that the library calls of a compiled program read and write.
 
-    XLA counts none of them: oneDNN's convolutions on a CPU, cuDNN's and cuBLAS's on a GPU. (The
-    scratch memory that these have as another result, a row of bytes, does not count.)
+    XLA does not count them. The libraries are oneDNN on a CPU, cuDNN and cuBLAS on a GPU. Their
+    scratch memory, a further result of one dimension in bytes, is not counted.
 
     Args:
-        program: its optimised HLO.
+        program: optimized HLO.
     """
     sizes: dict[str, int] = {}
     total = 0
@@ -133,7 +133,7 @@ def called_bytes(program: str) -> int:
 
 
 def _products(jaxpr: Any) -> list[tuple[str, int]]:
-    """Returns each product's primitive and operations, in the order in which they are taken."""
+    """Returns the primitive and the operations of each product, in order of execution."""
     found: list[tuple[str, int]] = []
     for equation in jaxpr.eqns:
         output = equation.outvars[0].aval

@@ -1,9 +1,10 @@
-"""Runs a recipe and tells how long each of its phases took; a part of `end_to_end`.
+"""Runs a recipe and measures the time of its phases; used by `end_to_end`.
 
     python -m benchmarks.phases experiments/baseline.py --data.root DIR --workdir RUN
 
-The last line printed is JSON: seconds by phase, seconds of compiling within them, and for each
-epoch's line when it was written, in seconds since 1970, and the seconds of compiling before it.
+The last printed line is JSON: the seconds of each phase, the seconds of compilation within the
+phases, and for each epoch the time at which its line was written, in seconds since 1970, with the
+seconds of compilation before it.
 """
 
 import time
@@ -26,16 +27,17 @@ from cnnjax.run.workdir import append_line  # noqa: E402
 
 
 class Phases:
-    """Seconds by phase, of functions of cnnjax put under a watch."""
+    """Measures the seconds of each phase by wrapping functions of cnnjax."""
 
     def __init__(self) -> None:
         self.seconds = {"import": time.perf_counter() - _START}
         self.compiling = 0.0
         self.lines: list[tuple[float, float]] = []
-        self._within: list[float] = []  # seconds of what each running function has called
+        # For each running function, the seconds spent in watched functions that it has called.
+        self._within: list[float] = []
 
     def watch(self, phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns the function, with its time counted to a phase, that of phases in it left out."""
+        """Returns the function wrapped: its time counts to a phase, except that of inner phases."""
 
         def watched(*arguments: Any, **named: Any) -> Any:
             start = time.perf_counter()
@@ -52,24 +54,24 @@ class Phases:
         return watched
 
     def watch_all(self, phase: str, owner: Any, *names: str) -> None:
-        """Puts functions of a module, or methods of a class, under a watch."""
+        """Wraps functions of a module, or methods of a class."""
         for name in names:
             setattr(owner, name, self.watch(phase, getattr(owner, name)))
 
     def watch_first(self, phase: str, step: Callable[..., Any]) -> Callable[..., Any]:
-        """Returns the step, whose first call is waited for and counted to a phase."""
+        """Returns the step; its first call blocks until it is done, and counts to a phase."""
         first = self.watch(phase, lambda *x: jax.block_until_ready(step(*x)))
         calls = iter([first])
         return lambda *x: next(calls, step)(*x)
 
     def compiled(self, event: str, duration_secs: float, **_: Any) -> None:
-        """Listens to JAX."""
+        """Adds the duration of JAX's compilation events."""
         if "/compile/" in event:
             self.compiling += duration_secs
 
 
 def main() -> None:
-    """Runs the recipe named by the first argument with the others."""
+    """Runs the recipe in the first argument with the other arguments."""
     phases = Phases()
     jax.monitoring.register_event_duration_secs_listener(phases.compiled)
     compile_steps = train.compile_steps

@@ -1,10 +1,10 @@
-"""What computing in bfloat16 costs in quality: a recipe in both precisions, over seeds.
+"""Effect of bfloat16 on quality: trains a recipe in both precisions, with several seeds.
 
     python -m benchmarks.precision --data chest_xray --json precision.json
 
-Each seed has its own split, weights and order; the two precisions share them, so that their
-difference within a seed is to be seen against the spread between seeds. Figures are those of the
-last epoch on the held-out fold.
+Each seed has its own split, initial weights and order of images, which the two precisions share.
+Compare the difference within a seed with the spread between seeds. Metrics are those of the last
+epoch on the held-out fold.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class Options:
     data: str = "phantom"
     """A tree of images, or the word `phantom`."""
     recipe: Literal["baseline", "pneumonia"] = "pneumonia"
-    """Which recipe."""
+    """Recipe to train."""
     epochs: int | None = None
-    """Epochs, if not the recipe's."""
+    """Number of epochs; by default that of the recipe."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """One training in each precision for each."""
+    """Seeds; each is trained once in each precision."""
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
-    """What to compute on."""
+    """Platform to compute on."""
     json: Path | None = None
     """Write the rows and the circumstances to this file."""
 
@@ -49,7 +49,7 @@ class Options:
 
 
 def measure(options: Options, scratch: Path) -> list[dict[str, Any]]:
-    """Trains; returns a row for each seed and precision."""
+    """Trains with each seed and precision; returns a row for each."""
     recipe = recipe_of(options.recipe)
     epochs = recipe.train.epochs if options.epochs is None else options.epochs
     rows: list[dict[str, Any]] = []
@@ -82,7 +82,7 @@ def measure(options: Options, scratch: Path) -> list[dict[str, Any]]:
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns mean, least and largest AUC and accuracy of each precision over the seeds."""
+    """Returns mean, lowest and highest AUC and accuracy over the seeds, for each precision."""
     found = []
     for precision in dict.fromkeys(row["precision"] for row in rows):
         mine = [row for row in rows if row["precision"] == precision]

@@ -1,14 +1,13 @@
-"""A train step on many devices, projected from one measured step and stated speeds of links.
+"""Projects the time of a train step on many devices from one measured step and link speeds.
 
-Data parallelism with the batch of each device kept (weak scaling). The state is on every device.
-A step then has four parts that one device does not: the gradients' all-reduce, the all-reduces of
-batch norm's sums, the exchange of the uint8 images that each process holds a part of, and, where
-the images are streamed instead, their reading. Nothing is assumed to overlap, so this is an upper
-bound of the time.
+The model is data parallelism with a constant batch per device (weak scaling) and the state on every
+device. Compared with one device, a step has four more parts: the all-reduce of the gradients, the
+all-reduces of batch norm's sums, the exchange of the sharded uint8 images, and, if the images are
+streamed instead, their reading. No overlap is assumed, so the time is an upper bound.
 
-All-reduce is taken as a ring within a machine and a ring across machines (Patarasuk and Yuan,
-JPDC 2009): 2 (n - 1) / n of the bytes pass each link, in 2 (n - 1) turns; small ones go along a
-tree, 2 log2(n) turns.
+All-reduce is modelled as a ring within a machine and a ring across machines (Patarasuk and Yuan,
+JPDC 2009): 2 (n - 1) / n of the bytes pass each link, in 2 (n - 1) steps. Small messages use a tree
+with 2 log2(n) steps.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What a projection rests on, beside the measured step."""
+    """Assumptions of a projection, besides the measured step."""
 
     per_machine: int = 8
     """Devices in a machine."""
@@ -35,7 +34,7 @@ class Assumptions:
     outer_us: float = 10.0
     """Latency of a message between machines, in microseconds. An assumption."""
     read_images_s: float = 0.0
-    """Images that a machine reads in a second; 0 for a data set that lives on the devices."""
+    """Images that a machine reads per second; 0 for a data set that is on the devices."""
 
 
 @dataclass(frozen=True)
@@ -45,28 +44,28 @@ class Step:
     ms: float
     """Time, in milliseconds."""
     batch: int
-    """Images of a device."""
+    """Images per device."""
     size: int
     """Side of the images, in pixels."""
     parameters: int
-    """float32 parameters."""
+    """Number of float32 parameters."""
     norms: int
-    """Batch norms; each has two sums over the batch forward and two backward."""
+    """Number of batch norms; each has two sums over the batch forward and two backward."""
 
 
 def project(step: Step, given: Assumptions, devices: int) -> dict[str, Any]:
-    """Returns the parts of a step's time on many devices, in milliseconds, and what they come to.
+    """Returns the parts of the time of a step on many devices and their sum, in milliseconds.
 
     Args:
-        step: on one device.
+        step: a train step on one device.
         given: speeds and latencies.
-        devices: their number.
+        devices: number of devices.
     """
     inner = min(devices, given.per_machine)
     outer = math.ceil(devices / given.per_machine)
 
     def all_reduce(size: float) -> float:
-        """Seconds for so many bytes: within each machine, and a part by each device across."""
+        """Returns the seconds of an all-reduce of `size` bytes within and across machines."""
         ring = 2 * size * (inner - 1) / inner / (given.inner_gb_s * 1e9)
         ring += 2 * size / inner * (outer - 1) / outer / (given.outer_gb_s * 1e9)
         return ring + latency(small=False)
@@ -77,7 +76,7 @@ def project(step: Step, given: Assumptions, devices: int) -> dict[str, Any]:
 
     gradients = all_reduce(4 * step.parameters)
     norms = 4 * step.norms * latency(small=True)
-    # Each device sends the rows that it holds to whom they belong: a reduce-scatter of the batch.
+    # Each device sends the rows that it holds to the devices that need them: a reduce-scatter.
     pixels = step.batch * devices * step.size**2
     images = reading = 0.0
     if given.read_images_s:
@@ -91,7 +90,7 @@ def project(step: Step, given: Assumptions, devices: int) -> dict[str, Any]:
         "gradients": gradients * 1e3,
         "batch_norm": norms * 1e3,
         "images": images * 1e3,
-        "reading": max(0.0, reading * 1e3 - step.ms),  # read ahead while a step is computed
+        "reading": max(0.0, reading * 1e3 - step.ms),  # images are read while a step is computed
     }
     total = sum(parts.values())
     return {

@@ -1,12 +1,12 @@
-"""How a train step scales with devices, and time and memory with the images and their size.
+"""Scaling of a train step with devices, image size and number of images.
 
     python -m benchmarks.scaling --json scaling.json
 
-Each point is a process of its own that runs `step_time`. Weak scaling gives each device the same
-batch, strong scaling divides one batch among them; sizes of images are measured on one device. On a
-CPU the devices are virtual: they share the cores, and from two on they compute with XLA's own
-convolutions, since one alone has oneDNN on all cores. Such a curve shows what dividing costs, not
-what more hardware brings.
+Each point is a separate process that runs `step_time`. Weak scaling gives each device the same
+batch, strong scaling shards one batch over the devices. Image sizes are measured on one device. The
+devices of a CPU are virtual and share its cores; one device uses oneDNN's convolutions on all
+cores, two and more use XLA's. On a CPU the curves show the cost of sharding, not the benefit of
+more hardware.
 """
 
 from __future__ import annotations
@@ -38,34 +38,35 @@ from cnnjax.machine import devices
 from cnnjax.networks import make_model
 from cnnjax.optimizers import make_optimizer
 
-_EPOCH = "epoch"  # first argument of a process that measures its memory
+_EPOCH = "epoch"  # first argument of a process that measures one point of `images`
 
 
 @dataclass(frozen=True)
 class Options:
-    """Which points."""
+    """What is measured."""
 
     network: Literal["baseline", "resnet"] = "baseline"
-    """Which network."""
+    """Network to train."""
     counts: tuple[int, ...] = (1, 2, 4, 8)
-    """Numbers of devices; on an accelerator those that there are."""
+    """Numbers of devices; on an accelerator, numbers above the available devices are left out."""
     batch: int = 32
-    """Images per step and device (weak), and in all times the largest count (strong)."""
+    """Images per step and device (weak scaling); strong scaling uses this times the largest of
+    --counts as its batch."""
     images: tuple[int, ...] = (1024, 4096, 16384, 65536)
-    """Sizes of the data set."""
+    """Numbers of images in the data set."""
     sizes: tuple[int, ...] = (32, 64, 96, 128, 224)
     """Sides of the images, in pixels."""
     rounds: int = 5
     """Rounds of each measurement."""
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
-    """What to compute on."""
+    """Platform to compute on."""
     json: Path | None = None
     """Write the points and the circumstances to this file."""
     project: bool = False
-    """Project a step to 8, 64 and 512 devices instead, from one of --batch images on one device
-    (docs/scaling.md)."""
+    """Instead, project the time of a step on 8, 64 and 512 devices from a step of --batch images on
+    one device (docs/scaling.md)."""
     step_ms: float = 0.0
-    """Time of that step, in milliseconds, if it was measured elsewhere; 0 measures it here."""
+    """Time of the step on one device, in milliseconds; 0 measures it."""
     links: Assumptions = field(default_factory=Assumptions)
 
     def __post_init__(self) -> None:
@@ -79,7 +80,7 @@ class Options:
 def epoch(
     network: Any, platform: Any, images: int, size: int, batch: int, rounds: int
 ) -> dict[str, float]:
-    """Takes rounds of steps on so many images; returns times, and the peak of memory."""
+    """Times rounds of steps on a data set of random images; returns times and peak memory."""
     mesh = devices.make_mesh(DeviceConfig(platform))
     model = make_model(ModelConfig(network, width=16))
     optimizer, _ = make_optimizer(TrainConfig(), 1)
@@ -98,14 +99,14 @@ def epoch(
     jax.block_until_ready(feeder.data)
     place = time.perf_counter() - start
     numbers = range(-(-images // batch))
-    batches.step_rows(key, numbers, np.arange(images), batch)  # the first time, it compiles
+    batches.step_rows(key, numbers, np.arange(images), batch)  # the first call compiles
     start = time.perf_counter()
     order = batches.step_rows(key, numbers, np.arange(images), batch)
     shuffle = time.perf_counter() - start
     some = np.resize(order, (16, batch))
     bar: Any = tqdm(disable=True)
     took = []
-    for _ in range(rounds + 1):  # the first time, they compile
+    for _ in range(rounds + 1):  # the first round compiles
         start = time.perf_counter()
         state, _ = train.take_epoch(state, step, feeder, some, key, bar)
         took.append(time.perf_counter() - start)
@@ -121,7 +122,7 @@ def epoch(
 
 
 def step_rows(options: Options, *flags: str) -> list[dict[str, Any]]:
-    """Runs `step_time` in a process of its own; returns its train rows."""
+    """Runs `step_time` in a separate process; returns its rows of train steps."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
         command = [sys.executable, "-m", "benchmarks.step_time", "--networks", options.network]
@@ -132,7 +133,7 @@ def step_rows(options: Options, *flags: str) -> list[dict[str, Any]]:
 
 
 def measure(options: Options, found: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Returns the points of each curve, in the circumstances found."""
+    """Returns the points of each curve, given the circumstances."""
     virtual = found["platform"] == "cpu"
     counts = [n for n in options.counts if virtual or n <= found["devices"]]
     if not counts:
@@ -181,10 +182,10 @@ def _of(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _peak_bytes(device: Any) -> int:
-    """Returns the most of its memory that an accelerator has used, or on a CPU this process."""
+    """Returns the peak memory of an accelerator or, on a CPU, of this process, in bytes."""
     if device.platform != "cpu":
         return int((device.memory_stats() or {}).get("peak_bytes_in_use", 0))
-    # macOS counts it in bytes, Linux in KiB.
+    # The unit is bytes on macOS, KiB on Linux.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 2**10
 

@@ -1,20 +1,21 @@
-"""How long a train step and an eval step take, for each network, batch, precision and device count.
+"""Time of a train step and an eval step by network, batch, size, precision and device count.
 
     python -m benchmarks.step_time
     python -m benchmarks.step_time --networks resnet --batches 32 128 512 --precisions float32 \\
         bfloat16 --json step_time.json --plot step_time.svg
 
-The step is the one that `cnnjax.train` takes: it fetches the batch from the data set on the device,
-augments it, and updates the weights; on an accelerator sixteen such steps are one call. Tracing,
-lowering and compiling are timed apart. Then each round times every row once, so that a busy machine
-slows all of them alike; a round is the mean over a few steps that end with the device idle, after
-as many that are not counted. The images are random bytes.
+The train step is that of `cnnjax.train`: it gathers the batch from the data set on the device,
+augments it, and updates the weights. On an accelerator, sixteen steps are one call. Tracing,
+lowering and compilation are timed separately. Then each round times every row once, so other load
+on the machine affects all rows. The time in a round is the mean over a few steps, after as many
+steps that are not counted, until the device is idle. The images are random bytes.
 
-FLOP are counted by hand (products and convolutions) and by XLA; MFU is the former over the device's
-peak, the bound is the larger of operations over the peak and bytes over the bandwidth of memory:
-bytes as XLA counts them, and the arrays of its calls into libraries, of which it counts none. What
-a cache serves counts as well, so a CPU can do better than this bound. An eval step multiplies
-float32 in full, as validation and prediction do; for that `peaks` has no peak of accelerators.
+Operations are counted from the shapes (matrix products and convolutions) and by XLA. MFU divides
+the former by the peak of the device. The bound is the larger of operations divided by the peak and
+bytes divided by the memory bandwidth. The bytes are those that XLA counts and the arrays of library
+calls, which XLA does not count. Accesses served by a cache count too, so a CPU can be faster than
+the bound. An eval step uses full float32 precision, as validation and prediction do; `peaks` has no
+peak for this on accelerators.
 """
 
 from __future__ import annotations
@@ -51,32 +52,32 @@ Precision = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True)
 class Options:
-    """What is timed: every combination."""
+    """What is timed: all combinations of these options."""
 
     networks: tuple[Network, ...] = ("baseline", "resnet")
-    """Which networks."""
+    """Networks to time."""
     batches: tuple[int, ...] = (32,)
     """Images per step, over all devices."""
     precisions: tuple[Precision, ...] = ("float32",)
-    """What the networks compute in."""
+    """Dtypes of the computation."""
     sizes: tuple[int, ...] = (64,)
     """Side of the images, in pixels."""
     counts: tuple[int, ...] = (0,)
-    """Numbers of devices; 0 for all. On a CPU more than one are virtual: they share the cores."""
+    """Numbers of devices; 0 for all. Several devices of a CPU are virtual and share its cores."""
     width: int = 16
     """Channels of the ResNet's first stage."""
     channels: int = 1
-    """Input channels of the networks."""
+    """Number of input channels (the gray image is repeated)."""
     rounds: int = 9
-    """Rounds after the first, which is not counted."""
+    """Number of rounds after the first, which is not counted."""
     steps: int = 4
-    """Calls in a round."""
+    """Calls of a step per round."""
     json: Path | None = None
     """Write the rows and the circumstances to this file."""
     plot: Path | None = None
     """Draw throughput against batch size into this file (.svg, .png or .pdf)."""
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
-    """What to compute on; fails where it is not there."""
+    """Platform to compute on; it is an error if it is not available."""
 
     def __post_init__(self) -> None:
         for name in ("width", "rounds", "steps"):
@@ -89,7 +90,7 @@ class Options:
 
 @dataclass
 class Row:
-    """One kind of step."""
+    """Results for one kind of step."""
 
     network: str
     step: str
@@ -117,7 +118,7 @@ class Row:
 
 @dataclass
 class Timed:
-    """A row to be filled, and what to call for it."""
+    """A row to fill in, and the function to time for it."""
 
     row: Row
     run: Callable[[], None]
@@ -174,11 +175,11 @@ def compiled(
         trace, lower, compile_ = np.diff(seconds).tolist()
         together = taken.together if name == "train" else 1
         counted, memory = program, program.memory_analysis()
-        if together > 1:  # XLA counts a loop's body once, but with all of its operands
+        if together > 1:  # XLA counts the body of a loop once, but with all operands
             counted = taken.one.lower(start, feeder.data, alone, key).compile()
         cost = counted.cost_analysis() or {}
         moved = cost.get("bytes accessed")
-        if moved is not None:  # XLA knows nothing of what it calls
+        if moved is not None:  # XLA does not count library calls
             moved += called_bytes(counted.as_text())
         row = Row(
             network,
@@ -224,7 +225,7 @@ def compiled(
 
 
 def measure(options: Options) -> list[Row]:
-    """Times every row in every round."""
+    """Times all combinations; returns the rows."""
     whole = devices.make_mesh(DeviceConfig(options.device, max(options.counts)))
     timed: list[Timed] = []
     for count in options.counts:
@@ -242,7 +243,7 @@ def measure(options: Options) -> list[Row]:
 
 
 def finish(one: Timed, seconds: list[float]) -> None:
-    """Fills in what follows from the times of a row."""
+    """Fills in the times of a row and the values derived from them."""
     row = one.row
     for name, value in spread(seconds).items():
         setattr(row, name, value)
@@ -258,7 +259,7 @@ def finish(one: Timed, seconds: list[float]) -> None:
 
 
 def draw(rows: list[Row], path: Path, title: str) -> None:
-    """Draws throughput against batch size, a line for each network, step and precision."""
+    """Plots throughput against batch size, with a line for each network, step and precision."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
@@ -287,7 +288,7 @@ def draw(rows: list[Row], path: Path, title: str) -> None:
 def main() -> int:
     """Measures, prints and writes; returns the exit status."""
     options = tyro.cli(Options, description=__doc__)
-    jax.config.update("jax_enable_compilation_cache", False)  # compiling is measured too
+    jax.config.update("jax_enable_compilation_cache", False)  # compilation is measured too
     found = circumstances(DeviceConfig(options.device, max(options.counts)))
     rows = measure(options)
     print(headline(found))

@@ -157,7 +157,7 @@ def test_a_peer_is_proven_to_be_the_same_network_and_timed(tmp_path: Path) -> No
         ("peers.__main__", "--batches 0", "--batches must be numbers of at least 1"),
         ("input", "--data nowhere", "nowhere does not exist"),
         ("page", "--keep x.json", "--keep x.json: write FILE=SECTION"),
-        ("ahead", "--batches 6", "--batches must be multiples of 4, the most devices"),
+        ("ahead", "--batches 6", "--batches must be multiples of 4, the largest number of devices"),
     ],
 )
 def test_bad_input_is_one_sentence_and_status_2(

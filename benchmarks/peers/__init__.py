@@ -1,1 +1,1 @@
-"""The same networks in other libraries; each module but `__main__` is a process of its own."""
+"""The same networks in other libraries; each module but `__main__` is a separate process."""

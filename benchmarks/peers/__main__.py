@@ -1,17 +1,17 @@
-"""A train step of the same network in cnnjax, PyTorch, Keras and NumPy, in turn in one run.
+"""Compares a train step of the same network in cnnjax, PyTorch, Keras and NumPy.
 
-    python -m benchmarks.peers --setup          # makes an environment for each peer, once
+    python -m benchmarks.peers --setup          # creates an environment for each peer, once
     python -m benchmarks.peers --json peers.json
     python -m benchmarks.peers --peers numpy    # needs no environment of its own
 
-Every library starts from the same weights and takes the same batches, without augmentation. They
-lie on the device; Keras is given them by `tf.data`, as by its `fit`, from the host's memory. First
-each must give the same logits (within 1e-4) and the same losses over ten steps (within 1e-3) as
-ours, in float32; then all take steps in turn, in rounds A B C A B C. The ratio is our throughput
-over theirs, in each round: its median, least and largest are printed. A form that fails is left
-out, and the file says why; the file is written after each combination. The networks are those of
-`experiments/baseline.py`, with Adam, and of `experiments/pneumonia.py`, with AdamW, at the sizes of
-their recipes.
+All libraries start from the same weights and use the same batches, without augmentation. The
+batches are on the device; Keras gets them through `tf.data` from host memory, as in its `fit`.
+First, the logits (within 1e-4) and the losses of ten steps (within 1e-3) must be the same as ours,
+in float32. Then all libraries take steps in turn, in rounds A B C A B C. The ratio in a round is
+our throughput divided by theirs; its median, minimum and maximum are printed. A form that fails is
+left out, and the JSON file says why. The file is written after each combination. The networks are
+those of `experiments/baseline.py`, with Adam, and `experiments/pneumonia.py`, with AdamW, at the
+image sizes of these recipes.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from cnnjax.errors import InputError
 from cnnjax.machine import devices
 from cnnjax.networks import make_model
 
-# What each peer's environment holds: on a machine without and with an accelerator.
+# Packages in each peer's environment, on a machine without and with a GPU.
 PACKAGES: dict[str, dict[str, list[str]]] = {
     "torch": {"cpu": ["torch==2.13.0", "numpy", "pillow"]},
     "keras": {
@@ -64,17 +64,17 @@ FORMS = {
     "keras": ("default", "graph"),
     "numpy": ("",),
 }
-# Both networks as their recipes have them. Keras adds Adam's epsilon before the correction of the
-# second moment, the others after it: with a negligible one they take the same steps.
+# Keras adds Adam's epsilon before the bias correction of the second moment, the others after it.
+# With a negligible epsilon the steps are the same.
 RATE, EPSILON = 1e-3, 1e-10
 RECIPES = {"baseline": "baseline", "resnet": "pneumonia"}
-# By default both JAX and TensorFlow take nearly all of a GPU's memory when they start.
+# By default both JAX and TensorFlow reserve nearly all memory of a GPU when they start.
 _SHARE = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_FORCE_GPU_ALLOW_GROWTH": "true"}
 OURS = "cnnjax"
-LeftOut = dict[str, str]  # why, by the peer's name
-_PROOF = 10  # steps over which the losses must agree
-_REST = 0.3  # seconds between turns, in which the last one's threads stop spinning
-_WARM = 4  # steps at the start of a turn that are not counted: threads wake up and find their cores
+LeftOut = dict[str, str]  # reason by name of the peer
+_PROOF = 10  # number of steps whose losses must agree
+_REST = 0.3  # seconds between turns, until the threads of the previous turn stop spinning
+_WARM = 4  # steps at the start of a turn that are not counted, while the threads wake up
 
 
 @dataclass(frozen=True)
@@ -82,28 +82,28 @@ class Options:
     """What is compared."""
 
     setup: bool = False
-    """Make the peers' environments, and do nothing else."""
+    """Create the environments of the peers and exit."""
     environments: Path = ENVIRONMENTS
     """Folder of the peers' environments, `torch` and `keras` (on a GPU `torch-gpu` and
-    `keras-gpu`); one that is missing is left out."""
+    `keras-gpu`); missing ones are left out."""
     networks: tuple[Literal["baseline", "resnet"], ...] = ("baseline", "resnet")
-    """Which networks."""
+    """Networks to compare."""
     precisions: tuple[Literal["float32", "bfloat16"], ...] = ("float32",)
-    """What the networks compute in."""
+    """Dtypes of the computation."""
     batches: tuple[int, ...] = (32,)
     """Images per step."""
     size: int | None = None
-    """Side of the images, in pixels; the recipes' by default."""
+    """Side of the images, in pixels; by default that of the recipe."""
     width: int | None = None
-    """Channels of the ResNet's first stage; the recipe's by default."""
+    """Channels of the ResNet's first stage; by default those of the recipe."""
     rounds: int = 9
-    """Rounds after the first, which is not counted."""
+    """Number of rounds after the first, which is not counted."""
     steps: int | None = None
-    """Steps in a turn; 16 on a CPU, 160 on a GPU by default."""
+    """Steps per turn; by default 16 on a CPU and 160 on a GPU."""
     peers: tuple[Literal["torch", "keras", "numpy"], ...] = ("torch", "keras")
-    """Which peers; `numpy` are the networks of `cnnjax.scratch`, on the CPU in float32."""
+    """Peers to compare with; `numpy`: the networks of `cnnjax.scratch`, on the CPU in float32."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    """What all compute on; `auto` is a GPU where JAX finds one."""
+    """Platform of all sides; `auto` is a GPU if JAX finds one."""
     json: Path | None = None
     """Write the rows and the circumstances to this file."""
 
@@ -116,7 +116,7 @@ class Options:
 
 
 class Worker:
-    """A process with a network in it; see `worker.py`."""
+    """A process that runs a network; see `worker.py`."""
 
     def __init__(self, name: str, command: list[str]) -> None:
         self.name = name
@@ -142,7 +142,7 @@ class Worker:
     def ask(self, **request: Any) -> Any:
         """Sends a request and returns the answer."""
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # _read says why
+        with contextlib.suppress(BrokenPipeError):  # _read reports the reason
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
         return self._read()
@@ -158,18 +158,18 @@ class Worker:
         line = self._process.stdout.readline()
         if not line:
             self._errors.seek(0)
-            said = self._errors.read().strip().splitlines() or ["without a word"]
+            said = self._errors.read().strip().splitlines() or ["no error message"]
             raise InputError(f"{self.name} stopped: {said[-1]}")
         return json.loads(line)
 
 
 def set_up(options: Options) -> None:
-    """Makes the peers' environments with venv and pip.
+    """Creates the environments of the peers with venv and pip.
 
     Raises:
-        InputError: one of these failed.
+        InputError: venv or pip failed.
     """
-    for peer in filter(PACKAGES.get, options.peers):  # the others have ours
+    for peer in filter(PACKAGES.get, options.peers):  # the others use our environment
         python = python_of(peer, options.environments, options.device)
         folder = python.parents[1]
         packages = PACKAGES[peer].get(options.device, PACKAGES[peer]["cpu"])
@@ -179,7 +179,7 @@ def set_up(options: Options) -> None:
 
 
 def write_problem(path: Path, options: Options, network: str, batch: int) -> int:
-    """Writes the weights and the batches that all start from; returns the images' side."""
+    """Writes the common weights and batches to a file; returns the side of the images."""
     recipe = recipe_of(RECIPES[network])
     config, size = recipe.model, options.size or recipe.data.size
     if options.width is not None:
@@ -195,14 +195,14 @@ def write_problem(path: Path, options: Options, network: str, batch: int) -> int
     variables = jax.jit(make_model(config).init)(jax.random.key(0), images)
     leaves = jax.tree_util.tree_leaves_with_path(variables["params"])
     rng = np.random.default_rng(0)
-    # Random labels, but learnable: the sum of a patch decides.
+    # The labels can be learned: they depend on the mean of a patch.
     pixels = rng.integers(0, 256, (_PROOF, batch, size, size), dtype=np.uint8)
     labels = (pixels[..., :8, :8].mean((2, 3)) > 127.5).astype(np.int32)
     arrays: dict[str, Any] = {
         "/".join(key.key for key in where): np.asarray(leaf) for where, leaf in leaves
     }
     for name, value in arrays.items():
-        if name.endswith("/scale"):  # some start at zero, and would hide what comes before them
+        if name.endswith("/scale"):  # a scale of zero would hide the layers before it
             arrays[name] = rng.uniform(0.5, 1.5, value.shape).astype(np.float32)
     np.savez(path, settings=json.dumps(settings), images=pixels, labels=labels, **arrays)
     return size
@@ -211,7 +211,7 @@ def write_problem(path: Path, options: Options, network: str, batch: int) -> int
 def started(
     options: Options, problem: Path, precision: str, left_out: LeftOut, stack: ExitStack
 ) -> list[Worker]:
-    """Starts ours and every form of every peer that is there and does start; `stack` ends them."""
+    """Starts our worker and every available form of every peer; `stack` ends the processes."""
 
     def start(name: str, python: str, module: str, *arguments: str) -> Worker:
         worker = Worker(name, [python, "-m", f"benchmarks.peers.{module}", *arguments, precision])
@@ -239,7 +239,7 @@ def started(
 
 @contextlib.contextmanager
 def leaving_out(name: str, left_out: LeftOut) -> Iterator[None]:
-    """Notes why a peer failed in the block, for the others to go on; ours may not fail."""
+    """Records the error of a peer in the block; an error of our worker is raised."""
     try:
         yield
     except InputError as error:
@@ -249,10 +249,10 @@ def leaving_out(name: str, left_out: LeftOut) -> Iterator[None]:
 
 
 def prove(workers: list[Worker], left_out: LeftOut, others: LeftOut) -> list[dict[str, Any]]:
-    """Returns how far each peer's logits and losses are from ours.
+    """Returns the largest differences between each peer's logits and losses and ours.
 
-    Left out, and put among the others, is who is further than rounding explains: it is another
-    network.
+    A peer whose difference is too large for rounding has another network. It is added to `left_out`
+    and `others`.
     """
     found = []
     ours, *peers = workers
@@ -276,11 +276,11 @@ def measure(options: Options, keep: Callable[[dict[str, Any]], None]) -> dict[st
     """Proves and times every combination; returns the document.
 
     Args:
-        options: what is compared, the device and the steps in a turn told.
-        keep: given the document after each combination, with all so far.
+        options: what is compared, with `device` and `steps` resolved.
+        keep: called with the document so far after each combination.
 
     Raises:
-        InputError: ours failed, or all peers did.
+        InputError: our worker failed, or all peers did.
     """
     rows: list[dict[str, Any]] = []
     proofs: list[dict[str, Any]] = []
@@ -290,7 +290,7 @@ def measure(options: Options, keep: Callable[[dict[str, Any]], None]) -> dict[st
         for network, batch in product(options.networks, options.batches):
             problem = Path(folder) / f"{network}-{batch}.npz"
             size = write_problem(problem, options, network, batch)
-            others: LeftOut = {}  # which float32 has shown to be other networks
+            others: LeftOut = {}  # peers whose networks differ, as found in float32
             for precision in options.precisions:
                 named = {"network": network, "precision": precision, "batch": batch}
                 left_out = dict(others)
@@ -320,9 +320,9 @@ def measure(options: Options, keep: Callable[[dict[str, Any]], None]) -> dict[st
 
 
 def _in_turn(workers: list[Worker], options: Options, left_out: LeftOut) -> dict[str, np.ndarray]:
-    """Returns each worker's seconds of a step in each round, but of those that were left out."""
+    """Returns the seconds per step of each worker in each round, except those left out."""
     took: dict[str, list[float]] = {worker.name: [] for worker in workers}
-    # On a GPU the steps of a call are one program, another one for another number of them.
+    # On a GPU, the steps of a call are one program; another number of steps is another program.
     warm = _WARM if options.device == "cpu" else options.steps
     for _ in range(options.rounds + 1):
         for worker in workers:
@@ -349,7 +349,7 @@ def _compare(ours: np.ndarray, theirs: np.ndarray) -> dict[str, float]:
 def main() -> int:
     """Measures, prints and writes; returns the exit status."""
     options = tyro.cli(Options, description=__doc__)
-    os.environ |= _SHARE  # for this process too, before JAX looks for a GPU
+    os.environ |= _SHARE  # also for this process, before JAX initializes the GPU
     on = devices.platform(devices.make_mesh(DeviceConfig(options.device)))
     if on == "tpu":
         raise InputError("--device auto: the peers do not run on a TPU; give --device cpu")

@@ -1,7 +1,7 @@
-"""Keras's side of the comparison, on TensorFlow, in its own environment; imports nothing of cnnjax.
+"""The Keras side of the comparison, on TensorFlow. Runs without cnnjax in its own environment.
 
-Forms: `graph` (what `compile` does without XLA) and `default` (Keras chooses whether to use XLA).
-bfloat16 is Keras's `mixed_bfloat16`.
+Forms: `graph` (a TensorFlow graph without XLA) and `default` (Keras chooses whether to use XLA).
+For bfloat16 the policy is `mixed_bfloat16`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmarks.peers.worker import Problem, serve
 
 
 def baseline(size: int, channels: int) -> Any:
-    """The post's network."""
+    """Returns the post's network."""
     return keras.Sequential(
         [
             layers.Input((size, size, channels)),
@@ -38,13 +38,13 @@ def baseline(size: int, channels: int) -> Any:
 
 
 def standardized(x: Any) -> Any:
-    """Brings each image to mean 0 and deviation 1."""
+    """Returns each image standardized to mean 0 and standard deviation 1."""
     x = x - keras.ops.mean(x, (1, 2, 3), keepdims=True)
     return x * keras.ops.rsqrt(keras.ops.mean(x * x, (1, 2, 3), keepdims=True) + 1e-6)
 
 
 def with_local_contrast(x: Any, gaussian: np.ndarray) -> Any:
-    """Returns [batch, height, width, 2]: x, of one channel, and its local contrast."""
+    """Returns [batch, height, width, 2]: the one channel of x and its local contrast."""
 
     def around(x: Any) -> Any:
         return keras.ops.transpose(gaussian @ x @ gaussian.T, (0, 2, 3, 1))
@@ -58,7 +58,7 @@ def with_local_contrast(x: Any, gaussian: np.ndarray) -> Any:
 
 
 def resnet(size: int, problem: Problem) -> Any:
-    """The residual network with one block a stage."""
+    """Returns the residual network with one block per stage."""
     width = problem.width
 
     def norm(x: Any, name: str) -> Any:
@@ -87,10 +87,10 @@ def resnet(size: int, problem: Problem) -> Any:
 
 
 def use(device: str) -> str:
-    """Has TensorFlow compute on `cpu` or `gpu`; returns the device's name.
+    """Makes TensorFlow compute on `cpu` or `gpu`; returns the name of the device.
 
     Raises:
-        RuntimeError: there is no GPU for TensorFlow.
+        RuntimeError: TensorFlow finds no GPU.
     """
     found = tf.config.list_physical_devices("GPU")
     if device == "cpu":
@@ -127,7 +127,7 @@ class Keras:
         found = []
         tf.config.experimental.enable_tensor_float_32_execution(False)
         for images, labels in zip(self._images[:steps], self._labels[:steps], strict=True):
-            # The log is a mean over the steps so far.
+            # Without a reset, the result is the mean over the steps so far.
             self._model.reset_metrics()
             found.append(float(self._model.train_on_batch(images, labels)))
         tf.config.experimental.enable_tensor_float_32_execution(True)
@@ -170,7 +170,7 @@ class Keras:
         self._model.make_train_function()
         self._function = self._model.train_function
         data = tf.data.Dataset.from_tensor_slices((self._images, self._labels)).repeat()
-        if problem.device == "gpu":  # copied to it while the step before is computed
+        if problem.device == "gpu":  # copies a batch while the previous step is computed
             ahead = tf.data.experimental.prefetch_to_device("/GPU:0", 2)
             self._iterator = iter(data.apply(ahead))
         else:

@@ -1,9 +1,9 @@
-"""The post's own Keras program: from folders of JPEGs to a trained and judged network.
+"""The post's own Keras program: from folders of JPEG files to a trained and evaluated network.
 
     python -m benchmarks.peers.keras_job FOLDER EPOCHS cpu|gpu
 
-FOLDER holds train/ and val/, each with a folder for each class. Runs in Keras's own environment and
-imports nothing of cnnjax.
+FOLDER contains train/ and val/, each with one folder per class. Runs without cnnjax in the Keras
+environment.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from benchmarks.peers.keras import use
 
 
 def main(folder: Path, epochs: int, device: str) -> None:
-    """Trains as the post does, and judges after each epoch."""
+    """Trains like the post, and evaluates after each epoch."""
     use(device)
     changed = ImageDataGenerator(
         rescale=1 / 255, shear_range=0.2, zoom_range=0.2, horizontal_flip=True

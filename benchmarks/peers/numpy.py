@@ -1,6 +1,6 @@
-"""NumPy's side of the comparison: the networks of `cnnjax.scratch`, in our own environment.
+"""The NumPy side of the comparison: the networks of `cnnjax.scratch`, in our own environment.
 
-NumPy has no bfloat16 and leaves products to its BLAS, on the CPU.
+NumPy has no bfloat16. It computes matrix products with its BLAS, on the CPU.
 """
 
 from __future__ import annotations

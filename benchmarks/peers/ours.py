@@ -22,7 +22,7 @@ class Ours:
     """See `benchmarks.peers.worker.Network`."""
 
     def __init__(self, problem: Problem) -> None:
-        # As the peers, which take one GPU; a CPU is one device, or as many as it is for all.
+        # One GPU, as for the peers; on a CPU all its devices.
         count = 0 if problem.device == "cpu" else 1
         config = DeviceConfig(problem.device, count)  # type: ignore[arg-type]
         self._mesh = devices.make_mesh(config)

@@ -1,10 +1,10 @@
-"""How fast a peer reads a folder of images; run in its own environment, imports nothing of cnnjax.
+"""Measures how fast a peer reads a folder of images. Runs without cnnjax in the peer's environment.
 
     python -m benchmarks.peers.reading keras|torch FOLDER SIZE WORKERS
 
-Prints the seconds of one pass; importing, listing the files and starting PyTorch's workers are not
-included. PyTorch's reader is in gray, as the loop of Pillow; Keras's is that of the post's program.
-The folder holds one folder for each class.
+Prints the seconds of one pass, without imports, listing of files and start of PyTorch's workers.
+PyTorch reads gray images, as the Pillow loop does; Keras reads as in the post's program. The folder
+contains one folder per class.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 
 def keras_pass(folder: str, size: int) -> float:
-    """One pass of `ImageDataGenerator.flow_from_directory`, as the post's program reads."""
+    """Returns the seconds of a pass of `flow_from_directory`, as in the post's program."""
     os.environ["KERAS_BACKEND"] = "tensorflow"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     from keras.src.legacy.preprocessing.image import ImageDataGenerator
@@ -31,7 +31,7 @@ def keras_pass(folder: str, size: int) -> float:
 
 
 def torch_pass(folder: str, size: int, workers: int) -> float:
-    """The second pass of a `DataLoader` over a data set that opens each file with Pillow."""
+    """Returns the seconds of the second pass of a `DataLoader` that opens files with Pillow."""
     import numpy as np
     import torch
     from PIL import Image

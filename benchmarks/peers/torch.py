@@ -1,7 +1,7 @@
-"""PyTorch's side of the comparison, in its own environment; imports nothing of cnnjax.
+"""The PyTorch side of the comparison. Runs without cnnjax in its own environment.
 
-Forms: `eager`, `eager channels_last`, `compiled` (channels_last, torch.compile). bfloat16 is
-autocast with float32 weights. On a GPU float32 products may use TF32, as JAX's do.
+Forms: `eager`, `eager channels_last`, `compiled` (channels_last, torch.compile). For bfloat16,
+autocast is used with float32 weights. On a GPU, float32 products may use TF32, as in JAX.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Baseline(nn.Module):
 class Same(nn.Conv2d):
     """A convolution without bias, padded to ceil(size / stride).
 
-    With a stride, PyTorch pads both sides alike where TensorFlow and Flax pad the end more. `exact`
-    pads as they do, which costs PyTorch a copy; timed is what its users write, `padding=size // 2`.
+    With a stride, TensorFlow and Flax can pad the end more than the start. If `exact` is set, this
+    class does the same, which costs a copy. PyTorch is timed with its usual `padding=size // 2`.
     """
 
     exact = False
@@ -77,7 +77,7 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """The residual network with one block a stage."""
+    """The residual network with one block per stage."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class ResNet(nn.Module):
         return self.head(x.mean((2, 3)))[:, 0]
 
     def _around(self, x: Tensor) -> Tensor:
-        """Returns the mean around each pixel, of [batch, channels, height, width]."""
+        """Returns the weighted mean around each pixel of [batch, channels, height, width]."""
         return self._gaussian @ x @ self._gaussian.T
 
 
@@ -168,7 +168,7 @@ class Torch:
 
     @contextlib.contextmanager
     def _proving(self) -> Iterator[None]:
-        """Starts anew, with TensorFlow's padding and float32 in full; starts anew at the end."""
+        """Resets, and uses TensorFlow's padding and full float32 precision; resets at the end."""
         Same.exact = True
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = False
@@ -201,7 +201,7 @@ class Torch:
             if leaf == "kernel" and value.ndim == 4:
                 value = value.transpose(3, 2, 0, 1)
             elif leaf == "kernel":
-                if layers[-1] == "dense1":  # its rows are pixels, then channels; ours the reverse
+                if layers[-1] == "dense1":  # rows: pixel, then channel; in PyTorch the reverse
                     side = int((value.shape[0] // 32) ** 0.5)
                     value = value.reshape(side, side, 32, -1).transpose(2, 0, 1, 3)
                     value = value.reshape(-1, value.shape[-1])

@@ -1,8 +1,8 @@
-"""The conversation of `__main__` with a network in another process; imports NumPy only.
+"""Protocol between `__main__` and a network in another process; imports only NumPy.
 
-Each line of standard input is a request, each line of standard output its answer, in JSON: first
-`ready` with the name of what computes, then `logits` of the first batch, `losses` of ten steps
-from the initial weights, and `time`, the seconds that some steps take.
+Requests are lines of JSON on standard input, answers are lines of JSON on standard output. The
+first line of output, without a request, contains `version`. The requests are `logits` (of the first
+batch), `losses` (of steps from the initial weights) and `time` (the seconds of some steps).
 """
 
 from __future__ import annotations
@@ -17,46 +17,46 @@ import numpy as np
 
 
 class Network(Protocol):
-    """A network with its optimizer and its batches, in some library."""
+    """A network with its optimizer and its batches in a library."""
 
     version: str
-    """The library's, and what it computes on."""
+    """Version of the library, and the device."""
 
     def logits(self) -> np.ndarray:
-        """Returns float [batch] of the first batch, as an eval step gives them.
+        """Returns float [batch]: the logits of the first batch, in evaluation mode.
 
-        They prove something, as do `losses`: products of float32 are those of float32 then, also on
-        a GPU, which in `train` may take TF32.
+        `logits` and `losses` are used to compare libraries, so they use full float32 precision,
+        also on a GPU. `train` may use TF32 there.
         """
 
     def losses(self, steps: int) -> list[float]:
-        """Returns the mean loss of each of so many steps from the initial weights."""
+        """Returns the mean loss of each of `steps` steps from the initial weights."""
 
     def train(self, steps: int) -> None:
-        """Takes so many steps, and returns when the device is idle."""
+        """Takes `steps` steps, and returns when the device is idle."""
 
 
 class Problem:
-    """What every process trains: read from the file that `__main__` wrote.
+    """The task of every process, read from the file that `__main__` wrote.
 
     Attributes:
         network: `baseline` or `resnet`.
         precision: `float32` or `bfloat16`.
-        form: of the library, such as `compiled`.
+        form: variant of the library, such as `compiled`.
         device: `cpu` or `gpu`.
         images: uint8 [batches, batch, height, width].
         labels: int32 [batches, batch].
-        channels: how often the network repeats the gray image.
+        channels: number of input channels (the gray image is repeated).
         width: channels of the ResNet's first stage.
-        stages: of the ResNet, each of one block.
-        stem: stride of the ResNet's first convolution, which is 3x3 with 2 and 7x7 with 4.
-        standardize: whether the network brings each image to mean 0 and deviation 1 first.
-        local_contrast: whether the ResNet, of one channel, sees each pixel less the mean around it,
-            over the deviation there, as a second one.
+        stages: number of stages of the ResNet, each with one block.
+        stem: stride of the ResNet's first convolution, which is 3x3 for 2 and 7x7 for 4.
+        standardize: whether the network standardizes each image to mean 0 and standard deviation 1.
+        local_contrast: whether the ResNet has a second input channel: each pixel minus the mean
+            around it, divided by the standard deviation around it.
         params: parameters by their path in Flax, such as `conv1/kernel`.
         rate: learning rate.
         decay: decoupled weight decay of kernels; 0 means plain Adam.
-        epsilon: of Adam.
+        epsilon: epsilon of Adam.
     """
 
     def __init__(self, path: str, form: str, precision: str) -> None:
@@ -84,9 +84,10 @@ class Problem:
         return np.repeat(images, self.channels, -1)
 
     def gaussian(self) -> np.ndarray:
-        """Returns float32 [size, size]: row i weighs the pixels around pixel i, and sums to 1.
+        """Returns float32 [size, size]: row i has the weights of the pixels around pixel i; sum 1.
 
-        The Gaussian's deviation is a twelfth of the side; `local_contrast` is taken under it.
+        The weights are Gaussian, with a standard deviation of a twelfth of the side. They are used
+        for `local_contrast`.
         """
         side = self.images.shape[2]
         at = np.arange(side)
@@ -94,7 +95,7 @@ class Problem:
         return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
 
     def tree(self) -> dict[str, Any]:
-        """Returns the parameters as Flax nests them."""
+        """Returns the parameters as nested dicts, as in Flax."""
         tree: dict[str, Any] = {}
         for path, value in self.params.items():
             *folders, leaf = path.split("/")
@@ -107,7 +108,7 @@ class Problem:
 
 def serve(make: Any) -> None:
     """Answers requests about `make(problem)` until standard input ends."""
-    # Libraries print; keep the answers apart from it.
+    # Libraries print to standard output; keep the answers separate from that.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     network: Network = make(Problem(*sys.argv[1:4]))

@@ -101,12 +101,11 @@ def main(data: DataConfig, epochs: int = 5) -> int:
     # batch are divided among the devices, XLA divides the work and sums the gradients over them.
     step = jax.jit(train_step, donate_argnames="state", out_shardings=everywhere)
 
-    train = found.train
-    steps = math.ceil(len(train) / batch_size)
+    steps = math.ceil(len(found.train) / batch_size)
     for epoch in range(epochs):
-        order = jax.random.permutation(jax.random.fold_in(order_key, epoch), len(train))
+        order = jax.random.permutation(jax.random.fold_in(order_key, epoch), len(found.train))
         shuffled = np.full(steps * batch_size, -1, np.int32)
-        shuffled[: len(train)] = train[np.asarray(order)]
+        shuffled[: len(found.train)] = found.train[np.asarray(order)]
         losses = []
         for rows in jax.device_put(list(shuffled.reshape(steps, batch_size)), by_row):
             # The call returns before the device has finished: Python is already at the next batch.

@@ -31,5 +31,5 @@ def test_pixels_are_what_the_file_means(path: Path) -> None:
 
 @pytest.mark.parametrize("path", DAMAGED, ids=lambda path: path.stem)
 def test_damaged_jpegs_are_refused(path: Path) -> None:
-    with pytest.raises(DecodeError, match="broken image: "):
+    with pytest.raises(DecodeError, match=r"broken image: |scans of the JPEG are missing"):
         decode(path.read_bytes(), 224)

@@ -83,7 +83,7 @@ def test_ablation_makes_a_table_and_goes_on_where_it_was(tree: Path, tmp_path: P
     pair = [{**row, "seed": seed} for row in rows[:2] for seed in (0, 1)]
     pair[3] = {**pair[3], "score": pair[3]["score"] + 0.02}
     apart = rows[1]["score"] - rows[0]["score"] + 0.01
-    assert ablation.table(pair).splitlines()[3].endswith(f"| {apart:+.4f} ± 0.0100 |")
+    assert f"| {apart:+.4f} ± 0.0100 |" in ablation.table(pair).splitlines()[3]
     ablation.draw(rows, tmp_path / "plot.svg")
     assert (tmp_path / "plot.svg").read_text().startswith("<?xml")
 

@@ -210,7 +210,7 @@ def test_a_damaged_cache_is_made_anew(
     spoil(home)
     again = load(copy, tmp_path / "cache")
     np.testing.assert_array_equal(again.images, pixels)
-    assert "is damaged and is made anew" in capsys.readouterr().err
+    assert "is damaged and is created again" in capsys.readouterr().err
     load(copy, tmp_path / "cache")
     assert "damaged" not in capsys.readouterr().err
 

@@ -405,7 +405,7 @@ def test_what_does_not_fit_the_classes_is_refused(tmp_path: Path) -> None:
     several = np.eye(3, dtype=int)[np.arange(6) % 3]
     path = tmp_path / "several.npz"
     np.savez(path, train_images=images, train_labels=several)
-    with pytest.raises(InputError, match="train_labels holds 3 findings an image"):
+    with pytest.raises(InputError, match="train_labels holds 3 findings per image"):
         read_index(path)
     with pytest.raises(InputError, match="multi-label"):
         data_of(images, several, np.arange(6) >= 3, CLASSES)

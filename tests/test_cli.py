@@ -240,7 +240,7 @@ def test_predict_refuses_by_name_what_is_no_film_of_bearable_size(
     rows = [json.loads(line) for line in screen.out.splitlines()]
     assert [(Path(row["path"]).name, row.get("error")) for row in rows] == [
         ("good.jpeg", None),
-        ("pipe.jpeg", "no regular file"),
+        ("pipe.jpeg", "not a regular file"),
         ("sparse.png", "larger than 128 MiB"),
         ("pipe.jpeg", "a pipe into which nothing is written"),
     ]
@@ -259,7 +259,7 @@ def test_predict_finds_dicom_files_without_a_suffix(
     screen = capsys.readouterr()
     rows = [json.loads(line) for line in screen.out.splitlines()]
     assert [Path(row["path"]).name for row in rows] == ["1.2.840.3", "IM0001"]
-    assert all("shown by the range of its values" in row["warning"] for row in rows)
+    assert all("the range of the values is used" in row["warning"] for row in rows)
     assert "1 other files passed over" in screen.err
 
 
@@ -456,7 +456,7 @@ def test_folders_are_judged_whole(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["evaluate", "--run", "nowhere"], "nowhere is no run: it does not exist"),
+        (["evaluate", "--run", "nowhere"], "nowhere is not a run: it does not exist"),
         (["evaluate", "--run", "RUN", "--data", "nowhere"], "nowhere does not exist"),
         (["evaluate", "--run", "RUN", "--data", "TREE", "--threshold", "2"], "--threshold must be"),
         (
@@ -536,8 +536,8 @@ def test_a_platform_that_is_not_there_is_told() -> None:
         check=False,
     )
     assert done.returncode == 2
-    assert "error: JAX finds nothing to compute on (" in done.stderr
-    assert "look at JAX_PLATFORMS" in done.stderr
+    assert "error: JAX finds no device (" in done.stderr
+    assert "check JAX_PLATFORMS" in done.stderr
     assert "Traceback" not in done.stderr
 
 

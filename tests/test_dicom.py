@@ -53,13 +53,13 @@ def file_of(pixels: np.ndarray = RAMP, **tags: Any) -> bytes:
 
 def test_a_tag_that_cannot_be_read_says_nothing() -> None:
     good = file_of(PatientID="ABC", Modality="CT")
-    assert dicom.doubts(good) == ["no radiograph by its modality (CT)"]
+    assert dicom.doubts(good) == ["not a radiograph by its modality (CT)"]
     assert dicom.patient_of(good) is not None
     # Three bytes that are to be numbers of two.
     bad = good.replace(b"CS\x02\0CT", b"US\x02\0CT").replace(b"LO\x04\0ABC ", b"FL\x03\0ABC")
     assert len(bad) == len(good) - 1
     assert dicom.patient_of(bad) is None
-    assert dicom.doubts(bad) in ([], ["no radiograph by its modality (21571)"])
+    assert dicom.doubts(bad) in ([], ["not a radiograph by its modality (21571)"])
 
 
 def levels(encoded: bytes) -> np.ndarray:
@@ -118,10 +118,12 @@ SHIPPED = {
     "SC_rgb_jpeg_dcmtk.dcm": None,
     "examples_palette.dcm": None,
     "image_dfl.dcm": None,
-    "SC_rgb_rle_2frame.dcm": "2 frames; give the one to be judged by itself",
+    "SC_rgb_rle_2frame.dcm": "2 frames; save one frame as a file",
     "rtplan.dcm": "without an image",
     "MR_small_jpeg_ls_lossless.dcm": None if CODECS else "cannot be decoded here (JPEG-LS Lossless",
-    "SC_rgb_jpeg_gdcm.dcm": None if CODECS else "JPEG Lossless); install what does: pip install i",
+    "SC_rgb_jpeg_gdcm.dcm": None
+    if CODECS
+    else "JPEG Lossless); install their decoder with: pip install i",
     "MR_truncated.dcm": "cannot be decoded here",
 }
 
@@ -176,7 +178,7 @@ def test_a_lookup_table_is_of_rescaled_values() -> None:
 def test_other_ages_are_doubted(age: str, known: bool) -> None:
     told = dicom.doubts(file_of(PatientAge=age))
     assert (told == []) is known
-    assert known or told[0].startswith(f"of a patient aged {age}")
+    assert known or told[0].startswith(f"a patient aged {age}")
 
 
 def test_doubts_are_told_by_tags() -> None:
@@ -184,7 +186,7 @@ def test_doubts_are_told_by_tags() -> None:
     (lateral,) = dicom.doubts(file_of(ViewPosition="LL"))
     assert lateral.startswith("a lateral view (LL)")
     told = dicom.doubts(file_of(Modality="CT", BodyPartExamined="HAND"))
-    assert told == ["no radiograph by its modality (CT)", "not of the chest (HAND)"]
+    assert told == ["not a radiograph by its modality (CT)", "not of the chest (HAND)"]
 
 
 @pytest.mark.parametrize(
@@ -368,7 +370,9 @@ def test_a_decoder_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "imagecodecs", None)
     path = get_testdata_file("SC_rgb_jpeg_gdcm.dcm", download=False)
     assert isinstance(path, str)
-    with pytest.raises(MissingDecoder, match=r"JPEG Lossless\); install what does: pip install im"):
+    with pytest.raises(
+        MissingDecoder, match=r"JPEG Lossless\); install their decoder with: pip install im"
+    ):
         decode(Path(path).read_bytes(), 8)
 
 
@@ -379,7 +383,7 @@ def test_patients_that_all_have_one_identifier_are_the_cause_of_no_folds(tmp_pat
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(file_of(PatientID="ANONYMOUS"))
     examples = read_index(tmp_path).examples
-    cause = r"all 6 images of class 0 carry the same PatientID \(0010,0020\), as some programs"
+    cause = r"all 6 images of class 0 have the same PatientID \(0010,0020\), which some programs"
     with pytest.raises(InputError, match=cause):
         grouped_folds(examples, 3, 0)
 
@@ -396,7 +400,7 @@ def test_the_patient_is_a_hash_of_the_identifier(tmp_path: Path) -> None:
     examples = read_index(tmp_path).examples
     assert len({example.patient for example in examples}) == 2
     assert all(len(example.patient) == 16 for example in examples)
-    with pytest.raises(InputError, match="blocks goes by the numbers of patients"):
+    with pytest.raises(InputError, match="blocks needs patient numbers"):
         block_folds(examples, 2)
 
 

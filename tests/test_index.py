@@ -66,7 +66,7 @@ def test_nested_mixed_case_and_litter(make_tree: Callable[..., Path], prefix: st
         f"{prefix}/Train/pneumonia/notes.txt": "not .jpeg, .jpg, .png, .dcm",
         f"{prefix}/loose.jpeg": "not in a class folder of train, val or test",
     }
-    assert "2 file names tell no patient" in index.describe()
+    assert "2 file names give no patient ID" in index.describe()
     assert "left out: 1 not in a class folder" in index.describe()
 
 
@@ -82,7 +82,7 @@ def test_equal_names_in_several_folders_are_several_patients(
     folders = ("train/NORMAL", "train/PNEUMONIA", "test/NORMAL", "test/PNEUMONIA")
     index = read_index(make_tree(*(f"{folder}/1.png" for folder in folders)))
     assert len({e.patient for e in index.examples}) == 4
-    assert "4 file names tell no patient" in index.describe()
+    assert "4 file names give no patient ID" in index.describe()
 
 
 def test_folders_may_be_links_even_in_a_circle(make_tree: Callable[..., Path]) -> None:
@@ -111,7 +111,7 @@ def test_links_out_of_the_root_are_left_out_by_name(
     (root / "train/PNEUMONIA/more").symlink_to(outside / "more")
     index = read_index(root)
     assert len(index.examples) == 2
-    reason = "a link out of the root, copy what it leads to"
+    reason = "a link that leads out of the root; copy its target into the root"
     assert index.left_out == (
         ("train/NORMAL/film.jpeg", reason),
         ("train/PNEUMONIA/more", reason),
@@ -119,7 +119,9 @@ def test_links_out_of_the_root_are_left_out_by_name(
     assert f"left out: 2 {reason}\n    train/NORMAL/film.jpeg" in index.describe()
     linked = make_tree("readme.txt", root="linked")
     (linked / "train").symlink_to(root / "train")
-    with pytest.raises(InputError, match="linked: train is a link out of the root, copy what it"):
+    with pytest.raises(
+        InputError, match="linked: train is a link that leads out of the root; copy"
+    ):
         read_index(linked)
     assert len(read_index(_link(tmp_path / "root", root)).examples) == 2  # the root may be one
 
@@ -140,7 +142,7 @@ def test_a_film_that_several_links_lead_to_is_listed_once(make_tree: Callable[..
         "train/PNEUMONIA/b.jpeg",
         "test/NORMAL/c.jpeg",
     ]
-    assert ("train/NORMAL/again.jpeg", "a link to a film that is listed") in index.left_out
+    assert ("train/NORMAL/again.jpeg", "a link to an image that is listed") in index.left_out
 
 
 def test_links_from_folder_to_folder_end(make_tree: Callable[..., Path]) -> None:
@@ -319,7 +321,7 @@ def test_empty_class_folder_is_named(make_tree: Callable[..., Path]) -> None:
 
 def test_one_class_in_the_split_wanted(make_tree: Callable[..., Path]) -> None:
     index = read_index(make_tree("train/NORMAL/a.jpeg", "test/PNEUMONIA/b.jpeg"))
-    with pytest.raises(InputError, match="train holds one class only, NORMAL"):
+    with pytest.raises(InputError, match="train holds only one class, NORMAL"):
         index.split("train")
 
 

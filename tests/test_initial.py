@@ -164,8 +164,8 @@ def test_what_cannot_serve_is_refused(data: TrainingData, trained: Path, tmp_pat
         ModelConfig(),
         init=str(trained),
     )
-    refused("is no run, no release, and no .safetensors or .npz", init=str(tmp_path / "none"))
-    refused(r"is no run: it has no config\.json", init=str(tmp_path))
+    refused("is not a run, a release, a .safetensors or an .npz file", init=str(tmp_path / "none"))
+    refused(r"is not a run: it has no config\.json", init=str(tmp_path))
     (tmp_path / "broken.npz").write_bytes(b"no zip")
     refused(r"broken\.npz cannot be read", init=str(tmp_path / "broken.npz"))
     (tmp_path / "broken.safetensors").write_bytes(b"nothing")
@@ -235,7 +235,7 @@ def test_the_learning_rate_of_a_layer_is_a_share_of_the_one_above() -> None:
 def test_a_run_is_extended_as_if_it_had_been_longer(data: TrainingData, tmp_path: Path) -> None:
     config = config_for(tmp_path / "run", epochs=2)
     fit(config, data=data)
-    with pytest.raises(InputError, match=r"to go on for more epochs, --train\.extend 2\)"):
+    with pytest.raises(InputError, match=r"to add epochs, --train\.extend 2\)"):
         fit(replace(config, train=replace(config.train, epochs=4)), data=data)
     for extend in (1, 2):
         longer = replace(config, train=replace(config.train, extend=extend))

@@ -239,7 +239,7 @@ def test_an_optimizer_and_an_augmentation_of_ones_own(
     with pytest.raises(InputError, match=r"another augment: .*black\(level=0\.5\)"):
         fit(config, data=data, network=Plain(), **parts)
     other = replace(config, workdir=tmp_path / "other")
-    with pytest.raises(InputError, match="views 4 would draw the config's changes"):
+    with pytest.raises(InputError, match="views 4 would use the config's augmentation"):
         fit(replace(other, augment=AugmentConfig(views=4)), data=data, augment=black)
     decayed = TrainConfig(optimizer="adamw", weight_decay=0.1)
     with pytest.raises(InputError, match="has no effect on optimizer="):
@@ -340,7 +340,7 @@ def test_data_that_do_not_fit_together_are_refused() -> None:
         data_of(images.astype(float), labels, side, ("A", "B"))
     with pytest.raises(InputError, match="each show all of"):
         data_of(images, labels, np.array([0, 1, 0, 1], bool), ("A", "B"))
-    with pytest.raises(InputError, match="patient p is both"):
+    with pytest.raises(InputError, match="patient p is in both"):
         data_of(images, labels, side, ("A", "B"), patients=["p", "q", "p", "r"])
-    with pytest.raises(InputError, match="of 4 images"):
+    with pytest.raises(InputError, match="must each have length 4"):
         data_of(images, labels[:3], side, ("A", "B"))

@@ -261,7 +261,7 @@ def test_where_one_is_killed_the_others_end_with_a_sentence(
     assert status == 1
     assert told.endswith(
         "error: another process of this run has ended or cannot be reached; its own message says"
-        " why. Give the same command again to go on from the last checkpoint\n"
+        " why. Give the same command again to resume from the last checkpoint\n"
     )
 
     from dataclasses import replace

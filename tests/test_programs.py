@@ -57,7 +57,7 @@ def test_damaged_programs_are_compiled_anew_kept_and_told(tmp_path: Path) -> Non
     damaged = min(3, made)
     found, again, told = compiled(tmp_path)
     assert (found, again) == (made - damaged, damaged)
-    assert told.count("are damaged and are made anew") == len(told.splitlines()) == 1
+    assert told.count("are damaged and are compiled again") == len(told.splitlines()) == 1
     assert sorted(tmp_path.rglob("*-cache")) == kept
     assert all(path.stat().st_size > 100 for path in kept)
 
@@ -73,7 +73,7 @@ def test_a_damaged_program_is_none(
         path = tmp_path / f"{key}-cache"
         path.write_bytes(damage(path.read_bytes()))
         assert programs.get(key) is None
-    assert capsys.readouterr().err.count("are damaged and are made anew") == 1
+    assert capsys.readouterr().err.count("are damaged and are compiled again") == 1
     assert list(tmp_path.iterdir()) == []
     programs.put("a", b"another")
     assert programs.get("a") == b"another"

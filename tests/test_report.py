@@ -231,7 +231,7 @@ def test_curves_of_very_few_positives_are_drawn() -> None:
 def test_a_run_that_has_not_ended_has_no_report(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "summary.json").unlink()
-    with pytest.raises(InputError, match="has not ended; give its training command again"):
+    with pytest.raises(InputError, match="is not finished; give its training command again"):
         written(tmp_path / "run")
 
 
@@ -313,7 +313,7 @@ def test_runs_on_other_images_are_not_called_comparable(run: Path, tmp_path: Pat
     ("arguments", "message"),
     [
         ([], "report needs the workdir of a run"),
-        (["RUN", "nowhere"], "nowhere is no run"),
+        (["RUN", "nowhere"], "nowhere is not a run"),
         (["RUN", "RUN", "--data", "x"], "--data goes with one run"),
         (["RUN"] * 9, "9 runs are too many for one page; give at most 8"),
     ],

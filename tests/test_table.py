@@ -70,7 +70,7 @@ def test_flat_class_folders_are_any_number_of_classes(make_tree: Callable[..., P
     }
     assert len(index.split("train", "val")) == len(index.split("all")) == 3
     assert "  all    1 COVID, 1 NORMAL, 1 TB; 3 patients" in index.describe()
-    with pytest.raises(InputError, match=r"in no splits; .* evaluate with --split all"):
+    with pytest.raises(InputError, match=r"not divided into splits; .* evaluate with --split all"):
         index.split("test")
 
 
@@ -164,15 +164,15 @@ def test_a_pattern_finds_the_patients(make_tree: Callable[..., Path], pattern: s
         "y/p2_1.png": "p2",
         "y/other.png": "y/other.png",
     }
-    assert "1 file names tell no patient" in index.describe()
+    assert "1 file names give no patient ID" in index.describe()
 
 
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("(p", "is no regular expression"),
+        ("(p", "is not a regular expression"),
         ("(a)(b)", "has 2 groups"),
-        ("q[0-9]", "finds no patient in any of 2 names, as x/1.png"),
+        ("q[0-9]", "finds no patient in any of 2 names, such as x/1.png"),
     ],
 )
 def test_patterns_of_no_use(make_tree: Callable[..., Path], pattern: str, message: str) -> None:
@@ -232,7 +232,7 @@ def test_absolute_paths_below_the_root(films: Path) -> None:
     root = films.parent
     table(films, *(f"{root / name},{label},{patient}" for name, label, patient in ROWS))
     assert [e.name for e in read_index(root, table=films).examples] == [n for n, _, _ in ROWS]
-    with pytest.raises(InputError, match=r"row 2: .*1\.png is not below .*b; give that folder"):
+    with pytest.raises(InputError, match=r"row 2: .*1\.png is not below .*b; give its folder"):
         read_index(root / "b", table=films)
 
 
@@ -258,7 +258,7 @@ def test_splits_and_weights_of_a_table(films: Path) -> None:
 @pytest.mark.parametrize(
     ("header", "line", "message"),
     [
-        ("path,label", "a/9.png,TB", r"row 6: a/9\.png is no file in .*tree"),
+        ("path,label", "a/9.png,TB", r"row 6: a/9\.png is not a file in .*tree"),
         ("path,label", "../a.png,TB", r"row 6: \.\./a\.png is not below .*tree"),
         ("path,label", "a/1.png,TB", r"row 6: a/1\.png is the image of row 2; keep one row"),
         ("path,label", "a/other.png,", r"row 6: the column label is empty; fill it in"),
@@ -282,9 +282,9 @@ def test_what_is_wrong_with_a_row_is_named(
 @pytest.mark.parametrize(
     ("column", "cell", "message"),
     [
-        ("split", "later", "the split later is none of train, val and test"),
-        ("weight", "-1", "the weight -1 is no number of at least 0"),
-        ("weight", "0,5", "the weight 0,5 is no number of at least 0"),
+        ("split", "later", "the split later is not train, val or test"),
+        ("weight", "-1", "the weight -1 is not a number of at least 0"),
+        ("weight", "0,5", "the weight 0,5 is not a number of at least 0"),
     ],
 )
 def test_splits_and_weights_that_cannot_be(
@@ -300,7 +300,7 @@ def test_what_is_no_table_is_one_sentence(films: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"the table .*none\.csv cannot be read \(No such"):
         read_index(root, table=tmp_path / "none.csv")
     films.write_bytes(b"PK\x03\x04\xff")
-    with pytest.raises(InputError, match="is no table in UTF-8; save it as CSV in UTF-8"):
+    with pytest.raises(InputError, match="is not UTF-8 text; save it as CSV in UTF-8"):
         read_index(root, table=films)
     table(films)
     with pytest.raises(InputError, match="no rows below its header"):
@@ -310,7 +310,7 @@ def test_what_is_no_table_is_one_sentence(films: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="has no column person, but path, label, patient"):
         read_index(root, table=films, columns="patient=person")
     np.savez(tmp_path / "a.npz", x=np.zeros(1))
-    with pytest.raises(InputError, match=r"does not go with .*a\.npz"):
+    with pytest.raises(InputError, match=r"cannot go with .*a\.npz"):
         read_index(tmp_path / "a.npz", table=films)
     with pytest.raises(InputError, match=r"column of patients, so --data\.patient-pattern"):
         read_index(root, table=table(films, *map(",".join, ROWS)), patient_pattern="p.")
@@ -320,7 +320,7 @@ def test_links_out_of_the_root_are_refused_by_their_row(films: Path, tmp_path: P
     (tmp_path / "outside.png").touch()
     (films.parent / "link.png").symlink_to(tmp_path / "outside.png")
     table(films, "a/1.png,TB,p", "link.png,TB,p")
-    with pytest.raises(InputError, match=r"row 3: link\.png is a link out of the root"):
+    with pytest.raises(InputError, match=r"row 3: link\.png is a link that leads out of the root"):
         read_index(films.parent, table=films)
 
 
@@ -400,7 +400,7 @@ def test_a_run_of_a_table_evaluates_others_as_its_own(
         assert command(*given, "--split", "all") == 0
         assert len(read_table(out, ("patient",))) == len(cells)
         assert command(*given) == 2
-        assert "in no splits" in capsys.readouterr().err
+        assert "not divided into splits" in capsys.readouterr().err
     finally:
         plain.unlink()
     assert command("evaluate", "--run", run, "--data", tree, "--columns", "path=file") == 2

@@ -302,7 +302,7 @@ def test_other_images_are_refused(tree: Path, tmp_path: Path, finished: Path, wh
     else:
         one.write_bytes(other.read_bytes())
     before = outcome(finished)
-    with pytest.raises(InputError, match=r"was trained on other images than --data.root holds"):
+    with pytest.raises(InputError, match=r"was trained on other images than those in"):
         fit(config_for(changed, finished))
     assert outcome(finished) == before
 
@@ -786,7 +786,7 @@ def test_a_run_without_its_checkpoints_or_its_images_says_so(
     (run / "checkpoints" / "latest").rename(tmp_path / "latest")
     before = outcome(run)
     with pytest.raises(
-        InputError, match=r"metrics\.jsonl tells of 4 epochs, .*latest of 0; restore that"
+        InputError, match=r"metrics\.jsonl has 4 epochs, .*latest has 0; restore that"
     ):
         fit(config_for(tree, run))
     assert outcome(run) == before

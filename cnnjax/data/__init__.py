@@ -1,1 +1,1 @@
-"""Where images come from, until they are arrays."""
+"""Reads images from their sources and makes arrays of them."""

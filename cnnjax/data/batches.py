@@ -1,9 +1,9 @@
-"""(seed, step) -> batch: no iterator, no state, so that any step can be the next.
+"""Makes the batch of a step from (seed, step); there is no iterator state, so any step can be next.
 
-The order of the images is a function of the run's key and the number of the step. A data set that
-fits lives on the device as a whole and a batch is gathered there, inside the compiled step; a
-larger one is read from the memory-mapped cache, a few batches ahead. Of several processes, each
-holds a part of the data set, or reads its part of each batch.
+The order of the images is a function of the run's key and the step number. A data set that fits on
+the device stays there, and the compiled step gathers each batch. A larger data set is read from the
+memory-mapped cache, a few batches ahead. With several processes, each process holds a part of the
+data set, or reads its part of each batch.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from cnnjax.machine.devices import AXIS, divided, place, replicated
 from cnnjax.objectives import Batch
 
-_AHEAD = 2  # batches prepared while one is computed
+_AHEAD = 2  # number of batches that are prepared ahead
 
 
 class Resident(NamedTuple):
-    """A data set on the device."""
+    """A data set in device memory."""
 
     images: jax.Array
-    """uint8 [n, height, width]; on several processes divided among all devices, and filled up to a
+    """uint8 [n, height, width]. With several processes, sharded over all devices, and padded to a
     multiple of their number."""
     labels: jax.Array
     """int32 [n]."""
     auxiliary: jax.Array | None = None
-    """int32 [n], see `cnnjax.objectives.Batch`."""
+    """int32 [n]; see `cnnjax.objectives.Batch`."""
     weights: jax.Array | None = None
-    """float32 [n], likewise."""
+    """float32 [n]; see `cnnjax.objectives.Batch`."""
 
 
 def step_rows(key: jax.Array, steps: range, rows: np.ndarray, batch: int) -> np.ndarray:
-    """Returns which image stands where in each of some steps.
+    """Returns the rows of the images in the batches of some steps.
 
-    Training reads one endless stream: a permutation of the images, then another, and so on. Step s
-    takes the images from s * batch on, so every batch is full, and no image is seen twice more
-    often than another.
+    Training reads an endless stream: one permutation of the images after another. Step s takes
+    `batch` images of the stream, from position s * batch. Every batch is therefore full, and the
+    number of times that two images have been seen differs by at most one.
 
     Args:
-        key: the run's key for the order of images.
-        steps: their numbers, counted from the run's first step, 0.
-        rows: int [n], the images to train on, by their place in the data set.
+        key: the run's key for the order of the images.
+        steps: step numbers; the first step of the run is 0.
+        rows: int [n], the rows in the data set of the images to train on.
         batch: images per step.
 
     Returns:
@@ -65,18 +65,18 @@ def step_rows(key: jax.Array, steps: range, rows: np.ndarray, batch: int) -> np.
 
 
 def in_batches(rows: np.ndarray, batch: int) -> np.ndarray:
-    """Cuts int32 [n] into int32 [ceil(n / batch), batch], filled up with -1."""
+    """Splits int32 [n] into int32 [ceil(n / batch), batch]; the last batch is filled with -1."""
     steps = -(-len(rows) // batch)
     return np.pad(rows, (0, steps * batch - len(rows)), constant_values=-1).reshape(steps, batch)
 
 
 def load(data: Resident | None, feed: Batch | jax.Array, mesh: Mesh | None = None) -> Batch:
-    """Returns the batch that a step computes on; pure, to be called inside jit.
+    """Returns the batch of a step; a pure function, for use inside jit.
 
     Args:
-        data: the data set on the device, or None where it is streamed.
-        feed: what `Feeder.feed` gave: rows of `data`, or the batch itself.
-        mesh: the devices that it was fed to; may be left out where they are one process's.
+        data: the data set on the device, or None if it is streamed.
+        feed: an item of `Feeder.feed`: rows of `data`, or the batch itself.
+        mesh: the devices that the feed is on; needed only with several processes.
     """
     if isinstance(feed, Batch):
         return feed
@@ -93,14 +93,14 @@ def load(data: Resident | None, feed: Batch | jax.Array, mesh: Mesh | None = Non
 
 
 def _gathered(images: jax.Array, at: jax.Array, mesh: Mesh) -> jax.Array:
-    """Returns rows of a data set that is divided among the devices, divided likewise.
+    """Returns rows of a data set that is sharded over the devices; the result is sharded likewise.
 
-    Each device picks those that it holds, with zeros for the others; their sum is the batch. Left
-    to itself, the compiler might bring the whole data set to every device instead.
+    Each device takes the rows that it holds, with zeros for the others; the sum over the devices is
+    the batch. Without this function, the compiler might copy the whole data set to every device.
 
     Args:
-        images: uint8 [n, height, width], divided.
-        at: int32 [batch], on all devices.
+        images: uint8 [n, height, width], sharded.
+        at: int32 [batch], replicated.
         mesh: the devices.
     """
 
@@ -118,21 +118,21 @@ def _gathered(images: jax.Array, at: jax.Array, mesh: Mesh) -> jax.Array:
 
 
 class Feeder:
-    """Brings the images of a data set to the devices of a mesh, each batch divided among them.
+    """Feeds the images of a data set to the devices of a mesh, each batch sharded over them.
 
     Args:
         images: uint8 [n, height, width]; may be memory-mapped.
         labels: int32 [n].
         mesh: the devices.
-        resident_mib: up to this size, in MiB, the data set is put on each device whole, or, of
-            several processes, its part; below 0 never.
-        auxiliary: int32 [n], see `cnnjax.objectives.Batch`; None to leave it out.
-        weights: float32 [n], likewise.
+        resident_mib: largest size, in MiB per device, of a data set that is kept in device memory;
+            below 0, data sets are always streamed.
+        auxiliary: int32 [n], see `cnnjax.objectives.Batch`; None if there are none.
+        weights: float32 [n], see `cnnjax.objectives.Batch`; None if there are none.
 
     Attributes:
         mesh: the devices.
-        side: of an image, in pixels.
-        data: the data set on the devices, or None where it is streamed.
+        side: side of an image, in pixels.
+        data: the data set on the devices, or None if it is streamed.
     """
 
     def __init__(
@@ -156,17 +156,17 @@ class Feeder:
             self.data = Resident(held, *place((labels, auxiliary, weights), replicated(mesh)))
 
     def feed(self, rows: np.ndarray) -> Iterator[Batch | jax.Array]:
-        """Yields what `load` turns into the batch of each step.
+        """Yields one item for each step, from which `load` makes the batch.
 
         Args:
-            rows: int32 [steps, batch]: which image stands where; -1 for any, to fill up the batch
-                of an evaluation.
+            rows: int32 [steps, batch], the row of each image of each batch; -1 stands for padding
+                in a batch of an evaluation.
         """
         rows = self._even(rows)
         if self.data is not None:
             yield from place(list(rows), self._at)
             return
-        if len(rows) == 1:  # nothing to read ahead; each new thread may cost a heap of its own
+        if len(rows) == 1:  # nothing to read ahead; a thread may allocate its own heap
             yield self._read(rows[0])
             return
         with ThreadPoolExecutor(1) as pool:
@@ -179,11 +179,11 @@ class Feeder:
                 yield waiting.popleft().result()
 
     def feed_together(self, rows: np.ndarray, together: int) -> Iterator[jax.Array]:
-        """Yields the feeds of many steps as one array, where the data set is on the devices.
+        """Yields the feeds of several steps as one array, for a data set on the devices.
 
         Args:
             rows: int32 [steps, batch], as for `feed`; steps is a multiple of together.
-            together: feeds in an array.
+            together: number of feeds in an array.
 
         Yields:
             int32 [together, batch].
@@ -196,11 +196,11 @@ class Feeder:
 
     @property
     def _at(self) -> NamedSharding:
-        """Where rows of a resident data set go: to all devices, where each holds a part of it."""
+        """Sharding of rows of a resident data set; replicated if the data set is sharded."""
         return replicated(self.mesh) if self.mesh.is_multi_process else self._by_row
 
     def _even(self, rows: np.ndarray) -> np.ndarray:
-        """Fills rows up with -1 until the devices have equally many."""
+        """Pads rows with -1 to a multiple of the number of devices."""
         short = -rows.shape[1] % self.mesh.size
         return np.pad(rows, ((0, 0), (0, short)), constant_values=-1)
 
@@ -210,7 +210,7 @@ class Feeder:
             return Batch(*jax.device_put(jax.tree.map(lambda x: x[at], self._set), self._by_row))
 
         def part(whole: np.ndarray) -> jax.Array:
-            """Reads those rows that this process's devices get."""
+            """Reads the rows for the devices of this process."""
 
             def rows(i: Any) -> np.ndarray:
                 return whole[at[i[0]]]
@@ -221,12 +221,12 @@ class Feeder:
 
 
 def resident_bytes(images: np.ndarray, mesh: Mesh) -> int:
-    """Returns the bytes that images take on each device."""
+    """Returns the number of bytes that the images take on each device."""
     return -(-images.nbytes // mesh.size) if mesh.is_multi_process else images.nbytes
 
 
 def _divided(images: np.ndarray, mesh: Mesh) -> jax.Array:
-    """Divides uint8 [n, height, width] among the devices; a process reads its own part."""
+    """Shards uint8 [n, height, width] over the devices; each process reads only its own part."""
     each = -(-len(images) // mesh.size)
 
     def part(at: Any) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""Limits on what one file may cost, and readers that keep to them whatever the file says of itself.
+"""Limits on the size of one file, and readers that enforce them whatever the file's header claims.
 
-A chest radiograph has at most some 28 million pixels, 60 MB as a plain 16-bit file. A file that
-would cost a multiple of that is damaged or made to do harm.
+A chest radiograph has at most about 28 million pixels, or 60 MB as an uncompressed 16-bit file. A
+file several times as large is damaged or malicious.
 """
 
 from __future__ import annotations
@@ -16,23 +16,24 @@ from pathlib import Path
 from typing import IO
 
 LARGEST_FILE = 128 * 2**20
-"""Bytes of an encoded image, in a file, in an archive, or inflated from a DICOM file."""
+"""Largest size, in bytes, of an encoded image: a file, an archive entry, or an inflated DICOM
+file."""
 LARGEST_PIXELS = 64_000_000
-"""Twice the largest plain film."""
+"""Largest number of pixels; about twice that of the largest radiograph."""
 LARGEST_DECODED = 128 * 2**20
-"""Bytes of an image as Pillow holds it."""
+"""Largest size, in bytes, of a decoded image in Pillow."""
 LARGEST_ASPECT = 20
-"""Ratio of the longer to the shorter side."""
+"""Largest ratio of the longer to the shorter side."""
 
 _CHUNK = 2**20
 _STRIP = 2**21
-_PATIENCE = 0.5  # seconds to wait for somebody to write into a pipe
+_PATIENCE = 0.5  # seconds to wait for a process to write into a pipe
 
 TOO_LARGE = f"larger than {LARGEST_FILE // 2**20} MiB"
 
 
 def pixel_fault(width: int, height: int) -> str | None:
-    """Returns why an image of this shape is refused, or None where it is taken."""
+    """Returns why an image of this shape is refused, or None if it is accepted."""
     if width * height > LARGEST_PIXELS:
         return f"too many pixels: {width} x {height}"
     if min(width, height) < 1:
@@ -43,17 +44,17 @@ def pixel_fault(width: int, height: int) -> str | None:
 
 
 def strips(height: int, width: int) -> Iterator[slice]:
-    """Returns slices of rows, each of some two million pixels, that together are the image."""
+    """Yields slices of rows, of about two million pixels each, that together cover the image."""
     rows = max(1, _STRIP // max(width, 1))
     for top in range(0, height, rows):
         yield slice(top, min(top + rows, height))
 
 
 def read_stream(stream: IO[bytes]) -> bytes:
-    """Returns what is left of a stream.
+    """Returns the rest of a stream.
 
     Raises:
-        OSError: there is more than `LARGEST_FILE`, or it cannot be read.
+        OSError: the rest is larger than `LARGEST_FILE`, or cannot be read.
     """
     read = bytearray()
     while chunk := stream.read(_CHUNK):
@@ -68,12 +69,12 @@ def read_file(path: Path, *, pipes: bool = False) -> bytes:
 
     Args:
         path: the file.
-        pipes: also take a pipe or a device, if it gives something within half a second.
+        pipes: also accept a pipe or a device that delivers data within half a second.
 
     Raises:
-        OSError: it is larger than `LARGEST_FILE`, no regular file, or cannot be read.
+        OSError: the file is larger than `LARGEST_FILE`, is not a regular file, or cannot be read.
     """
-    # Without O_NONBLOCK, to open a pipe waits until somebody writes into it.
+    # Without O_NONBLOCK, opening a pipe blocks until a process writes into it.
     with os.fdopen(os.open(path, os.O_RDONLY | _NONBLOCK), "rb", buffering=0) as file:
         status = os.fstat(file.fileno())
         if stat.S_ISREG(status.st_mode):
@@ -81,7 +82,7 @@ def read_file(path: Path, *, pipes: bool = False) -> bytes:
                 raise OSError(TOO_LARGE)
             return read_stream(file)
         if stat.S_ISDIR(status.st_mode) or not pipes:
-            raise OSError("no regular file")
+            raise OSError("not a regular file")
         first = _first_of_pipe(file)
         os.set_blocking(file.fileno(), True)
         return first + read_stream(file) if first else first
@@ -91,17 +92,19 @@ _NONBLOCK = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 
 def _first_of_pipe(file: IO[bytes]) -> bytes:
-    """Returns the first bytes of a pipe, none where nobody writes; waits for one who has it open.
+    """Returns the first bytes of a pipe; waits as long as a process has it open for writing.
+
+    The result is empty if nothing is written.
 
     Raises:
-        OSError: nobody has opened the pipe to write.
+        OSError: no process has opened the pipe for writing.
     """
     ends = time.monotonic() + _PATIENCE
     while True:
         read: bytes | None = file.read(_CHUNK)
         if read:
             return read
-        if read is None:  # somebody has the pipe open, and has written nothing yet
+        if read is None:  # a process has the pipe open, and has not written yet
             os.set_blocking(file.fileno(), True)
             return file.read(_CHUNK)
         if time.monotonic() > ends:
@@ -115,27 +118,27 @@ def read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
     """Returns the bytes of an archive's entry.
 
     Raises:
-        OSError: it is larger than `LARGEST_FILE`, whatever the archive says, or is compressed in a
-            way that does not let us stop.
-        Exception: it is broken; each method of compression has its own.
+        OSError: the entry is larger than `LARGEST_FILE`, whatever its header claims, or its
+            compression method does not allow inflating it in bounded pieces.
+        Exception: the entry is broken; each compression method raises its own type.
     """
     if entry.file_size > LARGEST_FILE:
         raise OSError(TOO_LARGE)
     if entry.compress_type not in _METHODS:
-        raise OSError("compressed by another method than deflate; pack the archive again")
+        raise OSError("not compressed with deflate; create the archive again with deflate")
     with archive.open(entry) as stream:
         return read_stream(stream)
 
 
-# Python inflates the other methods a block at a time, and a block of bzip2 can be gigabytes.
+# Python inflates the other methods in whole blocks, and a block of bzip2 can be gigabytes.
 _METHODS = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA
 
 
 def inflates_beyond(deflated: bytes) -> bool:
-    """Tells whether a raw deflate stream holds more than `LARGEST_FILE`; keeps none of it.
+    """Returns whether a raw deflate stream inflates to more than `LARGEST_FILE`; keeps no data.
 
     Raises:
-        zlib.error: it is broken.
+        zlib.error: the stream is broken.
     """
     inflater, length = zlib.decompressobj(-zlib.MAX_WBITS), 0
     for start in range(0, len(deflated), 2**14):

@@ -1,10 +1,10 @@
-"""Decode once: images on disk to one memory-mapped uint8 array, found again at the next start.
+"""Decodes images once, into a memory-mapped uint8 array that later runs find again.
 
-The array lies in a folder named by a hash of what it was made from: names, sizes, times and inodes
-(in a zip, checksums) and decode settings. The folder appears whole or not at all, so any number of
-processes may look for it or make it at once. Its checksum is verified whenever it is read, and what
-is damaged is made anew. Processes of one run that see the same cache decode a part of the images
-each.
+The array lies in a folder whose name is a hash of its sources (names, sizes, times and inodes; in a
+zip, checksums) and of the decode settings. The folder appears whole or not at all, so any number of
+processes may look for it or create it at the same time. Its checksum is verified at each read, and
+a damaged array is decoded again. The processes of a run that share a cache folder each decode a
+part of the images.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ from cnnjax.machine.files import (
 )
 from cnnjax.machine.host import cache_folder, cpu_cores
 
-_VERSION = 3  # raise it when decode() gives other pixels for the same file
+_VERSION = 3  # increase it when decode() returns other pixels for the same file
 
-# Images that a thread decodes before it hands them over: a small one takes hardly longer than to
-# wake another thread. Each thread has some such turns, so that none works alone in the end.
+# Images that a thread decodes before it returns them: decoding a small image takes about as long as
+# waking another thread. Each thread gets several turns, so that all finish at about the same time.
 _TURN, _TURNS = 32, 8
 
 
@@ -59,34 +59,37 @@ class Decoded:
     examples: tuple[Example, ...]
     """The n examples that could be decoded."""
     quarantine: tuple[tuple[str, str], ...]
-    """(name, reason) of each file that could not, or is left out as one film of two classes."""
+    """(name, reason) of each file that could not be decoded, or is left out because its radiograph
+    occurs in two classes."""
     fingerprint: str
-    """SHA-256 over names under the root, labels, patients, weights and pixels; a copy has the same.
-    Files that cannot be decoded count too, as folds are drawn over them."""
+    """SHA-256 over names under the root, labels, patients, weights and pixels; a copy of the data
+    has the same. Files that cannot be decoded are included, since they take part in drawing the
+    folds."""
     films: np.ndarray | None = None
-    """uint8 [n, film side, film side], memory-mapped: what `images` were cut from, if they were cut
-    to the lungs (`cnnjax.data.framing`)."""
+    """uint8 [n, side, side], memory-mapped: the whole images, if `images` are crops to the lungs
+    (`cnnjax.data.framing`)."""
     boxes: np.ndarray | None = None
-    """float32 [n, 4], where in the films: left, top, right, bottom, as parts of the side."""
+    """float32 [n, 4], the crop boxes: left, top, right, bottom, as fractions of the side of
+    `films`."""
     found: np.ndarray | None = None
     """bool [n], whether lungs were found."""
     thumbnails: np.ndarray | None = None
-    """uint8 [n, 32, 32], of `cnnjax.data.duplicates`, of whole images."""
+    """uint8 [n, 32, 32], thumbnails of the whole images, see `cnnjax.data.duplicates`."""
 
     @property
     def labels(self) -> np.ndarray:
-        """int32 [n], see `cnnjax.data.index.Example.label`."""
+        """int32 [n]; see `cnnjax.data.index.Example.label`."""
         return np.array([e.label for e in self.examples], np.int32)
 
     @property
     def weights(self) -> np.ndarray | None:
-        """float32 [n], by which losses are multiplied; None where that is 1 for every image."""
+        """float32 [n], loss weights; None if all are 1."""
         weights = np.array([e.weight for e in self.examples], np.float32)
         return None if (weights == 1).all() else weights
 
     @property
     def viral(self) -> np.ndarray:
-        """int32 [n], 1 for a viral pneumonia, 0 for a bacterial one, -1 where no name tells."""
+        """int32 [n], 1 for viral pneumonia, 0 for bacterial, -1 if the file name does not tell."""
         return np.array([viral_of(e.name) for e in self.examples], np.int32)
 
 
@@ -100,20 +103,20 @@ def load(
     progress: bool = True,
     known: Mapping[str, np.ndarray] | None = None,
 ) -> Decoded:
-    """Returns the decoded images, from the cache if it has them, else decoding them into it.
+    """Returns the decoded images from the cache; images that it lacks are decoded into it.
 
     Args:
-        examples: the images wanted.
-        source: where their bytes come from.
-        size: side of the squares, in pixels.
-        folder: where the cache lies; `cnnjax.machine.host.cache_folder()` when None.
-        strict: raise at a file that cannot be decoded, instead of leaving it out.
-        progress: show a bar on a terminal.
-        known: images by name that need not be decoded, uint8 [size, size].
+        examples: the images to load.
+        source: source of their bytes.
+        size: side of the square images, in pixels.
+        folder: the cache folder; `cnnjax.machine.host.cache_folder()` if None.
+        strict: raise an error for a file that cannot be decoded, instead of leaving it out.
+        progress: show a progress bar on a terminal.
+        known: images that are already decoded, by name, uint8 [size, size].
 
     Raises:
-        InputError: no image could be decoded, one could not and `strict`, or the cache folder
-            cannot be written.
+        InputError: no image could be decoded, one could not and `strict` is set, or the cache
+            folder cannot be written.
     """
     folder = cache_folder() if folder is None else folder
     key = _key(examples, source, size)
@@ -123,7 +126,7 @@ def load(
     together = make_together(folder, missing)
     if missing or together:
         if kept is None and home.exists() and processes.is_main():
-            print(f"{home} is damaged and is made anew", file=sys.stderr)
+            print(f"{home} is damaged and is created again", file=sys.stderr)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _decode_into(home, examples, source, size, progress, known or {}, together)
@@ -144,29 +147,29 @@ def load(
         raise InputError(f"none of the {len(examples)} images can be decoded: {name}: {reason}")
     fingerprint = _fingerprint(examples, quarantine, kept.pixels)
     if processes.are_several():
-        processes.on_main(lambda: len(_thumbnails(home, kept)))  # which the others may find then
+        processes.on_main(lambda: len(_thumbnails(home, kept)))  # the others may then find them
     small = _thumbnails(home, kept)
     return Decoded(kept.images, whole, quarantine, fingerprint, thumbnails=small)
 
 
 def decoded_of(images: np.ndarray, examples: tuple[Example, ...]) -> Decoded:
-    """Returns images that are decoded already, uint8 [n, size, size], as a `Decoded`."""
+    """Wraps images that are already decoded, uint8 [n, size, size], in a `Decoded`."""
     return Decoded(images, examples, (), _fingerprint(examples, (), checksum(images)))
 
 
 class _Kept(NamedTuple):
-    """What lies in a folder of the cache."""
+    """The content of a cache folder."""
 
     images: np.ndarray
     quarantine: tuple[tuple[str, str], ...]
     pixels: str
     """The checksum of the images."""
     final: bool
-    """Whether everything is decoded that ever will be."""
+    """Whether a later attempt would not decode more of the files."""
 
 
 def _read(home: Path) -> _Kept | None:
-    """Returns what a folder of the cache holds; None where it holds nothing, or is damaged."""
+    """Returns the content of a cache folder; None if it is missing or damaged."""
     try:
         done = json.loads((home / "done.json").read_text("utf-8"))
         images = np.load(home / "images.npy", mmap_mode="r", allow_pickle=False)
@@ -199,18 +202,18 @@ def _fingerprint(
 
 
 def _thumbnails(home: Path, kept: _Kept) -> np.ndarray:
-    """Returns the images' thumbnails, from the folder of the cache if it has them."""
+    """Returns the thumbnails of the images, from the cache folder if it has them."""
     path, told = home / "thumbnails.npy", home / "thumbnails.json"
     try:
         small = np.load(path, allow_pickle=False)
-        # Of these images, in this way, and whole.
+        # Valid if made from these images, at this side, and undamaged.
         made_from = [duplicates.SIDE, kept.pixels, checksum(small)]
         if json.loads(told.read_text("utf-8")) == made_from and len(small) == len(kept.images):
             return small
     except (OSError, EOFError, ValueError):
         pass
     small = duplicates.thumbnails(kept.images)
-    with contextlib.suppress(OSError):  # a cache that can only be read serves all the same
+    with contextlib.suppress(OSError):  # a read-only cache is still usable
         partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         try:
             save_array(partial, small)
@@ -223,9 +226,9 @@ def _thumbnails(home: Path, kept: _Kept) -> np.ndarray:
 
 
 def make_together(folder: Path, missing: bool) -> bool:
-    """Tells whether the processes of a run make a set together: one lacks it, and all see a folder.
+    """Returns whether the processes create a data set together: one lacks it, all share a folder.
 
-    Where they don't, as with a disk for each machine, each makes what it lacks by itself.
+    Without a shared folder, for example with a disk on each machine, each process creates its own.
     """
     if not any(processes.gather(missing)):
         return False
@@ -261,20 +264,20 @@ def _decode_into(
             }
             json.dump(done, file)
         if home.exists() and ((kept := _read(home)) is None or not kept.final):
-            home.rename(work.with_name("before"))  # goes with the work folder
+            home.rename(work.with_name("before"))  # removed with the work folder
         try:
             work.rename(home)
         except OSError:
-            # Another process was first; what it made is what we made.
+            # Another process was first; its result is the same.
             if not (home / "done.json").exists():
                 raise
 
 
 @contextlib.contextmanager
 def shared_work_folder(home: Path, together: bool) -> Iterator[Path]:
-    """Makes a `work_folder`, one for all processes of a run if they make a set `together`.
+    """Makes a `work_folder`; all processes share it if they create a data set `together`.
 
-    All leave the block when the main process has.
+    The other processes leave the block after the main process.
     """
     if not together:
         sweep(home)
@@ -291,7 +294,7 @@ def shared_work_folder(home: Path, together: bool) -> Iterator[Path]:
 
 
 def joined(parts: Sequence[Path], whole: Path) -> None:
-    """Puts arrays of .npy files one after the other into one, and removes the parts."""
+    """Concatenates arrays of .npy files into one file, and removes the parts."""
     if len(parts) == 1:
         parts[0].rename(whole)
         return
@@ -315,13 +318,13 @@ def _decode_part(
     progress: bool,
     known: Mapping[str, np.ndarray],
 ) -> dict[str, Any]:
-    """Decodes images into a .npy file, uint8 [n, size, size] of those that can be.
+    """Decodes images into a .npy file, uint8 [n, size, size], without those that cannot be decoded.
 
     Returns:
-        `quarantine`, the name and the reason of each other one, and `final`, whether these would
-        not be readable another time either.
+        `quarantine`, the name and the reason of each file that cannot be decoded, and `final`,
+        whether a later attempt would also fail for these files.
     """
-    passing = []  # files that may be readable the next time
+    passing = []  # files that may be readable at a later attempt
 
     cores = cpu_cores()
     turn = max(1, min(_TURN, len(examples) // (cores * _TURNS)))
@@ -339,7 +342,7 @@ def _decode_part(
                 passing.append(example.name)
             return str(error)
         except OSError as error:
-            # The system's word, not one about the content. (A link's signature is its target's.)
+            # An error of the system, not of the content. (The signature of a link is its target's.)
             if error.errno is not None and not isinstance(error, FileNotFoundError):
                 passing.append(example.name)
             return f"cannot be read: {error.strerror or error}"
@@ -373,15 +376,17 @@ def _decode_part(
 
 
 def _claim_disk(path: Path) -> None:
-    """Raises OSError where the disk has no room for a sparse file: written through a memory map, it
-    would end the process by a signal."""
+    """Allocates the disk blocks of a sparse file; raises OSError if the disk is full.
+
+    Without this, writing through a memory map to a full disk would end the process by a signal.
+    """
     if hasattr(os, "posix_fallocate"):
         with path.open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def _shorten(path: Path, rows: int) -> None:
-    """Rewrites the array without the rows at its end, which files in quarantine left unused."""
+    """Rewrites the array without the unused rows at its end, which files in quarantine left."""
     images = np.load(path, mmap_mode="r")
     shorter = path.with_suffix(".shorter.npy")
     save_array(shorter, images[:rows])

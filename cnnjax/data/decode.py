@@ -1,4 +1,4 @@
-"""One encoded radiograph to one grayscale square."""
+"""Decodes one encoded radiograph to a square grayscale image."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cnnjax.data.bounds import LARGEST_FILE, LARGEST_PIXELS, TOO_LARGE, pixel_fa
 FORMATS = ("JPEG", "PNG")
 _JPEG_SIGNATURE = b"\xff\xd8\xff"
 
-_HELD = 2**23  # pixels of 16 bits that are held twice, which is faster than strip by strip
+_HELD = 2**23  # largest 16-bit image that is held in memory twice; strips are slower
 
 _TURNED: dict[Any, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -30,39 +30,40 @@ _TURNED: dict[Any, Image.Transpose] = {
 
 
 class Layout(NamedTuple):
-    """What the header of an image file says."""
+    """The content of an image file's header."""
 
     form: str
-    """JPEG, PNG, DICOM, or array for one of an .npz."""
+    """JPEG, PNG, DICOM, or `array` for an image of an .npz."""
     mode: str
-    """Of the pixels: Pillow's (`L`, `RGB`, `I;16`), or DICOM's with the number of bits."""
+    """Pixel format: Pillow's mode (`L`, `RGB`, `I;16`), or DICOM's photometric interpretation and
+    number of bits."""
     width: int
-    """In pixels, as the image is shown: EXIF orientation is applied."""
+    """In pixels, after the EXIF orientation is applied."""
     height: int
 
     def within(self, side: int) -> tuple[int, int]:
-        """Returns width and height of the image when its longer side is so many pixels."""
+        """Returns the width and height of the image, scaled to this length of the longer side."""
         longest = max(self.width, self.height, 1)
         width, height = (max(1, round(side * x / longest)) for x in (self.width, self.height))
         return width, height
 
 
 class DecodeError(Exception):
-    """The file is no image that we take; the text says why, in a few words."""
+    """The file is not an accepted image; the message gives the reason in a few words."""
 
 
 class MissingDecoder(DecodeError):
-    """What would decode the file is not installed here; it may be the next time."""
+    """The decoder for the file is not installed; a later attempt may succeed."""
 
 
 def decode(encoded: bytes | np.ndarray, size: int) -> np.ndarray:
-    """Decodes an image to a grayscale square, stretched to it.
+    """Decodes an image to grayscale and resizes it to a square, without keeping the aspect ratio.
 
-    Luma is ITU-R 601 (Pillow's `L`), transparency shows the black that surrounds a film, 16-bit
-    values are scaled to 8 (those that fill at most 14 bits by what these can hold), and EXIF
-    orientation is applied. JPEGs are reduced by 2, 4 or 8 while they are decoded (libjpeg's scaled
-    inverse DCT, an average over blocks), as far as that leaves at least `size` pixels; the rest is
-    a Hamming-windowed area filter.
+    Luma is ITU-R 601 (Pillow's `L`). Transparent pixels become black, the usual background of a
+    radiograph. 16-bit values are scaled to 8 bits; if all values fit into k <= 14 bits, 2^k - 1
+    becomes white. EXIF orientation is applied. JPEGs are reduced by 2, 4 or 8 during decoding
+    (libjpeg's scaled inverse DCT, an average over blocks) as long as at least `size` pixels remain;
+    the rest of the reduction is a Hamming-windowed area filter.
 
     Args:
         encoded: a JPEG, PNG or DICOM file (see `cnnjax.data.dicom`), or uint8 [height, width] or
@@ -73,7 +74,8 @@ def decode(encoded: bytes | np.ndarray, size: int) -> np.ndarray:
         uint8 [size, size].
 
     Raises:
-        DecodeError: another format, damaged data, or more than `cnnjax.data.bounds` allows.
+        DecodeError: the format is not supported, the data are damaged, or a limit of
+            `cnnjax.data.bounds` is exceeded.
     """
     if isinstance(encoded, np.ndarray):
         return _to_square(Image.fromarray(encoded), size)
@@ -99,10 +101,10 @@ def decode(encoded: bytes | np.ndarray, size: int) -> np.ndarray:
 
 
 def layout_of(encoded: bytes | np.ndarray) -> Layout:
-    """Returns what the header of an image says; its pixels are not decoded.
+    """Returns the layout that an image's header declares; the pixels are not decoded.
 
     Raises:
-        ValueError: it has none that can be read.
+        ValueError: the header cannot be read.
     """
     if isinstance(encoded, np.ndarray):
         return Layout("array", "RGB" if encoded.ndim == 3 else "L", *encoded.shape[1::-1])
@@ -110,7 +112,7 @@ def layout_of(encoded: bytes | np.ndarray) -> Layout:
         if dicom.is_dicom(encoded):
             return Layout("DICOM", *dicom.layout_of(encoded))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of images that are too large: decoding refuses them
+            warnings.simplefilter("ignore")  # of too many pixels, which decoding refuses
             with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
                 lying = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
                 sides = image.size[::-1] if lying else image.size
@@ -122,7 +124,7 @@ def layout_of(encoded: bytes | np.ndarray) -> Layout:
 def _decode(encoded: bytes, size: int) -> np.ndarray:
     try:
         with warnings.catch_warnings():
-            # Pillow's own bomb warning: the limits below are lower, and errors.
+            # Pillow warns of decompression bombs; the limits below are lower, and raise errors.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image: Image.Image = Image.open(io.BytesIO(encoded), formats=FORMATS)
     except UnidentifiedImageError:
@@ -149,7 +151,8 @@ def _decode(encoded: bytes, size: int) -> np.ndarray:
             image.load()
             png.expect_all_pixels(encoded, image)
             if encoded[24] == 16 and isinstance(key := image.info.get("transparency"), tuple):
-                # Pillow keeps of colours their upper 8 bits, and of this one all 16.
+                # Pillow keeps the upper 8 bits of the colours, but all 16 bits of the transparent
+                # colour.
                 image.info["transparency"] = tuple(value >> 8 for value in key)
             return _to_square(_upright(image), size, png.gray_key(encoded))
         except DecodeError:
@@ -166,14 +169,14 @@ def _unidentified(encoded: bytes) -> str:
 
 
 def _jpeg(image: Image.Image, encoded: bytes, size: int) -> np.ndarray:
-    """Decodes a JPEG, of which Pillow has read the header only."""
+    """Decodes a JPEG whose header Pillow has read."""
     width, height = image.size
     if image.mode in ("L", "RGB"):
         reduced = next(k for k in (8, 4, 2, 1) if k <= max(1, min(width // size, height // size)))
         try:
             pixels = jpeg.luma(encoded, width, height, reduced)
         except ValueError:
-            pass  # damage is told below; of other warnings Pillow makes nothing
+            pass  # damage is reported below; Pillow ignores other warnings too
         else:
             return _to_square(_upright(image, Image.fromarray(pixels)), size)
     jpeg.expect_whole(encoded, width, height)
@@ -182,7 +185,7 @@ def _jpeg(image: Image.Image, encoded: bytes, size: int) -> np.ndarray:
 
 
 def _upright(image: Image.Image, pixels: Image.Image | None = None) -> Image.Image:
-    """Returns an image, or its pixels, turned as its EXIF says, if that can be read."""
+    """Returns an image, or its pixels, turned upright by the EXIF orientation if it can be read."""
     try:
         turned = _TURNED.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:  # metadata can be broken in any way
@@ -194,10 +197,10 @@ def _upright(image: Image.Image, pixels: Image.Image | None = None) -> Image.Ima
 def _to_square(
     image: Image.Image, size: int, transparent: tuple[int, int] | None = None
 ) -> np.ndarray:
-    """Returns uint8 [size, size] of an image of any mode; `transparent` as of `png.gray_key`."""
+    """Returns uint8 [size, size] of an image of any mode; for `transparent` see `png.gray_key`."""
     height, width = image.height, image.width
     if image.mode.startswith("I"):
-        # Pillow clips these when it converts to L. PNG has no deeper integers than 16 bits.
+        # Pillow clips these modes when it converts to L. PNG has no integers of more than 16 bits.
 
         held = np.asarray(image) if width * height <= _HELD else None
 
@@ -227,14 +230,15 @@ def _to_square(
 
 
 def _shrunk(shape: tuple[int, ...], size: int, levels: Callable[[slice], np.ndarray]) -> np.ndarray:
-    """Returns uint8 [size, size] of gray levels that are too wide to be held all at once.
+    """Returns uint8 [size, size] of gray levels that are too large to be held all at once.
 
-    Pillow resamples rows first and columns then, so that strips of rows give the same bits.
+    Pillow resamples along rows first and along columns second, so strips of rows give identical
+    bits.
 
     Args:
         shape: height and width.
         size: side of the square, in pixels.
-        levels: gives float32 of these rows, in [0, 255].
+        levels: a function that returns float32 in [0, 255] for a slice of rows.
     """
     height, width = shape
     narrow = Image.new("F", (size, height))

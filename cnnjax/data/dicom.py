@@ -1,7 +1,8 @@
-"""Radiographs as hospitals keep them: DICOM files, read with pydicom (the extra `dicom`).
+"""Reads radiographs in DICOM files with pydicom (the extra `dicom`).
 
-What the pixels mean is told in `cnnjax.data.grayscale`. Of the patient, nothing leaves this module
-but a hash of the identifier, and in a doubt of `doubts` an age that is not a young child's.
+`cnnjax.data.grayscale` interprets the pixels. The only patient data that leave this module are a
+hash of the patient ID, and, in a sentence of `doubts`, an age outside the range of the training
+data.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from cnnjax.data.bounds import LARGEST_FILE, TOO_LARGE, inflates_beyond, read_fi
 from cnnjax.data.grayscale import NoPixelDecoder, PixelError, gray, notes, reason
 
 HEAD = 132
-"""Bytes at the beginning of a file that `is_dicom` needs."""
+"""Number of bytes at the beginning of a file that `is_dicom` needs."""
 
-# View Position (0018,5101) is free text where it is not one of the terms.
+# View Position (0018,5101) is free text if it is not one of the defined terms.
 _LATERAL = re.compile(r"(?:LEFT|RIGHT|XTABLE|[LRX])?LAT(?:ERAL)?|LL|RL|LLD|RLD")
 _ACROSS = re.compile(r"(?:X|CROSS)\W*TABLE")
 _CHEST = re.compile(
@@ -33,7 +34,7 @@ _ELSEWHERE = re.compile(r"SPINE|VERTEBRAE?|ABDOMEN|COLUMNA?|WS")
 _AGE = re.compile(r"0*(\d+(?:[.,]\d+)?)\s*(?:([DWMY])\w*)?")
 
 _DEFLATED = "1.2.840.10008.1.2.1.99"
-_PLAIN = {  # (implicit VR, little endian) of a file that does not tell its syntax
+_PLAIN = {  # (implicit VR, little endian) of a file without a transfer syntax
     (True, True): "1.2.840.10008.1.2",
     (False, True): "1.2.840.10008.1.2.1",
     (False, False): "1.2.840.10008.1.2.2",
@@ -44,17 +45,18 @@ _SHORT |= {b"SH", b"SL", b"SS", b"ST", b"TM", b"UI", b"UL", b"US"}
 
 
 class DicomError(Exception):
-    """The file holds no radiograph that we take; the text says why, in a few words."""
+    """The file holds no accepted radiograph; the message gives the reason in a few words."""
 
 
 class NoDecoder(DicomError):
-    """What would read the file is not installed here."""
+    """The package that reads the file is not installed."""
 
 
 def is_dicom(encoded: bytes) -> bool:
-    """Tells whether a file's bytes begin as DICOM files do, with the preamble or without it.
+    """Returns whether a file's first bytes are those of a DICOM file, with or without the preamble.
 
-    Without, the first element must be one of the first groups, of a known kind of value.
+    Without the preamble, the first element must belong to group 2 or 8 and have a known value
+    representation or, without one, a short length.
     """
     if _has_preamble(encoded):
         return True
@@ -76,14 +78,14 @@ def read(encoded: bytes, largest: int) -> np.ndarray:
 
     Args:
         encoded: the file.
-        largest: most pixels that are taken.
+        largest: largest number of pixels that is accepted.
 
     Returns:
         float32 [height, width] in [0, 1].
 
     Raises:
-        DicomError: it has no image, or several, or one that cannot be decoded here
-            (then `NoDecoder`).
+        DicomError: the file has no image or several images.
+        NoDecoder: the image cannot be decoded with the installed packages.
     """
     try:
         with warnings.catch_warnings():
@@ -99,41 +101,41 @@ def read(encoded: bytes, largest: int) -> np.ndarray:
 
 
 def patient_of(encoded: bytes | Path) -> str | None:
-    """Returns a hash of the patient's identifier, 16 hexadecimal digits; None where it is empty.
+    """Returns a hash of the patient ID, 16 hexadecimal digits; None if the patient ID is empty.
 
-    Of a file named by its path, only what stands before the pixels is read.
+    If the file is given by its path, only the part before the pixels is read.
     """
     identifier = _tag(_open(encoded, pixels=False), "PatientID")
     return hashlib.sha256(identifier.encode()).hexdigest()[:16] if identifier else None
 
 
 def layout_of(encoded: bytes) -> tuple[str, int, int]:
-    """Returns how a file's pixels are kept, as `MONOCHROME2, 12 bits`, and their width and height.
+    """Returns the pixel format of a file, such as `MONOCHROME2, 12 bits`, and its width and height.
 
     Raises:
-        DicomError: it is none, or the tags do not tell.
+        DicomError: this is not a DICOM file, or its tags lack the size.
     """
     file = _open(encoded, pixels=False)
     names = ("PhotometricInterpretation", "BitsStored", "Columns", "Rows")
     kept, bits, width, height = (_tag(file, name) for name in names)
     if not (width.isdecimal() and height.isdecimal()):
-        raise DicomError("a DICOM file that tells no size")
+        raise DicomError("a DICOM file without the size of its image")
     return f"{kept}, {bits} bits", int(width), int(height)
 
 
 def doubts(encoded: bytes) -> list[str]:
-    """Returns sentences about what makes this no frontal chest radiograph, by its tags.
+    """Returns sentences that say why the tags do not describe a frontal chest radiograph.
 
-    Tags of display that are of no use are among them (see `cnnjax.data.grayscale`).
+    They include sentences about display tags that cannot be used (see `cnnjax.data.grayscale`).
     """
     file = _open(encoded, pixels=False)
     found = []
     view = _tag(file, "ViewPosition").upper()
     if any(map(_LATERAL.fullmatch, _words(view))) or _ACROSS.search(view):
-        found.append(f"a lateral view ({view}); the network knows frontal ones alone")
+        found.append(f"a lateral view ({view}); the network was trained on frontal views only")
     modality = _tag(file, "Modality")
     if modality not in ("", "CR", "DX", "RG", "OT", "SC"):
-        found.append(f"no radiograph by its modality ({modality})")
+        found.append(f"not a radiograph by its modality ({modality})")
     part = _tag(file, "BodyPartExamined").upper()
     words = _words(part)
     if words and (not any(map(_CHEST.fullmatch, words)) or any(map(_ELSEWHERE.fullmatch, words))):
@@ -142,23 +144,23 @@ def doubts(encoded: bytes) -> list[str]:
     if match := _AGE.fullmatch(age):
         each = {"D": 365.25, "W": 52.18, "M": 12, "Y": 1}[match[2] or "Y"]
         if not 1 <= float(match[1].replace(",", ".")) / each < 6:
-            found.append(f"of a patient aged {age}; the network knows children of 1 to 5 years")
+            found.append(f"a patient aged {age}; the network was trained on ages of 1 to 5 years")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return found + notes(file)
 
 
 def _words(text: str) -> list[str]:
-    """Returns the words of a tag in ASCII, without what separates them."""
+    """Returns the words of a tag in ASCII, without separators."""
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
     return re.findall(r"[A-Z]+", plain)
 
 
 def _tag(file: Any, name: str) -> str:
-    """Returns a tag's text; empty where there is none, or none that can be read."""
+    """Returns a tag's text; empty if the tag is absent or cannot be read."""
     try:
         return str(file.get(name) or "").strip()
-    except Exception:  # pydicom reads a tag when it is asked for; it can be broken in any way
+    except Exception:  # pydicom parses a tag at access, and it may be broken
         return ""
 
 
@@ -166,18 +168,18 @@ def _open(encoded: bytes | Path, *, pixels: bool = True) -> Any:
     try:
         import pydicom
     except ImportError:
-        raise NoDecoder('a DICOM file; to read it: pip install "cnnjax[dicom]"') from None
+        raise NoDecoder('a DICOM file; to read it, pip install "cnnjax[dicom]"') from None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the many ways to bend the standard
+            warnings.simplefilter("ignore")  # many files deviate from the standard
             head = encoded if isinstance(encoded, bytes) else _head(encoded)
             syntax, start = _meta(head)
             if syntax == _DEFLATED:
                 encoded = encoded if isinstance(encoded, bytes) else read_file(encoded)
                 if inflates_beyond(encoded[start:]):
-                    raise DicomError(f"a DICOM file that inflates to one {TOO_LARGE}")
+                    raise DicomError(f"a DICOM file that is {TOO_LARGE} when inflated")
             if not is_dicom(head):
-                raise DicomError("no DICOM file")
+                raise DicomError("not a DICOM file")
             file = encoded if isinstance(encoded, Path) else io.BytesIO(encoded)
             read = pydicom.dcmread(
                 file, stop_before_pixels=not pixels, force=not _has_preamble(head)
@@ -194,9 +196,9 @@ def _open(encoded: bytes | Path, *, pixels: bool = True) -> Any:
 
 
 def _head(path: Path) -> bytes:
-    """Returns what stands before the data set, and some more, of a file of bearable size."""
+    """Returns the beginning of a file of acceptable size, with all that precedes the data set."""
     if not path.is_file():
-        raise DicomError("no regular file")
+        raise DicomError("not a regular file")
     if path.stat().st_size > LARGEST_FILE:
         raise DicomError(TOO_LARGE)
     with path.open("rb") as file:
@@ -204,7 +206,7 @@ def _head(path: Path) -> bytes:
 
 
 def _meta(encoded: bytes) -> tuple[str, int]:
-    """Returns a file's Transfer Syntax UID, empty where it tells none, and where the data begin."""
+    """Returns a file's Transfer Syntax UID, empty if absent, and the offset of the data set."""
     at, syntax = HEAD if _has_preamble(encoded) else 0, ""
     while encoded[at : at + 2] == b"\2\0" and at + 12 <= len(encoded):
         if encoded[at + 4 : at + 6] in _LONG:
@@ -218,10 +220,10 @@ def _meta(encoded: bytes) -> tuple[str, int]:
 
 
 def _guess_syntax(file: Any) -> None:
-    """Fills in the transfer syntax of a file that tells none, as pydicom found it while reading.
+    """Sets the transfer syntax of a file without one to the encoding that pydicom detected.
 
     Raises:
-        DicomError: its pixels are compressed in a way that nothing tells.
+        DicomError: the pixels are compressed in an unknown way.
     """
     if "PixelData" in file and file["PixelData"].is_undefined_length:
         raise DicomError("a DICOM file of compressed pixels without a Transfer Syntax UID")

@@ -1,22 +1,23 @@
-"""The same film twice: exact and near duplicates among decoded images.
+"""Finds exact and near duplicates among decoded images: several images of one radiograph.
 
-A perceptual hash proposes pairs, the fine detail of thumbnails confirms them. The hash (dHash: is a
-place darker than its right neighbour) is the same for a film that was encoded, scaled or windowed
-anew, but also for two children who stand alike. What is smaller than a rib tells them apart.
+A perceptual hash proposes pairs, and the fine detail of thumbnails confirms them. The hash (dHash:
+whether a pixel is darker than its right neighbour) is the same for a radiograph that was encoded,
+scaled or windowed again, but also for two children in the same pose. Detail smaller than a rib
+distinguishes them.
 
-The same is looked for between each film and the mirror images of the others.
+Mirror images are found too: each image is also compared with the mirror images of the others.
 
-Measured on the 5,232 published training films of 224 pixels: 26 show the film of another, all with
-a distance of 0 bits and a correlation of 1.00, and none is mirrored. Of other pairs the nearest
-differ in 11 bits, and the highest correlation within 24 bits is 0.75; with mirror images, 15 bits
-and 0.66. Of 300 films drawn at random, copies of JPEG quality 10, of a quarter of the side, of
-gamma 2 and with noise of 15 gray levels are all found, mirrored or not; of gamma 0.5, 299; with 1 %
-cut off each edge, 291. Decoded at 28 to 96 pixels the same 26 are found. At 16 pixels ribs are
-gone, and 600 others would be: of images below 28 pixels only those that are equal are taken for one
-film.
+Measured on the 5,232 published training images at 224 pixels: 26 show the radiograph of another,
+all with a distance of 0 bits and a correlation of 1.00, and none is mirrored. The nearest of the
+other pairs differ in 11 bits, and their highest correlation within 24 bits is 0.75; with mirror
+images, the values are 15 bits and 0.66. For 300 randomly drawn images, all copies of JPEG quality
+10, of a quarter of the side, of gamma 2 and with noise of 15 gray levels are found, mirrored or
+not; of copies of gamma 0.5, 299 are found; of copies with 1 % cropped off each edge, 291. Images
+decoded at 28 to 96 pixels give the same 26 pairs. At 16 pixels the ribs are not visible, and 600
+other pairs would be found: below 28 pixels only identical images count as duplicates.
 
-Not found: rotated films, larger cuts, shifts of more than 1 %, marks burnt in later; mirrored films
-below 28 pixels.
+Not found: rotated images, larger crops, shifts of more than 1 %, marks added later, and mirror
+images below 28 pixels.
 """
 
 from __future__ import annotations
@@ -41,31 +42,31 @@ from cnnjax.machine.host import cpu_cores
 SIDE = 32
 """Side of the thumbnails, in pixels."""
 MOST_BITS = 24
-"""Largest Hamming distance of duplicates, of 240 bits."""
+"""Largest Hamming distance between duplicates, of 240 bits."""
 LEAST_CORRELATION = 0.85
-"""Least correlation of the thumbnails' detail."""
+"""Smallest correlation between the detail of duplicates' thumbnails."""
 SMALLEST = 28
-"""Side of images, in pixels, of which near duplicates are looked for."""
+"""Smallest side of images, in pixels, at which near duplicates are searched."""
 
-_ENTRIES = 2**22  # of a block of distances
+_ENTRIES = 2**22  # entries in a block of distances
 _BITS = 240
 
 
 class Pair(NamedTuple):
-    """An image, and an earlier one that shows the same film."""
+    """An image, and an earlier image of the same radiograph."""
 
     image: int
     like: int
     bits: int
-    """Hamming distance of their hashes, of 240."""
+    """Hamming distance between their hashes, of 240 bits."""
     correlation: float
-    """Of the detail of their thumbnails."""
+    """Correlation between the detail of their thumbnails."""
     mirrored: bool = False
-    """Whether one is the mirror image of the other, left to right."""
+    """Whether one is the left-right mirror image of the other."""
 
 
 class Duplicate(NamedTuple):
-    """A `Pair` of a data set's images, and what was done about it."""
+    """A `Pair` of a data set's images, and the action that was taken."""
 
     image: Example
     like: Example
@@ -75,7 +76,7 @@ class Duplicate(NamedTuple):
 
 
 def thumbnails(images: np.ndarray) -> np.ndarray:
-    """Returns uint8 [n, 32, 32], the mean gray of the parts of uint8 [n, size, size]."""
+    """Returns uint8 [n, 32, 32], block means of uint8 [n, size, size]."""
 
     def one(image: np.ndarray) -> np.ndarray:
         small = Image.fromarray(image).resize((SIDE, SIDE), Image.Resampling.BOX)
@@ -89,14 +90,14 @@ def thumbnails(images: np.ndarray) -> np.ndarray:
 
 
 def hashes(small: np.ndarray) -> np.ndarray:
-    """Returns bool [n, 240], the difference hash of uint8 [n, 32, 32] (dHash of 16 x 16 places)."""
+    """Returns bool [n, 240], the difference hash of uint8 [n, 32, 32] (dHash on a 16 x 16 grid)."""
     half = SIDE // 2
     gray = small.reshape(len(small), half, 2, half, 2).sum((2, 4), dtype=np.int32)
     return (gray[:, :, 1:] > gray[:, :, :-1]).reshape(len(small), _BITS)
 
 
 def detail(small: np.ndarray) -> np.ndarray:
-    """Returns what is finer than 3 x 3 places, with mean 0 and norm 1; 0 where there is none.
+    """Returns the detail finer than 3 x 3 pixels, with mean 0 and norm 1; 0 if there is none.
 
     Args:
         small: uint8 [n, 32, 32].
@@ -114,18 +115,18 @@ def detail(small: np.ndarray) -> np.ndarray:
 
 
 def find(small: np.ndarray, size: int) -> list[Pair]:
-    """Finds images that show the same film, or its mirror image.
+    """Finds images that show the same radiograph, or its mirror image.
 
-    Takes n^2 dot products of 240 bits, a few megabytes at a time. Images of one gray level are
-    no films, and are left out.
+    Computes n^2 dot products of 240 bits, a few megabytes at a time. Images of a single gray level
+    are no radiographs, and are skipped.
 
     Args:
-        small: uint8 [n, 32, 32], of `thumbnails`.
-        size: side of the images that they were made of, in pixels.
+        small: uint8 [n, 32, 32], from `thumbnails`.
+        size: side, in pixels, of the images from which the thumbnails were made.
 
     Returns:
-        One pair for each image of which an earlier one, or one that is linked to it by other
-        pairs, shows the same film; sorted by image. Images that the pairs connect are one film.
+        Pairs sorted by image. Images that pairs connect, directly or through others, show the same
+        radiograph; each such group of k images has k - 1 pairs.
     """
     pairs: list[Pair] = []
     first: dict[bytes, int] = {}
@@ -141,11 +142,11 @@ def find(small: np.ndarray, size: int) -> list[Pair]:
     plain = small[rows]
     signs = _signs(plain)
     seen = (plain, signs, False), (mirrored := plain[:, :, ::-1], _signs(mirrored), True)
-    film = np.arange(len(rows))  # the first image of the film, as far as is known
+    film = np.arange(len(rows))  # the first image of the same radiograph that is known so far
     block = max(1, _ENTRIES // max(1, len(rows)))
     for start, (theirs, their_signs, turned) in itertools.product(range(0, len(rows), block), seen):
         stop = min(start + block, len(rows))
-        # Of b bits that differ, the dot product of signs is 240 - 2b.
+        # If b bits differ, the dot product of the signs is 240 - 2b.
         near = signs[start:stop] @ their_signs[start:].T >= _BITS - 2 * MOST_BITS
         near[np.tril_indices(stop - start)] = False
         for i in np.flatnonzero(near.any(1)):
@@ -165,12 +166,12 @@ def find(small: np.ndarray, size: int) -> list[Pair]:
 
 
 def _signs(small: np.ndarray) -> np.ndarray:
-    """Returns float32 [n, 240], 1 or -1, the bits of `hashes`."""
+    """Returns the bits of `hashes` as 1 or -1, float32 [n, 240]."""
     return hashes(small).astype(np.float32) * 2 - 1
 
 
 def films(pairs: Sequence[Pair], n: int) -> np.ndarray:
-    """Returns int64 [n], the first image that shows the same film as each of n images."""
+    """Returns int64 [n], for each of n images the first image that shows the same radiograph."""
     film = np.arange(n)
     for pair in pairs:
         a, b = sorted((int(film[pair.image]), int(film[pair.like])))
@@ -179,7 +180,7 @@ def films(pairs: Sequence[Pair], n: int) -> np.ndarray:
 
 
 def contradicting(pairs: Sequence[Pair], labels: np.ndarray) -> np.ndarray:
-    """Returns bool [n], whether an image's film is in two classes, by labels int [n]."""
+    """Returns bool [n], whether an image's radiograph occurs in two classes, by labels int [n]."""
     film = films(pairs, len(labels))
     shown = np.zeros((len(labels), 1 + max(labels, default=0)), bool)
     shown[film, labels] = True
@@ -189,15 +190,15 @@ def contradicting(pairs: Sequence[Pair], labels: np.ndarray) -> np.ndarray:
 def shared_folds(
     folds: np.ndarray, groups: Sequence[str], alike: Sequence[tuple[str, str]]
 ) -> np.ndarray:
-    """Moves patients who share a film into one fold, that of the first; no other image moves.
+    """Moves patients who share a radiograph into one fold, that of the first; no other image moves.
 
     Args:
-        folds: int [n], the fold of each image, the same for the images of a patient.
-        groups: the n images' patients, as `cnnjax.data.patients.group_of` names them.
-        alike: pairs of patients of whom images show the same film.
+        folds: int [n], the fold of each image, the same for all images of a patient.
+        groups: the patients of the n images, as named by `cnnjax.data.patients.group_of`.
+        alike: pairs of patients with images of the same radiograph.
 
     Returns:
-        int [n].
+        int [n], the new folds.
     """
     place: dict[str, int] = {}
     for row, group in enumerate(groups):
@@ -215,12 +216,12 @@ def shared_folds(
 
 
 def copies(examples: Sequence[Example], source: Source) -> list[tuple[Example, Example]]:
-    """Finds files of test that are, byte by byte, files of train or val; decodes none.
+    """Finds files of the test split that are byte-identical to files of train or val.
 
-    Only files whose size is that of one on the other side are read.
+    No file is decoded. A file is read only if a file of the other side has the same size.
 
     Returns:
-        (image of test, the first of train or val that is the same).
+        (image of test, the first identical image of train or val).
     """
     sized: dict[int, list[Example]] = defaultdict(list)
     for example in examples:
@@ -234,7 +235,7 @@ def copies(examples: Sequence[Example], source: Source) -> list[tuple[Example, E
             try:
                 content = source.read(example.name)
             except OSError:
-                continue  # decoding it will tell
+                continue  # decoding reports it
             digest = hashlib.sha256(np.ascontiguousarray(content).data).digest()
             if example.split != "test":
                 first.setdefault(digest, example)
@@ -244,7 +245,7 @@ def copies(examples: Sequence[Example], source: Source) -> list[tuple[Example, E
 
 
 def write_duplicates(path: Path, duplicates: Sequence[Duplicate]) -> None:
-    """Writes `duplicates.csv`: a line for each image that shows the film of an earlier one."""
+    """Writes `duplicates.csv`: a line for each image that repeats an earlier radiograph."""
     with write_atomically(path) as file:
         write_rows(file, [COLUMNS])
         for image, like, bits, correlation, done in duplicates:
@@ -263,7 +264,7 @@ COLUMNS = (
     "correlation",
     "done",
 )
-"""Of `duplicates.csv`."""
+"""Columns of `duplicates.csv`."""
 
 
 def told(
@@ -273,14 +274,14 @@ def told(
     before: np.ndarray,
     after: np.ndarray,
 ) -> tuple[Duplicate, ...]:
-    """Returns the pairs with their images' names and what was done.
+    """Returns the pairs with their examples and the action that was taken.
 
     Args:
         examples: n images.
-        pairs: of their rows.
-        left_out: bool [n], of `contradicting`.
-        before: int [n], the fold or side of each image as it was drawn.
-        after: likewise, as `shared_folds` makes it.
+        pairs: pairs of rows of examples.
+        left_out: bool [n], from `contradicting`.
+        before: int [n], the fold or side of each image as drawn.
+        after: int [n], the fold or side after `shared_folds`.
     """
 
     def done(pair: Pair) -> str:

@@ -1,7 +1,7 @@
-"""Decoded films cut to their lungs, kept in the cache: `--data.frame lungs`.
+"""Crops decoded images to the lungs (`--data.frame lungs`) and caches the crops.
 
-The folder of a set is named by a hash of the films and of the finder, and appears whole or not at
-all, as the decoded films themselves (`cnnjax.data.cache`).
+The name of a cache folder is a hash of the images and of the lung finder. The folder appears whole
+or not at all, as in `cnnjax.data.cache`.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ _ARRAYS = ("images", "boxes", "found")
 def load(
     examples: Sequence[Example], source: Source, config: DataConfig, mesh: Mesh | None = None
 ) -> Decoded:
-    """Returns decoded images as a network of the config sees them.
+    """Returns decoded images, cropped as the config says.
 
     Args:
-        examples: the images wanted.
-        source: where their bytes come from.
-        config: `frame`, `size`, `cache` and `strict` of it.
-        mesh: the devices that find the lungs; by default all of the fastest kind. Each of several
-            processes uses its own ones, for its part of the images.
+        examples: the images to load.
+        source: source of their bytes.
+        config: its `frame`, `size`, `cache` and `strict` are used.
+        mesh: the devices that find the lungs; by default all devices of the fastest kind. With
+            several processes, each uses its own devices for its part of the images.
 
     Raises:
         InputError: see `cnnjax.data.cache.load`.
@@ -57,12 +57,12 @@ def load(
 
 
 def decoded_size(config: DataConfig) -> int:
-    """Returns the side, in pixels, at which a config's images are decoded and kept."""
+    """Returns the side, in pixels, at which the images are decoded and cached."""
     return config.size if config.frame == "whole" else lungs.FILM
 
 
 def framed(films: Decoded, config: DataConfig, mesh: Mesh | None = None) -> Decoded:
-    """Returns films of `lungs.FILM` pixels cut to their lungs, out of the cache if they are there.
+    """Returns images of `lungs.FILM` pixels cropped to the lungs, from the cache if it has them.
 
     Raises:
         InputError: the cache folder cannot be written.
@@ -75,7 +75,7 @@ def framed(films: Decoded, config: DataConfig, mesh: Mesh | None = None) -> Deco
     together = cache.make_together(folder, arrays is None)
     if arrays is None or together:
         if home.exists() and processes.is_main():
-            print(f"{home} is damaged and is made anew", file=sys.stderr)
+            print(f"{home} is damaged and is created again", file=sys.stderr)
         try:
             mesh = devices.make_mesh(DeviceConfig()) if mesh is None else devices.local_mesh(mesh)
             _frame_into(home, films.images, config.size, mesh, together)
@@ -91,7 +91,7 @@ def framed(films: Decoded, config: DataConfig, mesh: Mesh | None = None) -> Deco
 
 
 def _read(home: Path) -> list[np.ndarray] | None:
-    """Returns the arrays of a folder; None where they are not there, or damaged."""
+    """Returns the arrays of a cache folder; None if they are missing or damaged."""
     try:
         checksums = json.loads((home / "done.json").read_text("utf-8"))
         arrays = [
@@ -120,9 +120,9 @@ def _frame_into(home: Path, films: np.ndarray, size: int, mesh: Mesh, together: 
         with write_atomically(work / "done.json") as file:
             json.dump({name: checksum(array) for name, array in arrays.items()}, file)
         if home.exists() and _read(home) is None:
-            home.rename(work.with_name("before"))  # goes with the work folder
+            home.rename(work.with_name("before"))  # removed with the work folder
         try:
             work.rename(home)
         except OSError:
-            if not home.is_dir():  # else another process was first, with the same
+            if not home.is_dir():  # otherwise another process was first, with the same result
                 raise

@@ -1,12 +1,13 @@
-"""What the pixels of a DICOM image mean: from stored values to the gray that a viewer shows.
+"""Converts the pixels of a DICOM image from stored values to the gray levels that a viewer shows.
 
-This module is the one place that says what pydicom hands over and what is still to be done (DICOM
-PS3.3, C.7.6.3 and C.11). For the state of colours see `_stored`; for one sample a pixel the steps
-are: bits moved to the low end, Modality LUT or rescale, VOI LUT, window or range, MONOCHROME1
-turned over, padding black.
+All knowledge about what pydicom returns, and about the remaining steps, is in this module (DICOM
+PS3.3, C.7.6.3 and C.11). For the colour space of the pixels see `_stored`. For images of one sample
+per pixel the steps are: shift the bits to the low end, apply the Modality LUT or the rescale, apply
+the VOI LUT, the window or the range of the values, invert for MONOCHROME1, and set padding to
+black.
 
-Tags that only say how to display values never keep them from being shown: where one is of no use,
-the next step is taken as if it were absent, and `notes` tells.
+An invalid display tag never prevents an image from being shown: it is treated as absent, and
+`notes` reports it.
 """
 
 from __future__ import annotations
@@ -25,55 +26,56 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R 601
 
 _MONOCHROME = ["MONOCHROME1"], ["MONOCHROME2"]
 _FUNCTIONS = "LINEAR", "LINEAR_EXACT", "SIGMOID"
-_UNUSED = "; shown by the range of its values"
+_UNUSED = "; the range of the values is used"
 
 
 class PixelError(Exception):
-    """The pixels cannot be shown; the text says why, in a few words."""
+    """The pixels cannot be shown; the message gives the reason in a few words."""
 
 
 class NoPixelDecoder(PixelError):
-    """What would decode the pixels is not installed here."""
+    """The decoder for the pixels is not installed."""
 
 
 class Table(NamedTuple):
     """A lookup table of PS3.3, C.11.1 or C.11.2."""
 
     first: int
-    """The value that the first entry is for; smaller ones take it too."""
+    """The value that maps to the first entry; smaller values map to it too."""
     entries: np.ndarray
     """uint8 or uint16 [n]."""
 
     def of(self, values: np.ndarray) -> np.ndarray:
-        """Returns float64, the entries for these values."""
+        """Returns the entries for these values, float64."""
         at = np.clip(np.rint(values) - self.first, 0, len(self.entries) - 1)
         return self.entries[at.astype(np.int64)].astype(np.float64)
 
     def signed_as(self, values: np.ndarray) -> Table:
-        """Returns the table for an image of these values, which tell whether `first` has a sign.
+        """Returns the table with `first` signed if the values are.
 
-        Its two bytes are signed where the values are (PS3.3, C.11.1.1), and are often read as if
-        they were not: then all values would lie before the first entry.
+        The descriptor's two bytes are signed if the values are (PS3.3, C.11.1.1), but readers often
+        take them as unsigned; then all values lie below the first entry.
         """
         below = self.first > 32767 and values.max() < self.first
         return self._replace(first=self.first - 65536) if below else self
 
     @property
     def white(self) -> int:
-        """The value that is shown white."""
+        """The value that is shown as white."""
         return _white_of(self.entries)
 
 
 def _white_of(entries: np.ndarray) -> int:
-    """Returns the largest value of as many bits as the entries of a table fill, 8 or more.
+    """Returns 2^k - 1 for the k bits, at least 8, that the largest entry of a table needs.
 
-    Files say 16 for tables that end at 4095, and 8 for those that go beyond 255.
+    The declared number of bits is not used: some files declare 16 for tables that end at 4095, and
+    8 for tables that exceed 255.
     """
     return 2 ** max(8, int(entries.max()).bit_length()) - 1
 
 
 class Display(NamedTuple):
-    """How the values are to be shown, of the tags that can be used."""
+    """How to display the values, by the valid display tags."""
 
     slope: float
     intercept: float
@@ -82,7 +84,7 @@ class Display(NamedTuple):
     window: tuple[str, float, float] | None
     """(function, centre, width)"""
     notes: tuple[str, ...]
-    """Sentences on the tags that cannot."""
+    """Sentences about the invalid tags."""
 
 
 def gray(file: Any, largest: int) -> np.ndarray:
@@ -90,20 +92,20 @@ def gray(file: Any, largest: int) -> np.ndarray:
 
     Args:
         file: pydicom's dataset.
-        largest: most pixels that are taken.
+        largest: largest number of pixels that is accepted.
 
     Returns:
         float32 [height, width] in [0, 1].
 
     Raises:
-        PixelError: there is no image, or several, or none that can be decoded here
-            (then `NoPixelDecoder`).
+        PixelError: there is no image, or there are several.
+        NoPixelDecoder: the image cannot be decoded with the installed packages.
     """
     if "PixelData" not in file:
         raise PixelError("a DICOM file without an image")
     frames = int(file.get("NumberOfFrames") or 1)
     if frames > 1:
-        raise PixelError(f"a DICOM file of {frames} frames; give the one to be judged by itself")
+        raise PixelError(f"a DICOM file of {frames} frames; save one frame as a file")
     height, width = int(file.Rows), int(file.Columns)
     if height * width > largest:
         raise PixelError(f"too many pixels: {width} x {height}")
@@ -121,7 +123,7 @@ def gray(file: Any, largest: int) -> np.ndarray:
 
 
 def _fill_in(file: Any, kind: str) -> None:
-    """Gives a file the tags of layout that some writers leave out, as other readers do."""
+    """Sets layout tags that some writers omit to their usual values, as other readers do."""
     samples = 1 if kind.startswith(("MONOCHROME", "PALETTE")) else 3
     absent = {"SamplesPerPixel": samples, "PixelRepresentation": 0, "PlanarConfiguration": 0}
     for name, value in absent.items():
@@ -130,10 +132,10 @@ def _fill_in(file: Any, kind: str) -> None:
 
 
 def _expect_consistent(file: Any, kind: str) -> None:
-    """Raises PixelError where tags of layout contradict each other: no reading is the right one."""
+    """Raises PixelError if layout tags contradict each other, since no reading is then correct."""
     samples = int(file.SamplesPerPixel)
     if (samples == 1) != kind.startswith(("MONOCHROME", "PALETTE")):
-        raise PixelError(f"a DICOM file of {_cut(kind)} with {samples} samples a pixel")
+        raise PixelError(f"a DICOM file of {_cut(kind)} with {samples} samples per pixel")
     shape = str(file.get("PresentationLUTShape") or "").strip().upper()
     if (kind, shape) in (("MONOCHROME1", "IDENTITY"), ("MONOCHROME2", "INVERSE")):
         raise PixelError(f"a DICOM file of {kind} with the Presentation LUT Shape {_cut(shape)}")
@@ -141,23 +143,25 @@ def _expect_consistent(file: Any, kind: str) -> None:
     placed = high is None or not _bits_have_places(file) or bits <= int(high) + 1 <= allocated
     if not 1 <= bits <= allocated or not placed:
         raise PixelError(
-            f"a DICOM file of {bits} bits up to bit {high} in {allocated}; nothing can be so stored"
+            f"a DICOM file of {bits} bits up to bit {high} in {allocated}, which is impossible"
         )
 
 
 def _stored(file: Any, kind: str) -> tuple[np.ndarray, str]:
-    """Returns the pixels as they are handed over, and the state of their colours.
+    """Returns the decoded pixels, and their colour space.
 
-    With `raw=True` pydicom converts no colours, only spreads the chroma of YBR_FULL_422 over both
-    pixels and undoes JPEG 2000's own transforms (YBR_RCT and YBR_ICT are RGB then); it names the
-    state that this leaves. JPEGs that tell of their colours themselves become RGB here, as pydicom
-    goes by the tag. imagecodecs is told to convert nothing, so that the state is what the tag says.
+    With `raw=True` pydicom does not convert colours. It only upsamples the chroma of YBR_FULL_422
+    and undoes the transforms of JPEG 2000 (YBR_RCT and YBR_ICT become RGB), and it returns the
+    resulting photometric interpretation. A JPEG that declares its own colour space is converted to
+    RGB here, since pydicom uses the tag instead. imagecodecs is called without conversion, so the
+    tag gives the colour space.
 
     Returns:
         integers [height, width] or [height, width, 3], and a Photometric Interpretation.
 
     Raises:
-        PixelError, NoPixelDecoder: they cannot be decoded.
+        PixelError: the pixels cannot be decoded.
+        NoPixelDecoder: their decoder is not installed.
     """
     syntax = file.file_meta.TransferSyntaxUID
     if syntax.is_encapsulated:
@@ -172,25 +176,25 @@ def _stored(file: Any, kind: str) -> tuple[np.ndarray, str]:
     return _by_pydicom(file, syntax)
 
 
-# Transfer syntaxes that Pillow does not decode. (What else pydicom may use for them, GDCM, ends the
-# process at damaged ones.)
+# Transfer syntaxes that Pillow does not decode. GDCM, the other decoder that pydicom may use for
+# them, crashes the process on damaged data.
 _JPEG_EXTENDED = "1.2.840.10008.1.2.4.51"
 _JPEG_LOSSLESS = "1.2.840.10008.1.2.4.57", "1.2.840.10008.1.2.4.70"
 _JPEG_LS = "1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.4.81"
 
 
 def _by_imagecodecs(frame: bytes, header: jpeg.Header | None, file: Any, syntax: Any) -> np.ndarray:
-    """Returns the pixels of a JPEG Lossless, JPEG Extended or JPEG-LS frame, as they are coded.
+    """Returns the pixels of a JPEG Lossless, JPEG Extended or JPEG-LS frame, without conversion.
 
-    The decoders are given the array to fill: one of another shape, by their own reading of the
-    frame, they refuse before they decode any of it.
+    The decoders receive the output array. If the shape in the frame's own header differs, they
+    refuse it before they decode anything.
     """
     try:
         import imagecodecs
     except ImportError:
         raise NoPixelDecoder(
             f"DICOM pixels that cannot be decoded here ({_cut(syntax.name.partition(',')[0])});"
-            " install what does: pip install imagecodecs"
+            " install their decoder with: pip install imagecodecs"
         ) from None
     expected = (int(file.Rows), int(file.Columns), int(file.SamplesPerPixel))
     if header is None:
@@ -205,7 +209,7 @@ def _by_imagecodecs(frame: bytes, header: jpeg.Header | None, file: Any, syntax:
         else:
             same = "RGB" if file.SamplesPerPixel > 1 else None  # no conversion
             coded = imagecodecs.jpeg8_decode(frame, colorspace=same, outcolorspace=same, out=out)
-    except Exception as error:  # each codec has its own
+    except Exception as error:  # each codec raises its own types
         raise _undecodable(syntax, error) from None
     if str(syntax) in _JPEG_LOSSLESS and coded.flat[-1] == 2 ** (header.bits - 1):
         _expect_last_values(frame, coded)
@@ -217,23 +221,23 @@ def _by_imagecodecs(frame: bytes, header: jpeg.Header | None, file: Any, syntax:
 
 
 def _expect_last_values(frame: bytes, coded: np.ndarray) -> None:
-    """Raises PixelError where the data of a JPEG Lossless frame end before its last value.
+    """Raises PixelError if the data of a JPEG Lossless frame end before the last value.
 
-    libjpeg then goes on with the middle of the range, and imagecodecs keeps its warning to itself.
-    Another decoder goes on with something else.
+    libjpeg fills the missing values with the middle of the range, and imagecodecs discards its
+    warning. Another decoder fills them with other values, so the two results differ.
     """
     import imagecodecs
 
     try:
         other = imagecodecs.ljpeg_decode(frame)
-    except Exception:  # it takes fewer forms
+    except Exception:  # it supports fewer variants
         return
     if other.shape == coded.shape and not np.array_equal(other, coded):
-        raise PixelError("damaged pixels in a DICOM file: they end too soon")
+        raise PixelError("damaged pixels in a DICOM file: the data end too early")
 
 
 def _by_pydicom(file: Any, syntax: Any) -> tuple[np.ndarray, str]:
-    """Returns the pixels of any other file, and the state of their colours."""
+    """Returns the pixels of a file with any other transfer syntax, and their colour space."""
     from pydicom.pixels import get_decoder
 
     try:
@@ -242,7 +246,7 @@ def _by_pydicom(file: Any, syntax: Any) -> tuple[np.ndarray, str]:
         raise NoPixelDecoder(
             f"DICOM pixels that pydicom cannot decode ({_cut(syntax.name)})"
         ) from None
-    # These, even where more is installed: then the pixels are the same everywhere.
+    # Use these even if other decoders are installed: the pixels are then the same everywhere.
     plugin = next((p for p in ("pillow", "pydicom") if p in decoder.available_plugins), "")
     spare = _spare_bits(file)
     options = {"correct_unused_bits": False} if spare else {}
@@ -250,13 +254,13 @@ def _by_pydicom(file: Any, syntax: Any) -> tuple[np.ndarray, str]:
         stored, properties = decoder.as_array(
             file, raw=True, index=0, decoding_plugin=plugin, **options
         )
-    except Exception as error:  # each decoder has its own
+    except Exception as error:  # each decoder raises its own types
         if not decoder.is_available:
             raise NoPixelDecoder(str(_undecodable(syntax, error))) from None
         raise _undecodable(syntax, error) from None
     if spare:
         above = 8 * stored.dtype.itemsize - int(file.BitsStored) - spare
-        stored = (stored << above) >> (above + spare)  # of signed values, the sign moves along
+        stored = (stored << above) >> (above + spare)  # preserves the sign of signed values
     return stored, str(properties["photometric_interpretation"])
 
 
@@ -267,20 +271,23 @@ def _undecodable(syntax: Any, error: Exception) -> PixelError:
 
 
 def _spare_bits(file: Any) -> int:
-    """Returns how many bits lie unused below the stored ones, as HighBit tells."""
+    """Returns the number of unused bits below the stored ones, by HighBit."""
     if file.get("HighBit") is None or not _bits_have_places(file):
         return 0
     return int(file.HighBit) + 1 - int(file.BitsStored)
 
 
 def _bits_have_places(file: Any) -> bool:
-    """Tells whether HighBit counts: decoders of the JPEG family give values at the low end."""
+    """Returns whether HighBit applies.
+
+    It does not for the JPEG family, whose decoders return values at the low end.
+    """
     syntax = file.file_meta.TransferSyntaxUID
     return not syntax.is_encapsulated or "RLE" in syntax.name
 
 
 def _frame(file: Any) -> bytes:
-    """Returns the first compressed frame; raises PixelError where there is none."""
+    """Returns the first compressed frame; raises PixelError if there is none."""
     from pydicom.encaps import get_frame
 
     try:
@@ -290,13 +297,14 @@ def _frame(file: Any) -> bytes:
 
 
 def _checked(frame: bytes, file: Any, syntax: Any) -> jpeg.Header | None:
-    """Checks the size of a compressed frame and, of JPEG, its cost and wholeness.
+    """Checks the size of a compressed frame and, for JPEG, its decoding cost and completeness.
 
     Returns:
-        Its header, if it is JPEG or JPEG-LS.
+        The header of a JPEG or JPEG-LS frame; None for others.
 
     Raises:
-        PixelError: the frame is larger than its tags say, costs too much, or is damaged.
+        PixelError: the size of the frame differs from its tags, decoding costs too much, or the
+            frame is damaged.
     """
     width, height = int(file.Columns), int(file.Rows)
     plain = width * height * int(file.SamplesPerPixel) * -(-int(file.BitsAllocated) // 8)
@@ -305,9 +313,9 @@ def _checked(frame: bytes, file: Any, syntax: Any) -> jpeg.Header | None:
             f"too many pixels of {plain // (width * height)} bytes: {width} x {height}"
         )
     if "RLE" in syntax.name:
-        # A literal run costs one byte in 128; more is no image.
+        # Literal runs add at most one byte in 128; a longer frame is not a valid image.
         if len(frame) > 1.1 * plain + 1024:
-            raise PixelError("DICOM pixels that cannot be decoded here: RLE of too many bytes")
+            raise PixelError("DICOM pixels that cannot be decoded here: too many bytes of RLE")
         _expect_bounded_rle(frame, width * height)
         return None
     header = jpeg.header_of(frame) if frame.startswith(b"\xff\xd8") else None
@@ -335,9 +343,9 @@ def _checked(frame: bytes, file: Any, syntax: Any) -> jpeg.Header | None:
 
 
 def _expect_bounded_rle(frame: bytes, pixels: int) -> None:
-    """Raises PixelError where segments of RLE hold more than their pixels, or are too finely cut.
+    """Raises PixelError if RLE segments expand to more than the pixels, or have too many runs.
 
-    They are walked through without being decoded: each run tells its length.
+    The segments are scanned without decoding, since each run declares its length.
     """
     starts = np.frombuffer(frame[:64].ljust(64, b"\0"), "<u4")
     ends = [*starts[1 : min(int(starts[0]), 15) + 1].tolist(), len(frame)]
@@ -355,18 +363,19 @@ def _expect_bounded_rle(frame: bytes, pixels: int) -> None:
                 at += 2
             else:
                 at += 1
-            # A writer may fill up a segment with one more run.
+            # A writer may pad a segment with one more run.
             if length > pixels + 128 or runs > _MOST_RUNS:
                 more = "more than its pixels" if runs <= _MOST_RUNS else "too many runs"
-                raise PixelError(f"DICOM pixels that cannot be decoded here: RLE of {more}")
+                raise PixelError(f"DICOM pixels that cannot be decoded here: RLE with {more}")
 
 
-# Of all segments together, some seconds. A film of 28 million pixels has about 4 million.
+# Largest number of runs in all segments, which takes a few seconds. A radiograph of 28 million
+# pixels has about 4 million.
 _MOST_RUNS = 8_000_000
 
 
 def _side_of_jpeg2000(frame: bytes) -> tuple[int, int] | None:
-    """Returns (width, height) of a JPEG 2000 codestream, by its SIZ segment; None without one."""
+    """Returns (width, height) from the SIZ segment of a JPEG 2000 codestream; None without one."""
     at = frame.find(b"\xff\x4f\xff\x51")
     if at < 0 or len(frame) < at + 24:
         return None
@@ -375,14 +384,14 @@ def _side_of_jpeg2000(frame: bytes) -> tuple[int, int] | None:
 
 
 def reason(error: Exception) -> str:
-    """Returns the first line of what an exception says, or its name where it says nothing."""
+    """Returns the first line of an exception's message, or its type if the message is empty."""
     return (str(error).splitlines() or [type(error).__name__])[0][:100]
 
 
 def _luma(stored: np.ndarray, state: str, white: int) -> np.ndarray:
-    """Returns float32 [height, width] in [0, 1]: the luma of colours in one of their states.
+    """Returns the luma of colour pixels in this colour space, float32 [height, width] in [0, 1].
 
-    Y of YBR is the luma already; that of the PARTIAL ones goes from 16 to 235 (PS3.3, C.7.6.3.1.2).
+    Y of YBR is the luma; in the PARTIAL forms it ranges from 16 to 235 (PS3.3, C.7.6.3.1.2).
     """
     height, width = stored.shape[:2]
     shown = np.empty((height, width), np.float32)
@@ -401,7 +410,7 @@ def _palette(file: Any, stored: np.ndarray) -> np.ndarray:
     from pydicom.pixels import apply_color_lut
 
     if stored.dtype.itemsize > 2:
-        raise PixelError(f"a DICOM file of PALETTE COLOR with {file.BitsAllocated} bits a pixel")
+        raise PixelError(f"a DICOM file of PALETTE COLOR with {file.BitsAllocated} bits per pixel")
     index = stored.astype(f"u{stored.dtype.itemsize}", copy=False)
     possible = np.arange(2 ** (8 * index.dtype.itemsize), dtype=index.dtype)
     colours = apply_color_lut(possible, file)[..., :3]
@@ -411,7 +420,7 @@ def _palette(file: Any, stored: np.ndarray) -> np.ndarray:
 
 
 def _monochrome(file: Any, stored: np.ndarray, turned: bool) -> np.ndarray:
-    """Returns float32 [height, width] in [0, 1] of one sample a pixel."""
+    """Returns float32 [height, width] in [0, 1] of an image of one sample per pixel."""
     display = display_of(file)
     padding = _padding(file)
 
@@ -426,7 +435,7 @@ def _monochrome(file: Any, stored: np.ndarray, turned: bool) -> np.ndarray:
         return np.where(padding(some), 0, level).astype(np.float32)
 
     def expect(inside: np.ndarray) -> tuple[float, float]:
-        """Returns the range of values among those that are no padding; fits tables to it."""
+        """Returns the range of the values without padding; adapts the tables to it."""
         nonlocal display
         inside = inside if inside.size else np.zeros(1, stored.dtype)
         if display.modality is not None:
@@ -438,7 +447,7 @@ def _monochrome(file: Any, stored: np.ndarray, turned: bool) -> np.ndarray:
 
     if stored.dtype.itemsize > 2:
         return shown_of(stored, *expect(stored[~padding(stored)]))
-    # All values that can be stored, once; then each pixel takes its own from the table.
+    # Compute the gray level of each possible stored value once; then look up each pixel.
     unsigned = np.dtype(f"u{stored.dtype.itemsize}")
     possible = (
         np.arange(2 ** (8 * stored.dtype.itemsize))
@@ -447,7 +456,7 @@ def _monochrome(file: Any, stored: np.ndarray, turned: bool) -> np.ndarray:
     )
     index = stored.astype(stored.dtype.newbyteorder("="), copy=False).view(unsigned)
     if display.modality is None and not padding(possible).any():
-        inside = np.array([stored.min(), stored.max()])  # a slope keeps them the extremes
+        inside = np.array([stored.min(), stored.max()])  # a linear rescale preserves the extremes
     else:
         there = np.zeros(len(possible), bool)
         for rows in strips(*stored.shape):
@@ -461,11 +470,11 @@ def _monochrome(file: Any, stored: np.ndarray, turned: bool) -> np.ndarray:
 
 
 def _leveled(values: np.ndarray, display: Display, low: float, high: float) -> np.ndarray:
-    """Returns float64 in [0, 1] of values by VOI LUT, window or range (PS3.3, C.11.2)."""
+    """Maps values to float64 in [0, 1] by VOI LUT, window or range (PS3.3, C.11.2)."""
     if display.voi is not None:
         return display.voi.of(values) / display.voi.white
     if display.window is None:
-        # Padding may lie outside the range; it is painted later.
+        # Padding may lie outside the range; it is set to black later.
         return np.clip((values - low) / max(high - low, 1e-12), 0, 1)
     function, centre, width = display.window
     if function == "SIGMOID":
@@ -478,7 +487,7 @@ def _leveled(values: np.ndarray, display: Display, low: float, high: float) -> n
 
 
 def _padding(file: Any) -> Callable[[np.ndarray], np.ndarray]:
-    """Returns what tells padding among stored values (PS3.3, C.7.5.1.1.2)."""
+    """Returns a function that marks padding among stored values (PS3.3, C.7.5.1.1.2)."""
     ends = [_as_stored(file, name) for name in ("PixelPaddingValue", "PixelPaddingRangeLimit")]
     known = [end for end in ends if end is not None]
     if ends[0] is None:
@@ -487,9 +496,9 @@ def _padding(file: Any) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _as_stored(file: Any, name: str) -> int | None:
-    """Returns a tag of padding as a value that can be stored; None without one.
+    """Returns a padding tag as a value in the range of stored values; None without one.
 
-    Writers confuse signed and unsigned 16-bit numbers, and numbers of fewer bits.
+    Some writers confuse signed with unsigned 16-bit numbers, or with numbers of fewer bits.
     """
     try:
         value = int(file.get(name))
@@ -504,18 +513,18 @@ def _as_stored(file: Any, name: str) -> int | None:
 
 
 def notes(file: Any) -> list[str]:
-    """Returns sentences about tags of display that are of no use, and what was done instead."""
+    """Returns sentences about invalid display tags, and what was done instead."""
     kinds = _texts(file, "PhotometricInterpretation")
     return list(display_of(file).notes) if kinds[:1] in _MONOCHROME else []
 
 
 def display_of(file: Any) -> Display:
-    """Returns how the values of a file of one sample a pixel are to be shown."""
+    """Returns how to display the values of a file of one sample per pixel."""
     found: list[str] = []
     slope = _one(file, "RescaleSlope", 1.0, lambda x: x != 0, found)
     intercept = _one(file, "RescaleIntercept", 0.0, lambda _: True, found)
-    modality = _table(file, "ModalityLUTSequence", found, "; passed over")
-    voi = _table(file, "VOILUTSequence", found, "; passed over")
+    modality = _table(file, "ModalityLUTSequence", found, "; ignored")
+    voi = _table(file, "VOILUTSequence", found, "; ignored")
     window = _window(file, found) if voi is None else None
     return Display(slope, intercept, modality, voi, window, tuple(found))
 
@@ -528,31 +537,31 @@ def _one(
         return absent
     number = _number(texts[0], found)
     if number is None or not legal(number):
-        found.append(f"{name} {_quoted(texts[:1])} is of no use; taken as {absent:g}")
+        found.append(f"{name} {_quoted(texts[:1])} is invalid; {absent:g} is used")
         return absent
     return number
 
 
 def _window(file: Any, found: list[str]) -> tuple[str, float, float] | None:
-    """Returns the first window of the file; None where there is none that can be used."""
+    """Returns the first window of the file; None if there is no valid one."""
     centres, widths = _texts(file, "WindowCenter"), _texts(file, "WindowWidth")
     if not centres and not widths:
         return None
     function = (_texts(file, "VOILUTFunction") or ["LINEAR"])[0].upper()
     if function not in _FUNCTIONS:
-        found.append(f"VOILUTFunction {_quoted([function])} is unknown; taken as LINEAR")
+        found.append(f"VOILUTFunction {_quoted([function])} is unknown; LINEAR is used")
         function = "LINEAR"
     centre, width = (_number(texts[0], found) if texts else None for texts in (centres, widths))
     narrowest = 1 if function == "LINEAR" else 1e-9
     if centre is None or width is None or width < narrowest:
         told = _quoted([*(centres[:1] or ["none"]), *(widths[:1] or ["none"])])
-        found.append(f"a window (centre, width: {told}) of no use{_UNUSED}")
+        found.append(f"the window (centre, width: {told}) is invalid{_UNUSED}")
         return None
     return function, centre, width
 
 
 def _texts(file: Any, name: str) -> list[str]:
-    """Returns the values of a tag as they are written, whether they are numbers or not."""
+    """Returns the values of a tag as the file's text, whether or not they are numbers."""
     from pydicom.datadict import tag_for_keyword
 
     try:
@@ -561,13 +570,13 @@ def _texts(file: Any, name: str) -> list[str]:
             value = value.decode("ascii", "replace").split("\\")
         several = value if isinstance(value, (list, tuple)) or hasattr(value, "append") else [value]
         texts = [str(one).strip(" \0") for one in several if one is not None]
-    except Exception:  # there is none, or it is wrong in some way
+    except Exception:  # the tag is absent or broken
         return []
     return texts if any(texts) else []
 
 
 def _number(text: str, found: list[str]) -> float | None:
-    """Returns a decimal string as a number; None where it is no finite one of sensible size."""
+    """Returns a decimal string as a number; None if it is not finite or larger than 1e15."""
     try:
         number = float(text.replace(",", "."))
     except ValueError:
@@ -575,24 +584,24 @@ def _number(text: str, found: list[str]) -> float | None:
     if not math.isfinite(number) or abs(number) > 1e15 or "_" in text:
         return None
     if "," in text:
-        found.append(f"{_quoted([text])} with a decimal comma; read as {number:g}")
+        found.append(f"{_quoted([text])} has a decimal comma; {number:g} is used")
     return number
 
 
 def _quoted(texts: list[str]) -> str:
-    """Returns what a tag says, cut short and without control characters."""
+    """Returns the texts of a tag, shortened and without control characters."""
     return ", ".join(_cut(text, 20) for text in texts)
 
 
 def _cut(text: str, most: int = 80) -> str:
-    """Returns text of a file, which may be any, for a sentence."""
+    """Returns arbitrary text of a file in a form that is safe to print."""
     return "".join(c if c.isprintable() else "?" for c in text[:most])
 
 
 def _table(file: Any, name: str, found: list[str], instead: str) -> Table | None:
-    """Returns the first table of a sequence; None without one, or where it is broken.
+    """Returns the first table of a sequence; None if it is absent or broken.
 
-    The data are words, or bytes packed two to a word with the lower one first (PS3.3, C.11.1.1).
+    The data are words, or bytes packed two to a word, the lower byte first (PS3.3, C.11.1.1).
     """
     try:
         sequence = file.get(name)

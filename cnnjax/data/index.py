@@ -1,7 +1,7 @@
-"""What lies under a data root: class folders, a zip of them, a MedMNIST .npz, or files of a table.
+"""Lists the images under a data root: class folders, a zip of them, a MedMNIST .npz, or a table.
 
-`read_index` looks at names only, and in DICOM files at whom they show; no image is decoded. What it
-returns can be counted, split by patient, and handed to `cnnjax.data.cache` to be decoded.
+`read_index` looks only at names, and at the patient IDs in DICOM files; no image is decoded. An
+index can be counted, split by patient, and decoded with `cnnjax.data.cache`.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from cnnjax.errors import InputError
 
 SPLITS = ("train", "val", "test")
 ALL = "all"
-"""The split of an image that no folder and no table puts into one of `SPLITS`."""
+"""The split of an image that neither a folder nor a table assigns to one of `SPLITS`."""
 
 _MEDMNIST_CLASSES = ("NORMAL", "PNEUMONIA")
-_NAMED = 10  # links that are named; the rest are counted
+_NAMED = 10  # links listed by name; the rest are counted
 
 
 @dataclass(frozen=True)
@@ -45,29 +45,29 @@ class Example:
     """One image of the index."""
 
     name: str
-    """Where it lies: a path relative to the root, with forward slashes."""
+    """Path relative to the root, with forward slashes."""
     split: str
-    """`train`, `val` or `test`; `all` where the data set has no splits."""
+    """`train`, `val` or `test`; `all` if the data set has no splits."""
     label: int
-    """The place of its class in `Index.classes`; of two, 1 is the positive class."""
+    """Index of the class in `Index.classes`; of two classes, 1 is the positive one."""
     patient: str
-    """Whom it shows; the image's own name where that cannot be told."""
+    """Patient ID; the image's own name if the patient is unknown."""
     weight: float = 1.0
-    """By which its loss is multiplied in training."""
+    """Factor on the image's loss in training."""
 
 
 @dataclass(frozen=True)
 class Index:
-    """The images under a root, their classes and patients, and what was left out."""
+    """The images under a root, with their classes and patients, and the files left out."""
 
     root: Path
-    """The folder, archive or table that it was read from."""
+    """The folder, archive or table from which the index was read."""
     classes: tuple[str, ...]
-    """Names of labels 0 and up; of two, the positive class is the last."""
+    """Names of the labels 0, 1, ...; of two classes, the positive one is last."""
     examples: tuple[Example, ...]
     """Every image, sorted by split and name."""
     empty: tuple[str, ...]
-    """`split/class` folders without an image."""
+    """`split/class` folders that hold no image."""
     left_out: tuple[tuple[str, str], ...]
     """(name, reason) of each file that is not one of the images."""
     source: Source
@@ -75,12 +75,12 @@ class Index:
     def split(self, *names: str) -> tuple[Example, ...]:
         """Returns the images of these splits.
 
-        Images of a data set without splits are all of `train`; `all` asks for every image of any
-        data set.
+        The images of a data set without splits all count as `train`. The name `all` selects every
+        image of any data set.
 
         Raises:
-            InputError: none of the splits is there, one of them has an empty class folder, or
-                together they hold one class only.
+            InputError: the data set has none of the splits, one of the splits has an empty class
+                folder, or together they hold only one class.
         """
         wanted = " or ".join(names)
         every = ALL in names
@@ -96,20 +96,20 @@ class Index:
             there = sorted({e.split for e in self.examples})
             if there == [ALL]:
                 raise InputError(
-                    f"{self.root} has no {wanted} split: its images are in no splits;"
+                    f"{self.root} has no {wanted} split: it is not divided into splits;"
                     " train with --data.validation patients, evaluate with --split all"
                 )
             raise InputError(f"{self.root} has no {wanted} split, only {', '.join(there)}")
         labels = {e.label for e in chosen}
         if len(labels) == 1:
             raise InputError(
-                f"{self.root}: {wanted} holds one class only, {self.classes[labels.pop()]};"
+                f"{self.root}: {wanted} holds only one class, {self.classes[labels.pop()]};"
                 f" add images of {' and '.join(c for c in self.classes if c)}"
             )
         return chosen
 
     def describe(self) -> str:
-        """Returns a few lines: images per split and class, patients, and what was left out."""
+        """Returns a few lines: images per split and class, patients, and files left out."""
         lines = [f"data      {self.root}"]
         for split in (*SPLITS, ALL):
             members = [e for e in self.examples if e.split == split]
@@ -120,7 +120,7 @@ class Index:
                 lines.append(f"  {split:<6} {per_class}; {patients:,} patients")
         nameless = sum(e.patient == e.name for e in self.examples)
         if nameless:
-            lines.append(f"  {nameless:,} file names tell no patient: each counts as a patient")
+            lines.append(f"  {nameless:,} file names give no patient ID: each counts as a patient")
         weights = {e.weight for e in self.examples}
         if weights != {1.0}:
             lines.append(f"  losses are weighted by {min(weights):g} to {max(weights):g}")
@@ -135,18 +135,19 @@ class Index:
 
 @dataclass(frozen=True)
 class Reading:
-    """How classes and patients are told; the fields are flags of `cnnjax.config.DataConfig`."""
+    """How to determine classes and patients; the fields are flags of `cnnjax.config.DataConfig`."""
 
     positive: str = "PNEUMONIA"
-    """Of two classes, the name of the one that gets label 1."""
+    """Of two classes, the name of the one with label 1."""
     classes: tuple[str, ...] = ()
-    """The classes in the order of their labels; by default all that are found, sorted by name (by
-    value where all are whole numbers), of two the positive one last. An image is of the class that
-    its folder or table names if that is among them, else of the cause that its published file name
-    tells (`cnnjax.data.kermany.cause_of`); one of neither is left out."""
+    """The classes in the order of their labels. By default these are all classes that are found,
+    sorted by name (by value if all are whole numbers); of two, the positive one is last. The class
+    of an image is the one that its folder or table names, if that is among these classes; otherwise
+    it is the cause in its published file name (`cnnjax.data.kermany.cause_of`). An image of neither
+    is left out."""
     patient_pattern: str = ""
-    """A regular expression that finds the patient in an image's path below the root: its group, or
-    all that it matches. By default DICOM tags and published file names tell."""
+    """A regular expression that finds the patient ID in an image's path below the root: its group,
+    or the whole match. By default DICOM tags and published file names give the patient ID."""
 
 
 def read_index(
@@ -161,18 +162,18 @@ def read_index(
     """Lists the images under a root.
 
     Args:
-        root: a folder or a zip that holds `train`, `val` or `test` with a folder for each class (at
-            the top or nested up to two folders down, as archives are), or class folders without
-            splits, side by side; or a MedMNIST .npz. Letter case does not matter; hidden files and
-            `__MACOSX` are passed over.
+        root: a folder or a zip that holds `train`, `val` or `test` folders with a folder for each
+            class (at the top or up to two folders down), or class folders side by side without
+            splits; or a MedMNIST .npz. Letter case does not matter; hidden files and `__MACOSX` are
+            ignored.
         positive: see `Reading`.
         classes: see `Reading`.
         patient_pattern: see `Reading`.
-        table: a CSV file of the images to take from the root, see `cnnjax.data.table`.
+        table: a CSV file that lists the images below the root, see `cnnjax.data.table`.
         columns: names of its columns, see `cnnjax.data.table.read_rows`.
 
     Raises:
-        InputError: the root is not there, cannot be read, or holds no such images.
+        InputError: the root does not exist, cannot be read, or holds no such images.
     """
     root = Path(root)
     reading = Reading(same_name(positive), tuple(map(same_name, classes)), patient_pattern)
@@ -188,17 +189,17 @@ def read_index(
         zipped = Zip(root)
         return _from_names(root, zipped.walked, zipped, reading)
     raise InputError(
-        f"{root} is no folder, .zip or .npz; give one of these, or a table of images in .csv"
+        f"{root} is not a folder, .zip or .npz; give one of these, or a table of images (.csv)"
     )
 
 
 class _Found(NamedTuple):
-    """An image before its class has a number."""
+    """An image whose class has no number yet."""
 
     name: str
     split: str
     kind: str
-    """Its class as the folder or the table names it, as of `same_name`."""
+    """The class name in the folder or the table, in the spelling of `same_name`."""
     patient: str | None = None
     weight: float = 1.0
 
@@ -212,14 +213,14 @@ def _index_of(
     empty: Iterable[tuple[str, str]] = (),
     left_out: Iterable[tuple[str, str]] = (),
 ) -> Index:
-    """Gives classes their numbers and images their patients.
+    """Numbers the classes, finds the patients, and returns the index.
 
     Args:
-        root: what the index was read from.
+        root: the path from which the index was read.
         found: the images.
-        source: of their bytes.
-        reading: how classes and patients are told.
-        kinds: names of classes that are there without an image.
+        source: source of their bytes.
+        reading: how classes and patients are determined.
+        kinds: names of classes that may be without an image.
         empty: (split, class) of folders without an image.
         left_out: see `Index`.
 
@@ -250,7 +251,7 @@ def _index_of(
 
 
 def _kind(found: _Found, classes: tuple[str, ...]) -> str | None:
-    """Returns which of some classes an image is of; None where it is of none."""
+    """Returns the class of an image if it is among these classes, else None."""
     if found.kind in classes:
         return found.kind
     cause = cause_of(found.name)
@@ -258,7 +259,7 @@ def _kind(found: _Found, classes: tuple[str, ...]) -> str | None:
 
 
 def _classes(root: Path, names: set[str], reading: Reading) -> tuple[str, ...]:
-    """Returns the names of labels 0 and up."""
+    """Returns the class names in the order of their labels."""
     positive, given = reading.positive, reading.classes
     listed = ", ".join(sorted(names))
     if given:
@@ -287,37 +288,37 @@ def _classes(root: Path, names: set[str], reading: Reading) -> tuple[str, ...]:
 
 
 def _patients(root: Path, found: Sequence[_Found], source: Source, pattern: str) -> list[str]:
-    """Returns whom each image shows."""
+    """Returns the patient ID of each image."""
     if not pattern:
         return [each.patient or _patient(each.name, source) for each in found]
     if any(each.patient is not None for each in found):
         raise InputError(
-            f"{root} has a column of patients, so --data.patient-pattern has no effect; leave one"
-            " of them out (--data.columns patient= leaves out the column)"
+            f"{root} has a column of patients, so --data.patient-pattern has no effect; remove"
+            " one of them (--data.columns patient= ignores the column)"
         )
     try:
         searched = re.compile(pattern)
     except re.error as error:
         raise InputError(
-            f"--data.patient-pattern {pattern} is no regular expression ({error})"
+            f"--data.patient-pattern {pattern} is not a regular expression ({error})"
         ) from None
     if searched.groups > 1:
         raise InputError(
-            f"--data.patient-pattern {pattern} has {searched.groups} groups; mark the patient by"
-            " one, and write (?:...) for the others"
+            f"--data.patient-pattern {pattern} has {searched.groups} groups; mark the patient"
+            " with one, and write (?:...) for the others"
         )
     matches = [searched.search(each.name) for each in found]
     patients = [match and match[searched.groups] for match in matches]
     if not any(patients):
         raise InputError(
             f"--data.patient-pattern {pattern} finds no patient in any of {len(found):,} names,"
-            f" as {found[0].name}"
+            f" such as {found[0].name}"
         )
     return [patient or each.name for patient, each in zip(patients, found, strict=True)]
 
 
 def _from_names(root: Path, walked: Walked, source: Tree | Zip, reading: Reading) -> Index:
-    """Finds the split and class folders in a list of paths; trees and zips alike."""
+    """Finds split and class folders in the paths of a folder or a zip."""
     found: list[tuple[str, str, str, str]] = []  # (prefix, split, class, name)
     left_out = [pair for pair in walked.refused if not any(map(hidden, pair[0].split("/")))]
     class_folders: set[tuple[str, str, str]] = set()
@@ -346,7 +347,7 @@ def _from_names(root: Path, walked: Walked, source: Tree | Zip, reading: Reading
     if not class_folders:
         _expect_no_links_out(root, walked)
         return _from_flat(root, walked, source, reading)
-    # The Kaggle archive carries a second copy of itself one folder down: take the outermost.
+    # The Kaggle archive contains a second copy of itself one folder down: take the outermost.
     top = min({prefix for prefix, _, _ in class_folders}, key=lambda p: (len(p.split("/")), p))
     if top.count("/") > 1:
         raise InputError(f"{root} has its splits too deep, in {top}; give that folder as the root")
@@ -370,7 +371,7 @@ def _from_names(root: Path, walked: Walked, source: Tree | Zip, reading: Reading
 
 
 def _from_flat(root: Path, walked: Walked, source: Tree | Zip, reading: Reading) -> Index:
-    """Finds class folders that lie side by side, in no folders of splits."""
+    """Finds class folders that lie side by side, without split folders."""
     left_out = [pair for pair in walked.refused if not any(map(hidden, pair[0].split("/")))]
     images = []
     for name in walked.files:
@@ -384,7 +385,7 @@ def _from_flat(root: Path, walked: Walked, source: Tree | Zip, reading: Reading)
     left_out += again
     folders = {PurePosixPath(name).parent for name in once}
     above = {parent for folder in folders for parent in folder.parents}
-    folders -= above | {PurePosixPath()}  # what lies beside or above class folders is in none
+    folders -= above | {PurePosixPath()}  # files beside or above class folders have no class
     parents = sorted({folder.parent for folder in folders})
     if not folders or any(same_name(f.name).lower() in SPLITS for f in folders):
         hint = f"; did you mean {root.parent}?" if root.name.lower() in SPLITS else ""
@@ -397,8 +398,8 @@ def _from_flat(root: Path, walked: Walked, source: Tree | Zip, reading: Reading)
     if len(parents) > 1:
         a, b = (min(f for f in folders if f.parent == parent) for parent in parents[:2])
         raise InputError(
-            f"{root} holds images in {a} and in {b}, which do not lie side by side as class folders"
-            " do; move them, or list the images in a table (--data.table)"
+            f"{root} holds images in {a} and in {b}, which are not side by side as class folders"
+            " should be; move them, or list the images in a table (--data.table)"
         )
     found = []
     for name in once:
@@ -417,14 +418,14 @@ def _place(name: str) -> tuple[str, str, str]:
 
 
 def _expect_no_links_out(root: Path, walked: Walked) -> None:
-    """Raises InputError where links out of the root are why nothing is found in it."""
+    """Raises InputError if the reason for finding no images is links that lead out of the root."""
     for name, reason in walked.refused:
         if reason == LEADS_OUT:
             raise InputError(f"{root}: {name} is {reason}, or give the folder that holds both")
 
 
 def _is_bare_dicom(name: str, source: Tree | Zip) -> bool:
-    """Tells whether a file is DICOM, by its content, though its name does not end in .dcm."""
+    """Returns whether the content of a file without the suffix .dcm is DICOM."""
     if not may_be_dicom(name):
         return False
     try:
@@ -434,7 +435,7 @@ def _is_bare_dicom(name: str, source: Tree | Zip) -> bool:
 
 
 def _patient(name: str, source: Source) -> str:
-    """Returns whom an image shows: by its tag in a DICOM file, else by its name."""
+    """Returns the patient ID of an image: from the tag of a DICOM file, else from its name."""
     if not isinstance(source, Arrays) and not name.lower().endswith((".jpeg", ".jpg", ".png")):
         with contextlib.suppress(OSError, dicom.DicomError):
             encoded = source.root / name if isinstance(source, Tree) else source.read(name)
@@ -453,7 +454,7 @@ def _from_npz(path: Path, reading: Reading) -> Index:
         labels = source.array(f"{split}_labels")
         if labels.ndim == 2 and labels.shape[1] > 1:
             raise InputError(
-                f"{path}: {split}_labels holds {labels.shape[1]} findings an image (multi-label),"
+                f"{path}: {split}_labels holds {labels.shape[1]} findings per image (multi-label),"
                 " which are not supported; give each image one class"
             )
         labels = labels.reshape(-1)
@@ -487,11 +488,11 @@ def _from_npz(path: Path, reading: Reading) -> Index:
 
 def _from_table(path: Path, columns: str, root: Path, reading: Reading) -> Index:
     if root.suffix.lower() == ".npz" and not root.is_dir():
-        raise InputError(f"a table names files, so it does not go with {root}; drop one of the two")
+        raise InputError(f"a table lists files, so it cannot go with {root}; drop one of the two")
     if not root.exists():
         raise InputError(f"{root} does not exist; give the folder or .zip that holds the images")
     if not root.is_dir() and root.suffix.lower() != ".zip":
-        raise InputError(f"{root} is no folder and no .zip; give where the paths of {path} begin")
+        raise InputError(f"{root} is not a folder or .zip; give the one with the files of {path}")
     source = Tree(root) if root.is_dir() else Zip(root)
     found = [
         _Found(row.name, row.split or ALL, same_name(row.label), row.patient, row.weight)

@@ -1,7 +1,8 @@
-"""JPEG files: their luma, decoded so that damage is seen, and what they would cost.
+"""Decodes the luma of JPEG files with detection of damage, and estimates the cost of decoding.
 
-libjpeg goes on where the compressed data are damaged, paints the rest gray, and warns. Pillow keeps
-those warnings to itself; simplejpeg, the same libjpeg-turbo, raises them. The pixels are the same.
+If compressed data are damaged, libjpeg continues, fills the rest with gray, and warns. Pillow
+discards these warnings; simplejpeg, which uses the same libjpeg-turbo, raises them as errors. Both
+give the same pixels.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ import simplejpeg
 
 from cnnjax.data.bounds import LARGEST_DECODED
 
-# Files of common encoders have up to 10 scans; each goes over all pixels anew.
+# Files of common encoders have up to 10 scans; each scan processes all pixels again.
 MOST_SCANS = 100
 MOST_SCANNED = 400_000_000  # pixels times scans
 
 _DAMAGE = "Corrupt JPEG data", "Premature end of JPEG", "Inconsistent progression"
-_MARKER = re.compile(rb"\xff([^\x00\xff])")  # with fill bytes before it
+_MARKER = re.compile(rb"\xff([^\x00\xff])")  # may follow fill bytes
 _SCAN, _ADOBE = 0xDA, 0xEE
 _WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD9)}
 _FRAMES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # SOF of JPEG and of JPEG-LS
@@ -28,11 +29,11 @@ _PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
 
 
 class Damaged(ValueError):
-    """The compressed data are damaged; the text is libjpeg's."""
+    """The compressed data are damaged; the message is libjpeg's."""
 
 
 class Header(NamedTuple):
-    """What a JPEG or JPEG-LS file says of itself before its first scan."""
+    """The header of a JPEG or JPEG-LS file, up to its first scan."""
 
     width: int
     height: int
@@ -40,16 +41,16 @@ class Header(NamedTuple):
     bits: int
     progressive: bool
     tells_colours: bool
-    """Whether Adobe's marker, or components named R, G and B, tell the state of its colours."""
+    """Whether Adobe's marker, or components named R, G and B, declare the colour space."""
 
 
 def header_of(encoded: bytes) -> Header | None:
-    """Returns the header of a JPEG or JPEG-LS file; None where it has none."""
+    """Returns the header of a JPEG or JPEG-LS file; None if it has none."""
     adobe, frame = False, None
     for marker, start in _segments(encoded):
         body = encoded[start + 2 : start + 17]
         if marker == _ADOBE and body.startswith(b"Adobe"):
-            # libjpeg passes over shorter ones.
+            # libjpeg ignores shorter ones.
             adobe = int.from_bytes(encoded[start : start + 2], "big") >= 14
         elif marker in _FRAMES and len(body) >= 6:
             frame = marker, body
@@ -64,20 +65,20 @@ def header_of(encoded: bytes) -> Header | None:
 
 
 def scan_fault(encoded: bytes, width: int, height: int, components: int, progressive: bool) -> str:
-    """Returns why the scans of a JPEG cost too much, or are not all there; empty where they serve.
+    """Returns why the scans of a JPEG cost too much or are incomplete; empty if they are not.
 
-    libjpeg shows what it has where whole scans are missing, blurred or without some colours, and
-    does not warn.
+    If whole scans are missing, libjpeg shows a blurred image, or one without some colours, and does
+    not warn.
 
     Args:
         encoded: the file.
-        width: of the image in pixels.
-        height: of the image in pixels.
+        width: width of the image in pixels.
+        height: height of the image in pixels.
         components: 1 for gray, 3 for colour.
-        progressive: whether coefficients of the whole image are kept until the last scan.
+        progressive: whether the coefficients of the whole image are kept until the last scan.
     """
     if not progressive and (components == 1 or _interleaved(encoded, components)):
-        return ""  # libjpeg reads the first scan alone
+        return ""  # libjpeg reads only the first scan
     if width * height * components * 2 > LARGEST_DECODED * 3 // 2:
         return f"too many pixels for a JPEG of several scans: {width} x {height}"
     most, scans = min(MOST_SCANS, MOST_SCANNED // (width * height)), 0
@@ -92,14 +93,14 @@ def scan_fault(encoded: bytes, width: int, height: int, components: int, progres
             if scans > most:
                 return f"a JPEG of more than {most} scans over {width} x {height} pixels"
             first, last, bits = body[-3:] if progressive else (0, 63, 0)
-            if not bits & 15:  # none of a coefficient's bits is left for a later scan
+            if not bits & 15:  # no bits of a coefficient are left for a later scan
                 parts = [named.index(name) for name in body[1:-3:2] if name in named]
                 waiting -= {(part, i) for part in parts for i in range(first, last + 1)}
     return "some scans of the JPEG are missing" if waiting else ""
 
 
 def _interleaved(encoded: bytes, components: int) -> bool:
-    """Tells whether the first scan holds all components."""
+    """Returns whether the first scan holds all components."""
     first = next((start for marker, start in _segments(encoded) if marker == _SCAN), None)
     return first is not None and encoded[first + 2 : first + 3] == bytes([components])
 
@@ -109,17 +110,17 @@ def luma(encoded: bytes, width: int, height: int, reduced: int = 1) -> np.ndarra
 
     Args:
         encoded: the file.
-        width: of the image in pixels.
-        height: of the image in pixels.
-        reduced: 1, 2, 4 or 8, by which to divide the sides while decoding (libjpeg's scaled inverse
-            DCT).
+        width: width of the image in pixels.
+        height: height of the image in pixels.
+        reduced: 1, 2, 4 or 8, the factor by which the sides are reduced during decoding (libjpeg's
+            scaled inverse DCT).
 
     Returns:
         uint8 [ceil(height / reduced), ceil(width / reduced)].
 
     Raises:
         Damaged: libjpeg warns of damage.
-        ValueError: it cannot be decoded, or libjpeg warns of something else.
+        ValueError: the file cannot be decoded, or libjpeg warns of something else.
     """
     try:
         pixels: np.ndarray = simplejpeg.decode_jpeg(
@@ -137,32 +138,39 @@ def luma(encoded: bytes, width: int, height: int, reduced: int = 1) -> np.ndarra
 
 
 def rgb(encoded: bytes) -> np.ndarray:
-    """Decodes a JPEG of which `Header.tells_colours` to uint8 [height, width, 3]; ValueError."""
+    """Decodes a JPEG that declares its colour space (`Header.tells_colours`).
+
+    Returns:
+        uint8 [height, width, 3].
+
+    Raises:
+        ValueError: the file cannot be decoded.
+    """
     pixels: np.ndarray = simplejpeg.decode_jpeg(encoded, "RGB", strict=False)
     return pixels
 
 
 def expect_ended(encoded: bytes) -> None:
-    """Raises Damaged where nothing marks the end of the last scan.
+    """Raises Damaged if no marker ends the last scan.
 
-    For JPEG Lossless and JPEG of 12 bits, whose decoder keeps libjpeg's warnings to itself.
+    For JPEG Lossless and 12-bit JPEG, whose decoder discards libjpeg's warnings.
     """
     if encoded.rfind(b"\xff\xd9") < encoded.rfind(bytes([0xFF, _SCAN])):
         raise Damaged("Premature end of JPEG file")
 
 
 def expect_whole(encoded: bytes, width: int, height: int) -> None:
-    """Raises Damaged where libjpeg warns of damage; for files that something else decodes."""
+    """Raises Damaged if libjpeg warns of damage; for files that another decoder decodes."""
     try:
         luma(encoded, width, height, 8)
     except Damaged:
         raise
     except ValueError:
-        pass  # of a kind that libjpeg does not take to gray, or a warning of another thing
+        pass  # libjpeg cannot convert it to gray, or warns of something else
 
 
 def _segments(encoded: bytes) -> Iterator[tuple[int, int]]:
-    """Yields (marker, start of the segment's length) of a JPEG, over its compressed data too."""
+    """Yields (marker, offset of the segment's length) of all segments of a JPEG."""
     at = 0
     while match := _MARKER.search(encoded, at):
         marker, at = match[1][0], match.end()

@@ -1,4 +1,4 @@
-"""What the file names of the published pediatric radiographs tell (Kermany et al., Cell 172, 2018).
+"""Parses the file names of the published pediatric radiographs (Kermany et al., Cell 172, 2018).
 
 =========================================  ======================
 file name                                  patient
@@ -9,7 +9,7 @@ file name                                  patient
 ``BACTERIA-1008087-0001.jpeg`` (Mendeley)  ``1008087``
 =========================================  ======================
 
-The rest of the package knows only the columns that come of this.
+The rest of the package uses only the patient IDs and causes that this module returns.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ PUBLISHED = (
     ("the post, its own CNN, official test", "0.917", "0.956", "", ""),
     ("Kermany et al., Inception-v3, official test", "0.928", "0.932", "0.901", "0.968"),
 )
-"""Accuracy, sensitivity, specificity and AUC that others report on the official test split."""
+"""Accuracy, sensitivity, specificity and AUC that others report for the official test split."""
 
 
 def patient_of(name: str) -> str:
-    """Returns whom an image shows, by its file name; one of no known scheme is its own patient.
+    """Returns the patient ID in a file name; the name itself if it follows no known scheme.
 
     The schemes are listed above.
     """
@@ -44,32 +44,32 @@ def patient_of(name: str) -> str:
 
 
 def cause_of(name: str) -> str | None:
-    """Returns the class that a published file name tells: BACTERIA, VIRUS, or None for neither.
+    """Returns the cause of pneumonia in a published file name: BACTERIA or VIRUS; None without one.
 
-    (`IM-...` tells nothing: other programs name files so, too.)
+    (`IM-...` does not imply a class: other programs use such names too.)
     """
     match = _CAUSE.match(PurePosixPath(name).name)
     return match[1].upper() if match else None
 
 
 def viral_of(name: str) -> int:
-    """Returns 1 if the file name tells of a virus, 0 if of bacteria, -1 if of neither."""
+    """Returns 1 if the file name says viral, 0 if bacterial, -1 if neither."""
     cause = cause_of(name)
     return ("BACTERIA", "VIRUS").index(cause) if cause else -1
 
 
 def group_of(patient: str) -> str:
-    """Returns the key under which a patient's images stay on one side of a split.
+    """Returns the key that keeps the images of a patient on one side of a split.
 
-    Kermany's person numbers are counted separately for bacteria and for virus, so person12_bacteria
-    and person12_virus are most likely strangers. Should they not be, a split that keeps the number
-    together is right all the same, so it does.
+    Kermany's person numbers are counted separately for bacteria and virus, so person12_bacteria and
+    person12_virus are most likely different patients. They share a key nevertheless: the split is
+    then correct in either case.
     """
     return re.sub(r"^(person\d+)_(?:bacteria|virus)$", r"\1", patient)
 
 
 def place_in_numbering(group: str) -> tuple[str, int]:
-    """Returns the series that a name belongs to, and its number there."""
-    name = PurePosixPath(group).stem  # a name of no known scheme is its own patient, suffix and all
+    """Returns the series of a name, and its number in the series."""
+    name = PurePosixPath(group).stem  # a name of no known scheme keeps its suffix
     match = re.search(r"\d+$", name)
     return (name[: match.start()], int(match[0])) if match else (name, 0)

@@ -1,7 +1,7 @@
-"""Names of files as they enter: from folders and from archives, each film once, none from outside.
+"""Lists the files of folders and archives: each file once, and none outside the root.
 
-Names of the index keep the spelling of the file system, by which files are opened; names that are
-compared with others, those of splits and classes, are brought to one spelling by `same_name`.
+Names in the index keep the spelling of the file system, since files are opened by them. Names that
+are compared, those of splits and classes, are normalized by `same_name`.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ from cnnjax.errors import InputError
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".dcm")
 SUFFIXES = ", ".join(IMAGE_SUFFIXES)
 
-LEADS_OUT = "a link out of the root, copy what it leads to"
-NOT_REGULAR = "no regular file"
+LEADS_OUT = "a link that leads out of the root; copy its target into the root"
+NOT_REGULAR = "not a regular file"
 
 _OF_DICOM = ("", ".dicom", ".dic", ".ima")
 
 
 @dataclass
 class Walked:
-    """What lies below a folder or in an archive; names are relative to it, with forward slashes."""
+    """The content of a folder or an archive; names are relative to it, with forward slashes."""
 
     files: dict[str, str] = field(default_factory=dict)
-    """The file that each name leads to; that of several names is the same by way of links."""
+    """The target file of each name; links give several names the same target."""
     folders: list[str] = field(default_factory=list)
     refused: list[tuple[str, str]] = field(default_factory=list)
     """(name, reason) of each file or link that is not followed."""
 
     def once(self, names: Iterable[str]) -> tuple[list[str], list[tuple[str, str]]]:
-        """Returns those of the names that lead to files of their own, and (name, reason) of others.
+        """Returns the names of distinct files, and (name, reason) of the others.
 
-        Of several names of a file, the one that is no link is kept, or else the first.
+        Of several names of a file, the one that is not a link is kept, or else the first.
         """
         kept: dict[str, str] = {}
         again: list[tuple[str, str]] = []
         for name in sorted(names, key=lambda name: (self._is_link(name), name)):
             first = kept.setdefault(self.files[name], name)
             if first != name:
-                again.append((name, "a link to a film that is listed"))
+                again.append((name, "a link to an image that is listed"))
         return sorted(kept.values()), again
 
     def _is_link(self, name: str) -> bool:
@@ -51,31 +51,31 @@ class Walked:
 
 
 def same_name(part: str) -> str:
-    """Returns a name in the spelling that names of splits and classes are compared in.
+    """Returns the normalized form of a split's or class's name.
 
-    Letter case does not matter, nor whether an accent is a character of its own (Unicode NFC).
+    Letter case is ignored, and Unicode is normalized (NFC).
     """
     return unicodedata.normalize("NFC", part).upper()
 
 
 def hidden(part: str) -> bool:
-    """Tells whether a file or folder of this name is passed over."""
+    """Returns whether a file or folder of this name is ignored."""
     return (part.startswith(".") and part not in (".", "..")) or part == "__MACOSX"
 
 
 def may_be_dicom(name: str) -> bool:
-    """Tells whether a file may be DICOM though its name does not end in .dcm.
+    """Returns whether a file without the suffix .dcm may be DICOM.
 
-    Many have no suffix, or the last number of a unique identifier for one.
+    Many DICOM files have no suffix, or have the last number of a unique identifier as the suffix.
     """
     suffix = PurePosixPath(name).suffix.lower()
     return suffix in _OF_DICOM or suffix[1:].isdigit()
 
 
 def in_archive(name: str) -> str | None:
-    """Returns an archive's name for an entry as a relative path; None where it leads out of it.
+    """Returns an entry's name as a relative path; None if it leads out of the archive.
 
-    Some programs write backslashes, a leading `./` or a drive.
+    Some programs write backslashes, a leading `./`, or a drive letter.
     """
     parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
     if ".." in parts or (parts and parts[0].endswith(":")):
@@ -84,14 +84,14 @@ def in_archive(name: str) -> str | None:
 
 
 def walk(root: Path, *, confined: bool) -> Walked:
-    """Lists what lies below a folder; hidden files are passed over.
+    """Lists the content of a folder, without hidden files.
 
-    Links are followed, as data sets under version control are made of them, but not in a circle,
-    and to no folder twice.
+    Links are followed, since version control of data sets uses them. Cycles are not followed; of
+    several links to a folder only the first is followed.
 
     Args:
         root: the folder.
-        confined: whether links that lead out of it are refused.
+        confined: whether links that lead out of the root are refused.
 
     Raises:
         InputError: a folder cannot be read.
@@ -99,7 +99,7 @@ def walk(root: Path, *, confined: bool) -> Walked:
     found = Walked()
     home = os.path.realpath(root)
     followed: set[str] = set()
-    # (its name, what it leads to, all that it lies in) of folders that are to be listed
+    # (name, target, targets of it and the folders above) of folders to list
     waiting: list[tuple[str, str, tuple[str, ...]]] = [("", home, (home,))]
     while waiting:
         folder, real, above = waiting.pop()
@@ -108,7 +108,7 @@ def walk(root: Path, *, confined: bool) -> Walked:
             target = os.path.join(real, entry.name)  # noqa: PTH118
             if entry.is_symlink():
                 linked = Path(os.path.realpath(target))
-                if linked.exists():  # else reading it will tell
+                if linked.exists():  # otherwise reading it raises an error
                     target = str(linked)
                     if confined and not linked.is_relative_to(home):
                         found.refused.append((name, LEADS_OUT))
@@ -128,7 +128,7 @@ def walk(root: Path, *, confined: bool) -> Walked:
 
 
 def _listed(folder: Path) -> list[os.DirEntry[str]]:
-    """Returns what lies in a folder, hidden entries apart, from the last name to the first."""
+    """Returns the entries of a folder, without hidden ones, sorted by name in reverse."""
     try:
         with os.scandir(folder) as entries:
             visible = [entry for entry in entries if not hidden(entry.name)]

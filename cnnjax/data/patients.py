@@ -1,4 +1,4 @@
-"""Splits that never divide a patient."""
+"""Splits that keep all images of a patient on one side."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cnnjax.machine.files import write_atomically, write_rows
 
 
 def in_several_splits(examples: Sequence[Example]) -> dict[tuple[str, str], list[str]]:
-    """Returns, for each pair of splits, the sorted patients that both of them hold."""
+    """Returns, for each pair of splits, the sorted patients that occur in both."""
     patients: dict[str, set[str]] = {}
     for example in examples:
         patients.setdefault(example.split, set()).add(example.patient)
@@ -32,19 +32,19 @@ def in_several_splits(examples: Sequence[Example]) -> dict[tuple[str, str], list
 def grouped_folds(
     examples: Sequence[Example], folds: int, seed: int, classes: Sequence[str] = ()
 ) -> np.ndarray:
-    """Assigns each image to a fold: patients whole, classes in equal shares, from a seed.
+    """Assigns each image to a fold: grouped by patient, and stratified by class.
 
     Args:
         examples: n images.
-        folds: how many folds.
-        seed: of the order in which patients of the same mixture of classes are dealt out.
-        classes: names of the labels, for the message.
+        folds: number of folds.
+        seed: seed of the order of patients with the same mixture of classes.
+        classes: names of the labels, for the error message.
 
     Returns:
         int64 [n], the fold, from 0 to folds - 1, in which each image is held out.
 
     Raises:
-        InputError: there are too few patients of a class for so many folds.
+        InputError: a class has fewer patients than folds.
     """
     labels = np.array([e.label for e in examples])
     groups = np.array([group_of(e.patient) for e in examples])
@@ -57,30 +57,30 @@ def grouped_folds(
 
 
 def block_folds(examples: Sequence[Example], folds: int, classes: Sequence[str] = ()) -> np.ndarray:
-    """Assigns each image to a fold of neighbours in the file numbering, patients whole.
+    """Assigns each image to a fold of neighbours in the file numbering, grouped by patient.
 
-    Numbers follow the order in which a hospital took or kept its images, so that a block differs
-    from the rest as one season or one exporter does from another. Each class is cut by itself, into
-    runs of about equally many images. Where the names of a class form several series (`IM-...` and
-    `NORMAL2-IM-...`), its last fold is the whole of the last series, unless that is small, and the
-    others share the rest.
+    File numbers follow the order in which a hospital took or stored its images. A block therefore
+    differs from the rest as one season or one exporter differs from another. Each class is split
+    separately, into runs of about equally many images. If the names of a class form several series
+    (`IM-...` and `NORMAL2-IM-...`), the last fold is the whole last series, unless it is small, and
+    the other folds share the rest.
 
     Args:
         examples: n images.
-        folds: how many folds, at least 2.
-        classes: names of the labels, for the message.
+        folds: number of folds, at least 2.
+        classes: names of the labels, for the error message.
 
     Returns:
         int64 [n], the fold, from 0 to folds - 1, in which each image is held out.
 
     Raises:
-        InputError: there are too few patients of a class for so many folds, or patients have no
-            numbers, as in DICOM files.
+        InputError: a class has fewer patients than folds, or the patients have no numbers, as in
+            DICOM files.
     """
     if any(_HASHED.fullmatch(e.patient) for e in examples):
         raise InputError(
-            "--data.validation blocks goes by the numbers of patients, and those of DICOM files"
-            " have none here but a hash; take --data.validation patients"
+            "--data.validation blocks needs patient numbers, and DICOM files give only a hash"
+            " of the patient ID; use --data.validation patients"
         )
     groups = [group_of(e.patient) for e in examples]
     fold_of: dict[str, int] = {}
@@ -102,29 +102,29 @@ def block_folds(examples: Sequence[Example], folds: int, classes: Sequence[str] 
                 ranked, runs = rest, folds - 1
         images = np.array([sizes[group] for group in ranked])
         middle = (np.cumsum(images) - images / 2) / images.sum()
-        # A patient of several classes stays where the first put it.
+        # A patient of several classes stays in the fold of the first class.
         for group, place in zip(ranked, middle, strict=True):
             fold_of.setdefault(group, int(place * runs))
     return np.array([fold_of[group] for group in groups])
 
 
-_HASHED = re.compile("[0-9a-f]{16}")  # as `cnnjax.data.dicom` names a patient
+_HASHED = re.compile("[0-9a-f]{16}")  # the patient IDs of `cnnjax.data.dicom`
 
 
 def _count(examples: Sequence[Example], classes: Sequence[str]) -> int:
-    """Returns the number of classes, by their names or else by the labels."""
+    """Returns the number of classes, from their names or else from the labels."""
     return len(classes) or max([2, *(1 + e.label for e in examples)])
 
 
 def _enough_patients(label: int, groups: Sequence[str], folds: int, classes: Sequence[str]) -> None:
-    """Raises InputError where the images of a class, each with its patient, show too few."""
+    """Raises InputError if a class's images, given by their patients, show too few patients."""
     name = classes[label] if classes else label
     patients = len(set(groups))
     if patients == 1 < len(groups) and _HASHED.fullmatch(groups[0]):
         raise InputError(
-            f"all {len(groups)} images of class {name} carry the same PatientID (0010,0020), as"
-            " some programs that anonymise write it, so that no folds of patients can be made;"
-            " write into each file a PatientID of its patient's own"
+            f"all {len(groups)} images of class {name} have the same PatientID (0010,0020), which"
+            " some programs write to anonymise them; folds of patients cannot be made. Write a"
+            " different PatientID for each patient"
         )
     if patients < folds:
         raise InputError(
@@ -134,20 +134,20 @@ def _enough_patients(label: int, groups: Sequence[str], folds: int, classes: Seq
 
 
 def _deal(counts: np.ndarray, folds: int, seed: int) -> np.ndarray:
-    """Deals groups out so that each fold gets its share of each class.
+    """Assigns groups to folds, stratified by class.
 
-    The groups that lean most to one class come first; each goes to the fold that it leaves the
-    shares most equal in, among equals to the smallest. The folds are those of scikit-learn's
-    `StratifiedGroupKFold(folds, shuffle=True, random_state=seed)`, whose import alone takes longer
-    than JAX's.
+    Groups with the most uneven class counts come first. Each group goes to the fold for which the
+    class shares of all folds become most equal; ties go to the smallest fold. The result is that of
+    scikit-learn's `StratifiedGroupKFold(folds, shuffle=True, random_state=seed)`, whose import
+    alone takes longer than JAX's.
 
     Args:
-        counts: [groups, classes], images of each class in each group.
-        folds: how many.
-        seed: of the order among equals.
+        counts: [groups, classes], number of images of each class in each group.
+        folds: number of folds.
+        seed: seed of the order among equal groups.
 
     Returns:
-        int64 [groups], the fold of each.
+        int64 [groups], the fold of each group.
     """
     order = np.arange(len(counts))
     np.random.RandomState(seed).shuffle(order)
@@ -171,12 +171,12 @@ def _deal(counts: np.ndarray, folds: int, seed: int) -> np.ndarray:
 
 
 def write_split(path: Path, examples: Sequence[Example], held_out: np.ndarray) -> None:
-    """Writes `split.csv`: one line an image, with its patient, label and role in this run.
+    """Writes `split.csv`: one line per image, with its patient, label and role in the run.
 
     Args:
-        path: the file, replaced as a whole.
+        path: the file, which is replaced atomically.
         examples: n images.
-        held_out: bool [n], true where the image validates.
+        held_out: bool [n], true for validation images.
     """
     with write_atomically(path) as file:
         write_rows(file, [["image", "patient", "label", "role"]])

@@ -1,4 +1,4 @@
-"""PNG files: what Pillow leaves to be done, of chunks and of transparency."""
+"""Handles chunks and transparency of PNG files where Pillow does not."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cnnjax.data.bounds import LARGEST_DECODED
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
-# What Pillow needs of a file to show its pixels, and the way they are turned.
+# The chunks that Pillow needs for the pixels and their orientation.
 _KEPT = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf"}
 _XMP = b"XML:com.adobe.xmp\0"
 _XMP_READ = 2**22
@@ -22,9 +22,9 @@ _ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 
 
 def without_text(encoded: bytes) -> bytes:
-    """Returns a PNG without texts and profiles, which Pillow refuses if large or damaged.
+    """Returns a PNG without texts and profiles; Pillow refuses large or damaged ones.
 
-    The orientation that an XMP text tells is kept.
+    The orientation in an XMP text is kept.
     """
     kept = [SIGNATURE]
     for kind, body, whole in _chunks(encoded):
@@ -36,7 +36,7 @@ def without_text(encoded: bytes) -> bytes:
 
 
 def _chunks(encoded: bytes) -> Iterator[tuple[bytes, bytes, bytes]]:
-    """Yields (kind, body, whole chunk), and at the end what is left of a chunk that is cut."""
+    """Yields (kind, body, whole chunk); the last chunk may be truncated."""
     at = len(SIGNATURE)
     while at < len(encoded):
         (length,) = struct.unpack(">I", encoded[at : at + 4].ljust(4, b"\0"))
@@ -46,7 +46,7 @@ def _chunks(encoded: bytes) -> Iterator[tuple[bytes, bytes, bytes]]:
 
 
 def expect_whole(encoded: bytes) -> None:
-    """Raises ValueError where a checksum of the pixels is wrong: Pillow does not look at these."""
+    """Raises ValueError if a checksum of the pixel data is wrong; Pillow does not verify them."""
     view, at = memoryview(encoded), len(SIGNATURE)
     while at + 8 <= len(encoded):
         (length,) = struct.unpack(">I", view[at : at + 4])
@@ -59,14 +59,15 @@ def expect_whole(encoded: bytes) -> None:
 
 
 def expect_all_pixels(encoded: bytes, image: Image.Image) -> None:
-    """Raises ValueError where rows are missing, or colours of the palette.
+    """Raises ValueError if rows, or colours of the palette, are missing.
 
-    Where the compressed data end after a row, Pillow shows the others black. They are inflated
-    again only if the last row is black, or of an interlaced image the last row of its last pass.
+    If the compressed data end after a row, Pillow leaves the remaining rows black. The data are
+    inflated again only if the last row is black; for an interlaced image, the last row of its last
+    pass.
 
     Args:
         encoded: the file.
-        image: as Pillow has decoded it.
+        image: the image decoded by Pillow.
     """
     width, height = image.size
     if image.mode == "P":
@@ -88,15 +89,15 @@ def expect_all_pixels(encoded: bytes, image: Image.Image) -> None:
 
 
 def _length(encoded: bytes, width: int, height: int) -> int:
-    """Returns how many bytes the rows of a PNG take before they are compressed."""
+    """Returns the number of bytes of a PNG's rows before compression."""
     bits = encoded[24] * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[encoded[25]]
     passes = _ADAM7 if encoded[28] else [(0, 0, 1, 1)]
     shapes = [(-(-(width - x) // dx), -(-(height - y) // dy)) for x, y, dx, dy in passes]
     return sum(rows * (1 + -(-columns * bits // 8)) for columns, rows in shapes if columns > 0)
 
 
-_INFLATED = 2**20  # bytes that are held at a time
-_ADAM7 = [  # column, row, and the steps to the next ones, of each pass
+_INFLATED = 2**20  # bytes inflated at a time
+_ADAM7 = [  # first column, first row, and the steps between columns and rows, of each pass
     (0, 0, 8, 8),
     (4, 0, 8, 8),
     (0, 4, 4, 8),
@@ -108,7 +109,7 @@ _ADAM7 = [  # column, row, and the steps to the next ones, of each pass
 
 
 def _orientation_only(body: bytes) -> bytes:
-    """Returns an iTXt chunk of the XMP orientation alone; empty where there is none."""
+    """Returns an iTXt chunk with only the XMP orientation; empty if there is none."""
     compressed = body[len(_XMP) : len(_XMP) + 1] == b"\1"
     _, _, text = body[len(_XMP) + 2 :].partition(b"\0")[2].partition(b"\0")
     if compressed:
@@ -124,13 +125,13 @@ def _orientation_only(body: bytes) -> bytes:
 
 
 def memory_fault(mode: str, width: int, height: int, transparent: bool) -> str:
-    """Returns why a PNG would take too much memory; empty where it would not.
+    """Returns why a PNG would take too much memory; empty if it would not.
 
     Args:
-        mode: Pillow's.
-        width: of the image in pixels.
-        height: of the image in pixels.
-        transparent: whether it becomes RGBA.
+        mode: Pillow's mode.
+        width: width of the image in pixels.
+        height: height of the image in pixels.
+        transparent: whether it is converted to RGBA.
     """
     deep = mode.startswith(("I", "F"))
     each = 4 if transparent and not deep else {"1": 1, "L": 1, "P": 1}.get(mode, 2 if deep else 4)
@@ -140,9 +141,9 @@ def memory_fault(mode: str, width: int, height: int, transparent: bool) -> str:
 
 
 def gray_key(encoded: bytes) -> tuple[int, int] | None:
-    """Returns (value, bits) of the gray that is transparent; None where there is none.
+    """Returns (value, bits) of the gray level that is transparent; None if there is none.
 
-    The value is one of the file's own depth, where Pillow scales those of 2 and 4 bits to 8.
+    The value has the file's own bit depth; Pillow scales depths of 2 and 4 bits to 8.
     """
     bits, colour = encoded[24], encoded[25]
     if colour != 0:
@@ -156,16 +157,17 @@ def gray_key(encoded: bytes) -> tuple[int, int] | None:
 
 
 def scale_of(deepest: int) -> float:
-    """Returns by what to divide 16-bit values for 8-bit ones, given the largest.
+    """Returns the divisor that converts 16-bit values to 8-bit ones, given the largest value.
 
-    Scanners write 10, 12 or 14 bits into files of 16; these count from 0 to what they can hold.
+    Scanners write 10, 12 or 14 bits into 16-bit files; white is then the largest value of that many
+    bits.
     """
     bits = deepest.bit_length()
     return (2 ** max(bits, 8) - 1) / 255 if 0 < bits <= 14 else 257
 
 
 def with_key_black(pixels: np.ndarray, key: tuple[int, int]) -> np.ndarray:
-    """Returns gray pixels as Pillow reads them, those of the transparent value black."""
+    """Returns gray pixels as read by Pillow, with those of the transparent value set to black."""
     value, bits = key
     if pixels.dtype == bool:
         return pixels & (pixels != bool(value))

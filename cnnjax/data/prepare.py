@@ -1,4 +1,4 @@
-"""From a config to the arrays that training uses: index, decode, split by patient."""
+"""Makes the arrays for training from a config: lists, decodes and splits the images."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from cnnjax.machine.host import cache_folder
 
 Say = Callable[[str], None]
 
-_NAMED = 10  # patients named in a warning; the rest are counted
+_NAMED = 10  # patients listed by name in a warning; the rest are counted
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The decoded images of a run and the part each plays."""
+    """The decoded images of a run, and which of them are held out."""
 
     decoded: cache.Decoded
     held_out: np.ndarray
-    """bool [n], true where the image validates."""
+    """bool [n], true for validation images."""
     classes: tuple[str, ...]
-    """Names of the labels, 0 and up."""
+    """Names of the labels 0, 1, ..."""
     duplicates: tuple[duplicates.Duplicate, ...] = ()
-    """Images that show the film of an earlier one, those that are left out included."""
+    """Images that repeat an earlier radiograph, including those that are left out."""
 
     @property
     def labels(self) -> np.ndarray:
@@ -63,15 +63,16 @@ def data_of(
     """Returns arrays as the data of a run, for `cnnjax.fit(config, data=...)`.
 
     Args:
-        images: uint8 [n, size, size], of the size that the config says.
-        labels: int [n], 0 and up.
-        held_out: bool [n], true where the image validates; patients on one side each.
+        images: uint8 [n, size, size]; size as in the config.
+        labels: int [n], from 0.
+        held_out: bool [n], true for validation images; each patient must be on one side.
         classes: names of the labels.
-        patients: whom each image shows; by default each another one.
-        names: of the images; by default their numbers.
+        patients: patient ID of each image; by default each image is a patient of its own.
+        names: names of the images; by default their numbers.
 
     Raises:
-        InputError: the arrays do not fit together, or a side lacks a class.
+        InputError: the arrays do not fit together, a side lacks a class, or a patient is on both
+            sides.
     """
     n = len(images)
     names = [f"image-{i:07}" for i in range(n)] if names is None else names
@@ -81,10 +82,10 @@ def data_of(
             f"images must be uint8 [n, size, size], got {images.dtype} {list(images.shape)}"
         )
     if {len(part) for part in (labels, held_out, patients, names)} != {n}:
-        raise InputError(f"labels, held_out, patients and names must each be of {n} images")
+        raise InputError(f"labels, held_out, patients and names must each have length {n}")
     if np.ndim(labels) != 1:
         raise InputError(
-            f"labels must be int [n], got {list(np.shape(labels))}: several findings an image"
+            f"labels must be int [n], got {list(np.shape(labels))}: several findings per image"
             " (multi-label) are not supported; give each image one class"
         )
     held_out = np.asarray(held_out, bool)
@@ -94,22 +95,22 @@ def data_of(
     shared = {p for p, h in zip(patients, held_out, strict=True) if h}
     shared &= {p for p, h in zip(patients, held_out, strict=True) if not h}
     if shared:
-        raise InputError(f"patient {min(shared)} is both trained on and held out")
+        raise InputError(f"patient {min(shared)} is in both the training and the held-out images")
     each = zip(names, np.asarray(labels).tolist(), patients, strict=True)
     examples = tuple(Example(name, "train", label, patient) for name, label, patient in each)
     return TrainingData(cache.decoded_of(images, examples), held_out, classes)
 
 
 def expect_two_classes(classes: Sequence[str], who: str) -> None:
-    """Raises InputError where there are more classes than `who`, a phrase, can tell apart."""
+    """Raises InputError if there are more than two classes; `who` names the program."""
     if len(classes) > 2:
         raise InputError(
-            f"{who} tells two classes apart, and these are {len(classes)}: {', '.join(classes)}"
+            f"{who} supports two classes, and these are {len(classes)}: {', '.join(classes)}"
         )
 
 
 def open_index(config: DataConfig, say: Say) -> Index:
-    """Returns the index of the config's root; draws the phantoms first if that is the root.
+    """Returns the index of the config's root; for the root `phantom`, draws the phantoms first.
 
     Raises:
         InputError: see `read_index`.
@@ -125,7 +126,7 @@ def open_index(config: DataConfig, say: Say) -> Index:
             try:
                 phantom.write_tree(root)
             except FileExistsError:
-                pass  # another process drew the same ones meanwhile
+                pass  # another process drew the same ones in the meantime
             except OSError as error:
                 raise no_cache(root, error) from None
     return read_index(
@@ -140,9 +141,9 @@ def open_index(config: DataConfig, say: Say) -> Index:
 
 def _expanded(path: str) -> Path:
     try:
-        return Path(path).expanduser()  # not every shell does after a =
+        return Path(path).expanduser()  # not every shell expands ~ after a =
     except RuntimeError:
-        raise InputError(f"{path} does not exist; there is no such user's home") from None
+        raise InputError(f"{path} does not exist; the user's home is unknown") from None
 
 
 def training_data(
@@ -152,22 +153,22 @@ def training_data(
     mesh: Mesh | None = None,
     index: Index | None = None,
 ) -> TrainingData:
-    """Returns the decoded images of train and val, and which of them validate.
+    """Returns the decoded images of train and val, and which of them are held out.
 
-    The split is drawn over every image of the index, so that a file which cannot be decoded changes
-    nothing for the others. Patients of whom images show the same film are then brought into one
-    fold, and films that are in two classes are left out (`cnnjax.data.duplicates`).
+    The split is drawn over every image of the index; a file that cannot be decoded therefore does
+    not change the split of the others. Patients who share a radiograph are then moved into one
+    fold, and radiographs that occur in two classes are left out (`cnnjax.data.duplicates`).
 
     Args:
-        config: where from and how.
-        seed: of the folds.
-        say: told what was found, a few lines at a time.
-        mesh: the devices that find the lungs for `--data.frame lungs`; by default all of the
-            fastest kind.
-        index: the images, where `open_index` has listed them already.
+        config: the data and their settings.
+        seed: seed of the folds.
+        say: called with messages of a few lines.
+        mesh: the devices that find the lungs for `--data.frame lungs`; by default all devices of
+            the fastest kind.
+        index: the index, if `open_index` has been called already.
 
     Raises:
-        InputError: the data cannot serve; see `read_index`, `Index.split`, `cache.load`.
+        InputError: the data are not usable; see `read_index`, `Index.split`, `cache.load`.
     """
     index = open_index(config, say) if index is None else index
     say(index.describe())
@@ -184,7 +185,7 @@ def training_data(
         and config.validation != "official"
         and {"train", "val"} <= {e.split for e in examples}
     ):
-        say("  train and val are pooled and split anew; --data.validation official keeps them")
+        say("  train and val are pooled and split again; --data.validation official keeps them")
     if config.validation == "official":
         folds = np.array([int(e.split != "val") for e in examples])
         held_out_fold = 0
@@ -208,13 +209,13 @@ def training_data(
         if broken := len(decoded.quarantine) - both:
             say(f"  left out: {broken:,} that cannot be decoded, see quarantine.csv")
         if both:
-            say(f"  left out: {both:,} of films that are in two classes, see quarantine.csv")
+            say(f"  left out: {both:,} images of radiographs in two classes, see quarantine.csv")
     if twice:
         say(_describe(twice))
     if config.frame == "lungs":
         decoded = framing.framed(decoded, config, mesh)
     if decoded.found is not None and (missed := int((~decoded.found).sum())):
-        say(f"  no lungs found in {missed:,} images, which are taken whole")
+        say(f"  no lungs found in {missed:,} images, which are not cropped")
     held_out = folds == held_out_fold
     _expect_classes_on_both_sides(
         decoded.labels, held_out, index.classes, f"{index.root}: after decoding,", "fix the files"
@@ -223,7 +224,7 @@ def training_data(
 
 
 def protocol(config: DataConfig, seed: int) -> str:
-    """Returns a phrase that says which images validate."""
+    """Returns a phrase that describes the validation split."""
     if config.validation == "official":
         return f"official val folder, seed {seed}"
     kind = {
@@ -234,7 +235,7 @@ def protocol(config: DataConfig, seed: int) -> str:
 
 
 def side_of(example: Example, config: DataConfig) -> str:
-    """Returns on which side of the given splits an image is: train and val are one if pooled."""
+    """Returns the side of the given splits that an image is on; train and val are one if pooled."""
     return example.split if config.validation == "official" else _pooled(example.split)
 
 
@@ -243,9 +244,9 @@ def _pooled(split: str) -> str:
 
 
 def leaking_patients(index: Index, config: DataConfig) -> dict[tuple[str, str], list[str]]:
-    """Returns the sorted patients of each pair of splits that share some.
+    """Returns the sorted patients that two splits share, for each such pair of splits.
 
-    Train and val are no such pair where they are pooled and split anew.
+    Train and val are not such a pair if they are pooled.
     """
     return {
         (a, b): shared
@@ -255,26 +256,26 @@ def leaking_patients(index: Index, config: DataConfig) -> dict[tuple[str, str], 
 
 
 _BOTH = "in two classes"
-_SHOWN = 2  # duplicates named in a line; duplicates.csv has them all
+_SHOWN = 2  # duplicates listed by name; duplicates.csv has all of them
 
 
 def _each_film_once(
     examples: Sequence[Example], folds: np.ndarray, index: Index, config: DataConfig
 ) -> tuple[cache.Decoded, np.ndarray, tuple[duplicates.Duplicate, ...]]:
-    """Decodes the images, and sees to those that show the same film.
+    """Decodes the images, and handles those of the same radiograph.
 
     Args:
         examples: n images.
-        folds: int [n], as they were drawn.
-        index: that the images are of.
-        config: its data set's.
+        folds: int [n], as drawn.
+        index: the index of the images.
+        config: the settings of the data set.
 
     Returns:
-        The m images that can be decoded and are not in two classes, int [m], their folds, and the
-        duplicates among all.
+        The m images that can be decoded and are not in two classes; int [m], their folds; and the
+        duplicates among all images.
 
     Raises:
-        InputError: see `cache.load`; with `--data.strict`, also where a film is in two classes.
+        InputError: see `cache.load`; with `--data.strict`, also if a radiograph is in two classes.
     """
     size, folder = framing.decoded_size(config), config.cache
     decoded = cache.load(examples, index.source, size, folder=folder, strict=config.strict)
@@ -296,12 +297,12 @@ def _each_film_once(
     for row in np.flatnonzero(both):
         others = np.flatnonzero((film == film[row]) & (decoded.labels != decoded.labels[row]))
         other = decoded.examples[others[0]].name
-        reasons[decoded.examples[row].name] = f"{_BOTH}: the film of {other}"
+        reasons[decoded.examples[row].name] = f"{_BOTH}: the radiograph of {other}"
     if config.strict:
         name, reason = next(iter(reasons.items()))
         raise InputError(f"{name} is {reason}; remove the wrong one or drop --data.strict")
     if both.all():
-        raise InputError(f"{index.root}: every film is in two classes; give each image one")
+        raise InputError(f"{index.root}: every radiograph is in two classes; give each one class")
     left = tuple(e for e in examples if e.name not in reasons)
     known = dict(zip((e.name for e in decoded.examples), decoded.images, strict=True))
     fewer = cache.load(left, index.source, size, folder=folder, progress=False, known=known)
@@ -310,21 +311,21 @@ def _each_film_once(
 
 
 def _describe(twice: Sequence[duplicates.Duplicate]) -> str:
-    """Returns a line about images that show the same film."""
+    """Returns a line about images of the same radiograph."""
     named = ", ".join(f"{d.image.name} as {d.like.name}" for d in twice[:_SHOWN])
     more = ", ..." if len(twice) > _SHOWN else ""
     moved = sum(" moved to " in d.done for d in twice)
     apart = sum("both sides" in d.done for d in twice)
     notes = f"; {moved:,} had their patient moved to the other's fold" if moved else ""
-    notes += f"; {apart:,} have the other on the other side" if apart else ""
+    notes += f"; {apart:,} have the other image on the other side" if apart else ""
     return (
-        f"warning: {len(twice):,} images show a film that another shows{notes}, see duplicates.csv:"
+        f"warning: {len(twice):,} images repeat another radiograph{notes}, see duplicates.csv:"
         f" {named}{more}"
     )
 
 
 def _warn_of_copies(index: Index, say: Say) -> None:
-    """Tells of files of test that are files of train or val."""
+    """Warns of files of the test split that are identical to files of train or val."""
     found = duplicates.copies(index.examples, index.source)
     if found:
         named = ", ".join(f"{ours.name} is {theirs.name}" for ours, theirs in found[:_SHOWN])
@@ -333,7 +334,7 @@ def _warn_of_copies(index: Index, say: Say) -> None:
 
 
 def _expect_each_class(examples: Sequence[Example], index: Index, config: DataConfig) -> None:
-    """Raises InputError where a class has no image, or --data.positive has no effect."""
+    """Raises InputError if a class has no image, or --data.positive has no effect."""
     there = {e.label for e in examples}
     for label, name in enumerate(index.classes):
         if label not in there:

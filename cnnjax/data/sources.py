@@ -1,4 +1,4 @@
-"""Where the bytes of an index's images come from: a folder, a zip, or the arrays of an .npz."""
+"""Sources of the images' bytes: a folder, a zip, or the arrays of an .npz."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from cnnjax.data.bounds import read_entry, read_file
 from cnnjax.data.names import Walked, in_archive
 from cnnjax.errors import InputError
 
-# Bytes of an array in an .npz that are refused, that are taken however well they are compressed,
-# and how well others may be: radiographs halve.
+# Limits on an array in an .npz: the largest size in bytes; the size up to which any compression
+# ratio is accepted; and the largest ratio above that size (radiographs compress to about half).
 _LARGEST_ARRAY, _LARGEST_FLAT, _LARGEST_RATIO = 4 * 2**30, 128 * 2**20, 50
 
 
 class Source(Protocol):
-    """Gives the encoded bytes, or the pixels, of the images of an index."""
+    """Provides the encoded bytes, or the pixels, of the images of an index."""
 
     def read(self, name: str) -> bytes | np.ndarray:
-        """Returns the file's bytes or, from an array file, uint8 [height, width(, 3)].
+        """Returns the file's bytes or, for an array file, uint8 [height, width(, 3)].
 
         Raises:
-            OSError: it cannot be read; the text says why.
+            OSError: the image cannot be read; the message gives the reason.
         """
 
     def signature(self, name: str) -> tuple[int, ...]:
-        """Returns numbers, the size in bytes first: others mean that the content may be another."""
+        """Returns numbers, the size in bytes first, that change if the content changes."""
 
 
 class Tree:
-    """The files below a folder."""
+    """The files of a folder."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -46,7 +46,7 @@ class Tree:
         return read_file(self.root / name)
 
     def head(self, name: str) -> bytes:
-        """Returns the first bytes of a file, as many as tell DICOM; raises OSError."""
+        """Returns the first `dicom.HEAD` bytes of a file; raises OSError."""
         with (self.root / name).open("rb") as file:
             return file.read(dicom.HEAD)
 
@@ -54,9 +54,9 @@ class Tree:
         """See `Source`."""
         try:
             status = (self.root / name).stat()
-        except OSError:  # a link to nowhere: decoding it will say so
+        except OSError:  # broken link; reading reports it
             return -1, 0
-        # Copies may keep the time of the content's change; that of the inode's cannot be set.
+        # A copy may preserve the modification time of the content, but not that of the inode.
         return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
@@ -64,16 +64,16 @@ class Zip:
     """The entries of a zip.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: the zip cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
         try:
-            # One open file serves every thread: ZipFile locks its reads and inflates outside.
+            # All threads share one open file: ZipFile locks reads, and inflates outside the lock.
             self.archive = zipfile.ZipFile(path)
-        # ValueError: names that are not the Unicode they are said to be.
+        # ValueError: names that are not in their declared encoding.
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-            raise InputError(f"{path} cannot be read as a zip ({error}); fetch it again") from None
+            raise InputError(f"{path} cannot be read as a zip ({error}); download again") from None
         self.infos: dict[str, zipfile.ZipInfo] = {}
         self.walked = Walked()
         for info in self.archive.infolist():
@@ -92,7 +92,7 @@ class Zip:
             return read_entry(self.archive, self.infos[name])
 
     def head(self, name: str) -> bytes:
-        """Returns the first bytes of an entry, as many as tell DICOM; raises OSError."""
+        """Returns the first `dicom.HEAD` bytes of an entry; raises OSError."""
         with _named_broken(), self.archive.open(self.infos[name]) as entry:
             return entry.read(dicom.HEAD)
 
@@ -103,13 +103,13 @@ class Zip:
 
 @contextlib.contextmanager
 def _named_broken() -> Iterator[None]:
-    """Turns the errors of a broken zip, of which each compression has its own, into OSError."""
+    """Converts the errors of a broken zip to OSError; each compression method has its own types."""
     try:
         yield
     except MemoryError:
         raise
     except OSError:
-        raise  # of the disk, or of our limits
+        raise  # from the disk, or from our limits
     except Exception as error:
         raise OSError(f"broken in the zip: {error}") from None
 
@@ -118,7 +118,7 @@ class Arrays:
     """The arrays of a MedMNIST file, each loaded once and kept.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: the file cannot be read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -127,23 +127,23 @@ class Arrays:
             with zipfile.ZipFile(path) as members:
                 self.members = {i.filename: (i.file_size, i.CRC) for i in members.infolist()}
             self.file = np.load(path, allow_pickle=False)
-        # NotImplementedError: it says that it needs a later version of zip.
+        # NotImplementedError: the zip requires a newer version of the format.
         except (OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile) as error:
             raise InputError(f"{path} cannot be read as an .npz ({error})") from None
         self.loaded: dict[str, np.ndarray] = {}
 
     def array(self, key: str) -> np.ndarray:
-        """Returns an array by its name; raises InputError where it is broken or too large."""
+        """Returns an array by its name; raises InputError if it is broken or too large."""
         if key not in self.loaded:
             try:
                 self._expect_bounded(f"{key}.npy")
                 self.loaded[key] = self.file[key]
-            except Exception as error:  # zlib.error, ValueError, BadZipFile: whatever broke
+            except Exception as error:  # depends on the damage
                 raise InputError(f"{self.path}: {key} cannot be read ({error})") from None
         return self.loaded[key]
 
     def _expect_bounded(self, member: str) -> None:
-        """Raises ValueError where an array is larger than its file or than memory should hold."""
+        """Raises ValueError if an array is larger than its file, or too large for memory."""
         info = self.file.zip.getinfo(member)
         size = info.file_size
         if size > _LARGEST_ARRAY or size > max(_LARGEST_FLAT, _LARGEST_RATIO * info.compress_size):
@@ -156,7 +156,7 @@ class Arrays:
             }[version]
             shape, _, dtype = reader(stream)
         if math.prod(shape) * dtype.itemsize > size:
-            raise ValueError(f"its header tells of {list(shape)}, which is more than there is")
+            raise ValueError(f"its header declares {list(shape)}, which is more than the data")
 
     def read(self, name: str) -> np.ndarray:
         """See `Source`."""

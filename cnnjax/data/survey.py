@@ -1,4 +1,4 @@
-"""What a data set holds, and what training would make of it, before anything is trained."""
+"""Describes a data set, and how training would use it, before training."""
 
 from __future__ import annotations
 
@@ -27,56 +27,56 @@ from cnnjax.machine.host import cpu_cores
 
 
 class Pair(NamedTuple):
-    """Two images that show the same film."""
+    """Two images of the same radiograph."""
 
     image: Example
     like: Example
     bits: int
-    """Hamming distance of their hashes, of 240 (`cnnjax.data.duplicates`)."""
+    """Hamming distance between their hashes, of 240 bits (`cnnjax.data.duplicates`)."""
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What `survey` found."""
+    """The results of `survey`."""
 
     index: Index
     layouts: tuple[Layout, ...]
-    """Of the files whose header can be read."""
+    """Layouts of the files with a readable header."""
     unreadable: tuple[tuple[str, str], ...]
     """(name, reason) of each file that cannot be decoded."""
     blank: tuple[str, ...]
-    """Names of images whose pixels all have the same gray level."""
+    """Names of images with a single gray level."""
     pairs: tuple[Pair, ...]
-    """One for each image that shows the film of an earlier one."""
+    """One for each image that repeats an earlier radiograph."""
     leaks: tuple[Pair, ...]
-    """Those of them whose images are on two sides of the given splits."""
+    """The pairs whose images are on two sides of the given splits."""
     patients: dict[tuple[str, str], list[str]]
-    """Patients who are on two sides of the given splits, by the names of these."""
+    """Patients who are on two sides of the given splits, by the names of the two splits."""
     data: TrainingData | None
-    """What training would use; None where it would refuse the data."""
+    """The data that training would use; None if training would refuse them."""
     refusal: str
-    """Why it would; else empty."""
+    """Why training would refuse the data; else empty."""
     lungless: tuple[str, ...] | None
-    """Names of images to train on in which no lungs are found; None where nobody looks for them
-    (`--data.frame whole`)."""
+    """Names of training and validation images in which no lungs are found; None with `--data.frame
+    whole`."""
     shown: dict[tuple[str, str], list[tuple[str, np.ndarray]]]
     """Some (name, uint8 [size, size]) of each split and class."""
 
 
 def survey(config: DataConfig, seed: int, index: Index, shown: int = 8) -> Survey:
-    """Looks at every image of a data set; decodes them into the cache, where training finds them.
+    """Examines every image of a data set; the decoded images stay in the cache for training.
 
     Args:
-        config: where from and how, as for training.
-        seed: of the folds.
-        index: of `cnnjax.data.prepare.open_index`, for the same config.
-        shown: how many images of each split and class to keep for a contact sheet.
+        config: the data and their settings, as for training.
+        seed: seed of the folds.
+        index: from `cnnjax.data.prepare.open_index`, for the same config.
+        shown: number of images of each split and class to keep for a contact sheet.
 
     Raises:
         InputError: no image can be decoded, or the cache cannot be written.
     """
     whole = replace(config, frame="whole", size=framing.decoded_size(config))
-    # As training and evaluation load them, so that these find them in the cache.
+    # Load them as training and evaluation do, which then find them in the cache.
     parts = [
         cache.load(examples, index.source, whole.size, folder=config.cache)
         for examples in (
@@ -134,7 +134,7 @@ def _some(
 
 
 def _layouts(index: Index) -> Iterator[Layout]:
-    """Yields what the headers say of the files that have one."""
+    """Yields the layouts of the files with a readable header."""
 
     def one(example: Example) -> Layout | None:
         try:
@@ -149,7 +149,7 @@ def _layouts(index: Index) -> Iterator[Layout]:
 
 
 def to_json(found: Survey, config: DataConfig, seed: int) -> dict[str, Any]:
-    """Returns what was found as plain JSON."""
+    """Returns the results of a survey as plain JSON."""
     index, classes = found.index, found.index.classes
 
     def pair(p: Pair) -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""A table of images: a CSV file with a row for each, its path, its label, and what else is known.
+"""Reads a table of images: a CSV file with a row per image.
 
-Columns are found by name, whatever their order; others are passed over. `path` is relative to the
-root (a folder or a zip), or absolute and below it; `label` is the name of the class. These may be
-left out: `patient`, any text, the same for all images of a patient; `split`, train, val or test;
-`weight`, a number of at least 0 by which the image's loss is multiplied in training. Cells are
-separated by commas, semicolons or tabs, as spreadsheets write them; the text is UTF-8.
+Columns are found by name, in any order; other columns are ignored. `path` is relative to the root
+(a folder or a zip), or absolute and below it; `label` is the name of the class. These columns are
+optional: `patient`, any text that is the same for all images of a patient; `split`, train, val or
+test; `weight`, a factor of at least 0 on the image's loss in training. Cells are separated by
+commas, semicolons or tabs; the encoding is UTF-8.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cnnjax.data.sources import Tree, Zip
 from cnnjax.errors import InputError
 
 COLUMNS = ("path", "label", "patient", "split", "weight")
-"""Names of the columns, as the tables have them where `--data.columns` says nothing else."""
+"""Default names of the columns in a table; `--data.columns` changes them."""
 
 _NEEDED = COLUMNS[:2]
 _SPLITS = {
@@ -33,15 +33,15 @@ _SPLITS = {
 
 
 class Row(NamedTuple):
-    """What a row of the table says of an image."""
+    """A row of the table: one image."""
 
     name: str
     """Path relative to the root, with forward slashes."""
     label: str
     patient: str | None
-    """None where the table has no such column."""
+    """None if the table has no such column."""
     split: str | None
-    """Likewise."""
+    """None if the table has no such column."""
     weight: float
 
 
@@ -50,13 +50,13 @@ def read_rows(path: Path, columns: str, source: Tree | Zip) -> list[Row]:
 
     Args:
         path: the CSV file.
-        columns: other names of columns, as `path=file,label=finding`; a name that is left empty
-            (`weight=`) says not to use the column.
+        columns: other names of columns, such as `path=file,label=finding`; an empty name
+            (`weight=`) means that the column is not used.
         source: where the images are.
 
     Raises:
-        InputError: it cannot be read, lacks a column, or a row says something that cannot be. The
-            sentence names the row as a spreadsheet counts it: the header is row 1.
+        InputError: the table cannot be read, lacks a column, or has an invalid row. The message
+            numbers rows as a spreadsheet does: the header is row 1.
     """
     names = _names(columns)
     rows = _cells(path, names)
@@ -80,7 +80,7 @@ def read_rows(path: Path, columns: str, source: Tree | Zip) -> list[Row]:
         for name, cell in row.items():
             if not cell:
                 raise _wrong(path, number, f"the column {names[name]} is empty; fill it in")
-        if "|" in row["label"]:  # as ChestX-ray14 writes them
+        if "|" in row["label"]:  # the format of ChestX-ray14
             raise _wrong(
                 path,
                 number,
@@ -104,7 +104,7 @@ def read_rows(path: Path, columns: str, source: Tree | Zip) -> list[Row]:
             )
         )
     if missing:
-        more = f" (and so for {len(missing) - 1:,} more rows)" if len(missing) > 1 else ""
+        more = f" (the same problem in {len(missing) - 1:,} more rows)" if len(missing) > 1 else ""
         raise _wrong(path, *missing[0], more)
     if not found:
         raise InputError(f"{path} has no rows below its header; add one for each image")
@@ -114,7 +114,7 @@ def read_rows(path: Path, columns: str, source: Tree | Zip) -> list[Row]:
 
 
 def _names(columns: str) -> dict[str, str]:
-    """Returns the name of each column in the table; empty for one that is not to be used."""
+    """Returns the name of each column in the table; empty for a column that is not used."""
     names = dict(zip(COLUMNS, COLUMNS, strict=True))
     for part in filter(None, (part.strip() for part in columns.split(","))):
         ours, sign, theirs = (text.strip() for text in part.partition("="))
@@ -130,14 +130,14 @@ def _names(columns: str) -> dict[str, str]:
 
 
 def _cells(path: Path, names: dict[str, str]) -> Iterator[tuple[int, list[str]]]:
-    """Yields (number, cells without the space around them) of each row, the header first."""
+    """Yields (number, cells without surrounding spaces) of each row, the header first."""
     try:
         text = read_file(path).decode("utf-8-sig")
     except OSError as error:
         reason = error.strerror or error
         raise InputError(f"the table {path} cannot be read ({reason})") from None
     except UnicodeDecodeError:
-        raise InputError(f"{path} is no table in UTF-8; save it as CSV in UTF-8") from None
+        raise InputError(f"{path} is not UTF-8 text; save it as CSV in UTF-8") from None
     first = text.partition("\n")[0]
     wanted = {name.casefold() for name in names.values()}
 
@@ -155,7 +155,7 @@ def _cells(path: Path, names: dict[str, str]) -> Iterator[tuple[int, list[str]]]
 
 
 def _places(path: Path, header: list[str], names: dict[str, str]) -> dict[str, int]:
-    """Returns in which column each of ours stands that is there."""
+    """Returns the positions of our columns in the header; optional ones may be absent."""
     folded = [cell.casefold() for cell in header]
     place = {}
     for ours, theirs in names.items():
@@ -167,14 +167,14 @@ def _places(path: Path, header: list[str], names: dict[str, str]) -> dict[str, i
         elif ours in _NEEDED or theirs not in ("", ours):
             shown = ", ".join(header) or "nothing"
             raise InputError(
-                f"{path} has no column {theirs}, but {shown}; its first row must name the columns,"
-                " others by --data.columns path=...,label=..."
+                f"{path} has no column {theirs}, but {shown}; its first row must name the columns;"
+                " give other names with --data.columns path=...,label=..."
             )
     return place
 
 
 def _locator(source: Tree | Zip) -> Callable[[str], tuple[str, str, str]]:
-    """Returns what gives the name of a path, the file that it leads to, and what is wrong."""
+    """Returns a function that maps a path to its name, the file it leads to, and any error."""
     if isinstance(source, Zip):
         archive = source
 
@@ -199,9 +199,9 @@ def _locator(source: Tree | Zip) -> Callable[[str], tuple[str, str, str]]:
             )
         name = in_archive(relative)
         if not name:
-            return "", "", f"is not below {root}; give that folder with --data.root"
+            return "", "", f"is not below {root}; give its folder with --data.root"
         if not (root / name).is_file():
-            return name, "", f"is no file in {root}; paths begin at --data.root"
+            return name, "", f"is not a file in {root}; paths are relative to --data.root"
         target = os.path.realpath(root / name)
         fault = "" if Path(target).is_relative_to(home) else f"is {LEADS_OUT}"
         return name, target, fault
@@ -212,7 +212,7 @@ def _locator(source: Tree | Zip) -> Callable[[str], tuple[str, str, str]]:
 def _split(path: Path, number: int, cell: str) -> str:
     split = _SPLITS.get(cell.casefold())
     if split is None:
-        raise _wrong(path, number, f"the split {cell} is none of train, val and test")
+        raise _wrong(path, number, f"the split {cell} is not train, val or test")
     return split
 
 
@@ -222,7 +222,7 @@ def _weight(path: Path, number: int, cell: str) -> float:
     except ValueError:
         weight = math.nan
     if not (math.isfinite(weight) and weight >= 0):
-        raise _wrong(path, number, f"the weight {cell} is no number of at least 0")
+        raise _wrong(path, number, f"the weight {cell} is not a number of at least 0")
     return weight
 
 

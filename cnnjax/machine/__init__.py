@@ -1,1 +1,1 @@
-"""What the program takes from its machine: cores, memory, files, devices."""
+"""Resources of the machine: cores, memory, files, devices."""

@@ -1,8 +1,7 @@
-"""The devices of a run: one mesh axis over which each batch is divided.
+"""The devices of a run: a mesh with one axis, over which each batch is sharded.
 
-The same code serves eight GPUs, the cores of a CPU, and the devices of several processes. Where
-oneDNN is, which uses all cores, the CPU is one device; elsewhere every core is made a device of its
-own.
+The same code runs on eight GPUs, the cores of a CPU, and the devices of several processes. With
+oneDNN, which uses all cores, the CPU is one device; without it, every core is a device.
 """
 
 from __future__ import annotations
@@ -30,17 +29,17 @@ AXIS = "batch"
 def make_mesh(config: DeviceConfig, distributed: DistributedConfig | None = None) -> Mesh:
     """Returns the mesh of the run's devices, with one axis, `batch`.
 
-    To be called before JAX is first used: later, the CPU can no longer be divided into devices, nor
-    can other processes be joined.
+    Call it before JAX is first used: after that, the CPU can no longer be split into devices, and
+    other processes can no longer be joined.
 
     Args:
         config: which devices, and how many.
-        distributed: the processes to join, whose devices are in the mesh too; None for the devices
-            of this process alone.
+        distributed: the processes to join, whose devices become part of the mesh; None for the
+            devices of this process only.
 
     Raises:
-        InputError: the platform asked for is not there, or has too few devices, or the other
-            processes cannot be joined.
+        InputError: the platform does not exist here or has too few devices, or the other processes
+            cannot be joined.
     """
     if distributed is not None:
         processes.join(distributed)
@@ -48,7 +47,8 @@ def make_mesh(config: DeviceConfig, distributed: DistributedConfig | None = None
     keep_compiled_programs()
     keep_freed_memory()
     if not _cpu_devices_chosen():
-        # JAX refuses once it is in use, as in a notebook: then take the devices there are.
+        # JAX raises an error if it is already in use, as in a notebook; then use the existing
+        # devices.
         with contextlib.suppress(RuntimeError):
             devices = config.count or (1 if onednn.library() else cpu_cores())
             jax.config.update("jax_num_cpu_devices", devices)
@@ -60,7 +60,7 @@ def make_mesh(config: DeviceConfig, distributed: DistributedConfig | None = None
     except Exception as error:
         if config.platform == "auto":
             raise InputError(
-                f"JAX finds nothing to compute on ({first_line(error)}); look at JAX_PLATFORMS"
+                f"JAX finds no device ({first_line(error)}); check JAX_PLATFORMS"
             ) from None
         hint = "" if config.platform == "tpu" else ' with pip install "cnnjax[cuda13]"'
         raise InputError(
@@ -76,15 +76,15 @@ def make_mesh(config: DeviceConfig, distributed: DistributedConfig | None = None
 
 
 def local_mesh(mesh: Mesh) -> Mesh:
-    """Returns the mesh of those devices that are this process's."""
+    """Returns the mesh of the devices of this process."""
     return Mesh(np.array(mesh.local_devices), mesh.axis_names) if mesh.is_multi_process else mesh
 
 
 def _spread(found: Sequence[Any], count: int, flag: str, value: int) -> Mesh:
-    """Returns the mesh of some devices, equally many of each process and in the processes' order.
+    """Returns a mesh of `count` devices, equally many of each process and in the processes' order.
 
     Raises:
-        InputError: that many cannot be spread evenly; `flag` was given `value`.
+        InputError: the devices cannot be spread evenly; the message names `flag` and its `value`.
     """
     of_each: dict[int, list[Any]] = {}
     for device in found:
@@ -99,16 +99,16 @@ def _spread(found: Sequence[Any], count: int, flag: str, value: int) -> Mesh:
 
 
 def _cpu_devices_chosen() -> bool:
-    """Whether the user, or a test, has told JAX or XLA into how many devices to divide the CPU."""
+    """Returns whether JAX or XLA has been told how many devices to make of the CPU."""
     forced = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     return forced or jax.config.values["jax_num_cpu_devices"] > 0
 
 
 def keep_compiled_programs() -> None:
-    """Lets JAX keep what it compiles in the user's cache folder, for the next start.
+    """Makes JAX cache compiled programs in the user's cache folder.
 
-    A folder chosen through JAX's own settings is left as it is. Compiled programs are code, so the
-    folder is for this user alone.
+    A folder chosen through JAX's own settings stays in use. Compiled programs are executable code,
+    so only this user can access the folder.
     """
     if jax.config.values["jax_compilation_cache_dir"] is not None:
         return
@@ -116,27 +116,28 @@ def keep_compiled_programs() -> None:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError:
-        return  # a home that cannot be written to costs compile time, nothing else
+        return  # without a writable home, each run compiles again
     programs.keep_in(folder)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding that puts the whole array on each device."""
+    """Returns the sharding that copies an array to each device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def divided(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding that divides an array's first axis among the devices."""
+    """Returns the sharding of an array's first axis over the devices."""
     return NamedSharding(mesh, PartitionSpec(AXIS))
 
 
 def parts_of(tree: Any, mesh: Mesh) -> Any:
-    """Returns shardings that divide each array among all devices.
+    """Returns shardings of each array over all devices.
 
-    It is along the longest axis that their number divides; an array without one is put on each.
+    The sharded axis is the longest one that the number of devices divides; an array without such an
+    axis is replicated.
 
     Args:
-        tree: of arrays, or of their shapes.
+        tree: arrays, or their shapes.
         mesh: the devices.
     """
 
@@ -151,11 +152,11 @@ def parts_of(tree: Any, mesh: Mesh) -> Any:
 
 
 def place(tree: Any, sharding: NamedSharding) -> Any:
-    """Puts arrays of the host, which all processes hold alike, on the devices of a mesh.
+    """Puts host arrays, which are equal on all processes, on the devices of a mesh.
 
     Args:
-        tree: of NumPy arrays; of a memory-mapped one, a process reads what its devices get.
-        sharding: of each.
+        tree: NumPy arrays; of a memory-mapped array, a process reads only the part for its devices.
+        sharding: sharding of each array.
     """
     if not sharding.mesh.is_multi_process:
         return jax.device_put(tree, sharding)
@@ -177,31 +178,32 @@ def platform(mesh: Mesh) -> str:
 
 @dataclass(frozen=True)
 class Traits:
-    """What depends on the kind of machine; see `traits`."""
+    """Settings that depend on the kind of device; see `traits`."""
 
     precision: Literal["float32", "bfloat16"]
-    """What `--train.precision auto` stands for."""
+    """The meaning of `--train.precision auto`."""
     evaluated: int
-    """Images of up to `LARGEST` pixels to a side in one step of an evaluation. More fall out of a
-    CPU core's cache; a step of fewer takes an accelerator less time than calling it takes Python
-    (not measured)."""
+    """Number of images of up to `LARGEST` pixels per side in one step of an evaluation. More images
+    do not fit into the cache of a CPU core; on an accelerator, a smaller step takes less time than
+    its call from Python (not measured)."""
     framed: int
-    """Films that the lung finder sees at once."""
+    """Number of images in one batch of the lung finder."""
     steps: int
-    """Train steps in one call. A step of a small network takes an accelerator less time than
-    calling it takes Python; a CPU's takes more, and XLA's convolutions are slow in its loops."""
+    """Number of train steps in one call. On an accelerator, a step of a small network takes less
+    time than its call from Python. On a CPU it takes longer, and XLA's convolutions are slow in
+    loops."""
     once: dict[str, Any] = field(default_factory=dict)
-    """`compiler_options` of `jax.jit` for a program that is run once: LLVM takes longer to make
-    random numbers fast on a CPU than they take."""
+    """`compiler_options` of `jax.jit` for a program that runs once: on a CPU, optimizing the
+    generation of random numbers takes LLVM longer than generating them."""
 
     def evaluated_at(self, side: int) -> int:
-        """Returns how many images of side x side pixels are evaluated in one step."""
+        """Returns the number of images of side x side pixels in one step of an evaluation."""
         return max(1, self.evaluated * LARGEST**2 // max(LARGEST, side) ** 2)
 
 
 LARGEST = 128
-"""Side, in pixels, up to which an evaluation takes `Traits.evaluated` images a step: the feature
-maps of all must fit in memory."""
+"""Largest side, in pixels, of images that are evaluated `Traits.evaluated` at a time: the feature
+maps of all of them must fit in memory."""
 
 _ACCELERATOR = Traits("bfloat16", evaluated=1024, framed=1024, steps=16)
 TRAITS = {
@@ -214,12 +216,12 @@ TRAITS = {
 
 
 def traits(mesh: Mesh) -> Traits:
-    """Returns what depends on the kind of machine that a mesh's devices are."""
+    """Returns the settings for the kind of device in the mesh."""
     return TRAITS[platform(mesh)]
 
 
 def dividing(mesh: Mesh, batch: int, flag: str = "--train.batch") -> Mesh:
-    """Returns the mesh of as many of the devices as divide a batch into equal parts.
+    """Returns the mesh of the largest number of devices that divides the batch into equal parts.
 
     Raises:
         InputError: the processes of the mesh cannot have equal parts.
@@ -231,10 +233,10 @@ def dividing(mesh: Mesh, batch: int, flag: str = "--train.batch") -> Mesh:
 
 
 def full_float32(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:
-    """Lets what is traced in the block multiply float32 as that; see `TrainConfig.precision`.
+    """Uses full float32 precision for matrix products traced inside the block.
 
-    By default XLA rounds both factors on accelerators: to 11 bits on an NVIDIA GPU (TF32), to 8 on
-    a TPU (bfloat16).
+    See `TrainConfig.precision`. By default XLA rounds both factors on accelerators: to 11 bits on
+    an NVIDIA GPU (TF32), to 8 bits on a TPU (bfloat16).
     """
     if platform(mesh) == "cpu":
         return contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all."""
+"""Writes files and folders atomically."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ import numpy as np
 
 from cnnjax.errors import InputError
 
-SURROGATES = "surrogateescape"  # a file name that is no UTF-8 is written as it is
+SURROGATES = "surrogateescape"  # a file name that is not UTF-8 is written unchanged
 
 
 @contextlib.contextmanager
 def write_atomically(path: Path) -> Iterator[TextIO]:
-    """Opens a text file that replaces `path` when the block ends well, and never otherwise.
+    """Opens a text file that replaces `path` if the block succeeds, and is discarded otherwise.
 
-    A link stays one, to the new file; into a pipe or a device, as /dev/stdout, it writes at once,
-    after what is there.
+    If `path` is a link, its target is replaced. Pipes and devices, such as /dev/stdout, are written
+    directly, after their previous content.
     """
     special = path.exists() and not path.is_file() and not path.is_dir()
     if special or path.parent == Path("/dev"):
-        sys.stdout.flush()  # what was printed before stands before it, should it be the same place
-        # To append: /dev/stdout may be a file, by >.
+        sys.stdout.flush()  # in case path is standard output: earlier output comes first
+        # Append, since /dev/stdout may be a redirected file.
         with path.open("a", encoding="utf-8", newline="", errors=SURROGATES) as file:
             yield file
         return
@@ -57,17 +57,17 @@ def write_atomically(path: Path) -> Iterator[TextIO]:
 def write_rows(file: IO[str], rows: Iterable[Sequence[Any]]) -> None:
     r"""Writes the rows of a CSV file, each ended by one \n.
 
-    Fields with a carriage return are quoted as those with a line feed are: Python's writer quotes
-    only what its own line terminator holds, and its reader ends a line at either.
+    Fields with a carriage return are quoted like those with a line feed. Python's writer quotes
+    only the characters of its own line terminator, but its reader ends a line at either.
 
-    Text that a spreadsheet would run as a formula gets an apostrophe before it; `read_cell` takes
-    it off. Numbers stay as they are, and so does a lone sign, as predict's `-`.
+    Text that a spreadsheet would run as a formula gets an apostrophe in front, which `read_cell`
+    removes. Numbers are unchanged, and so is a single sign, such as the `-` of predict.
     """
     csv.writer(_Lines(file)).writerows([_as_text(cell) for cell in row] for row in rows)
 
 
 def read_cell(cell: str) -> str:
-    """Returns what `write_rows` was given for a cell of text."""
+    """Returns the text of a cell as it was given to `write_rows`."""
     return cell[1:] if _WRITTEN.match(cell) else cell
 
 
@@ -76,14 +76,14 @@ def _as_text(cell: Any) -> Any:
     return f"'{cell}" if runs else cell
 
 
-# An apostrophe before such a text is doubled, as it could not be told from one of ours.
+# An existing apostrophe before such a text is doubled, to distinguish it from an added one.
 _FORMULA = re.compile(r"'*[=+\-@\t\r\n].", re.DOTALL)
 _WRITTEN = re.compile(r"'+[=+\-@\t\r\n].", re.DOTALL)
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 
 
 class _Lines:
-    r"""A file that is given lines ended by \r\n, each whole, and ends them by \n."""
+    r"""Writes lines that end in \r\n to a file, with \n instead."""
 
     def __init__(self, file: IO[str]) -> None:
         self.file = file
@@ -94,7 +94,7 @@ class _Lines:
 
 @contextlib.contextmanager
 def _named(asked: Path) -> Iterator[None]:
-    """Lets errors name the file that was asked for."""
+    """Makes errors name the file that the caller asked for."""
     try:
         yield
     except OSError as error:
@@ -102,7 +102,7 @@ def _named(asked: Path) -> Iterator[None]:
 
 
 def no_cache(folder: Path, error: OSError) -> InputError:
-    """Returns what to raise where a cache folder cannot be written."""
+    """Returns the error for a cache folder that cannot be written."""
     return InputError(
         f"the cache {folder} cannot be written ({error.strerror or error}); free some space there"
         " or choose another with --data.cache (evaluate, report: --cache)"
@@ -110,7 +110,7 @@ def no_cache(folder: Path, error: OSError) -> InputError:
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
-    """Writes a .npy file, and waits until the disk has it."""
+    """Writes a .npy file, and waits until it is on disk."""
     with path.open("wb") as file:
         np.save(file, array)
         file.flush()
@@ -118,7 +118,7 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
 
 def checksum(array: np.ndarray) -> str:
-    """Returns the SHA-256 of an array's bytes, read a part at a time."""
+    """Returns the SHA-256 of an array's bytes; reads a memory-mapped array in parts."""
     digest = hashlib.sha256()
     for start in range(0, len(array), 1024):
         digest.update(np.ascontiguousarray(array[start : start + 1024]).data)
@@ -126,9 +126,9 @@ def checksum(array: np.ndarray) -> str:
 
 
 def sweep(home: Path) -> None:
-    """Removes what killed processes left of a `work_folder` beside `home`, a day or more ago.
+    """Removes remains of a `work_folder` beside `home` that killed processes left over a day ago.
 
-    For folders that are ours alone: it goes by their names.
+    Use it only where no other program creates folders: it recognizes them by name.
     """
     for left in home.parent.glob(f".{glob.escape(home.name)}.????????"):
         with contextlib.suppress(FileNotFoundError):  # another process was first
@@ -139,10 +139,10 @@ def sweep(home: Path) -> None:
 
 @contextlib.contextmanager
 def work_folder(home: Path) -> Iterator[Path]:
-    """Makes an empty folder with the usual rights beside `home`, for the block to rename to it.
+    """Makes an empty folder beside `home`; the block fills it and renames it to `home`.
 
-    What is left of it is removed in the end. (`mkdtemp` alone makes folders that no other user can
-    read.)
+    Whatever remains is removed at the end. The folder has the usual permissions; `mkdtemp` alone
+    makes folders that other users cannot read.
     """
     private = Path(tempfile.mkdtemp(dir=home.parent, prefix=f".{home.name}."))
     try:

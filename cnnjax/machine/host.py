@@ -1,4 +1,4 @@
-"""What the program takes from its machine: cores, memory, a place to keep things."""
+"""Resources of the host: CPU cores, memory, and the cache folder."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
 
 def cpu_cores() -> int:
-    """Returns how many CPU cores this process may use."""
+    """Returns the number of CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def cache_folder() -> Path:
-    """Returns the user's own cache folder for this program; it may not exist yet."""
+    """Returns the user's cache folder for this program; it may not exist yet."""
     return Path(platformdirs.user_cache_dir("cnnjax"))
 
 
 def keep_freed_memory() -> None:
-    """Makes glibc keep the memory that the process frees, for its next allocation.
+    """Makes glibc keep freed memory for later allocations.
 
-    XLA allocates its temporary memory anew for each step, on a CPU. From 32 MiB on, glibc takes it
-    from the kernel and gives it back each time: page faults then took 15 of a step's 39 ms.
-    Another C library is left as it is. What no heap of a thread other than the first can hold, from
-    64 MiB on, still comes from the kernel: one heap for all threads would end that, but makes the
-    compiler take half as long again.
+    On a CPU, XLA allocates its temporary memory again for each step. By default, glibc requests
+    blocks of 32 MiB and more from the kernel, and returns them when they are freed: page faults
+    then took 15 of a step's 39 ms. Other C libraries are not changed. In threads other than the
+    first, blocks of 64 MiB and more do not fit in a heap, and still come from the kernel; one heap
+    for all threads would avoid that, but slows compilation by half.
     """
     if not sys.platform.startswith("linux"):
         return
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        # In bytes, and the largest that this glibc takes. Without the first, the others would have
-        # it take even small blocks from the kernel.
+        # The largest value, in bytes, that this glibc accepts. If it accepted none, the other two
+        # settings would make it request even small blocks from the kernel.
         if any(libc.mallopt(_M_MMAP_THRESHOLD, most) for most in (2**31 - 1, 2**25)):
             libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
             libc.mallopt(_M_TOP_PAD, 2**26)

@@ -1,11 +1,12 @@
-"""The processes of a run: how they find each other, and which of them this is.
+"""The processes of a run: how they join each other, and which of them this one is.
 
-JAX's runtime does the work: `jax.distributed` joins the processes to one program over one mesh of
-all their devices. Each process runs the same Python; process 0, the *main* one, alone writes logs,
-tables and reports. Everything here is trivial for a process that computes alone.
+`jax.distributed` joins the processes to one program over one mesh of all their devices. Each
+process runs the same Python code; only process 0, the *main* process, writes logs, tables and
+reports. With a single process, every function here is trivial.
 
-A process that fails says why and ends. The others then end too, within a minute, as JAX's runtime
-misses it; the same command, on any number of processes, goes on from the last checkpoint.
+A process that fails reports why and ends. The others end within a minute, when JAX's runtime no
+longer receives its heartbeat. The same command, on any number of processes, resumes from the last
+checkpoint.
 """
 
 from __future__ import annotations
@@ -32,21 +33,21 @@ from cnnjax.errors import ElsewhereError, InputError, first_line
 
 _T = TypeVar("_T")
 
-_HEARTBEAT = 30  # seconds without a sign of life, after which a process counts as dead
-_CONNECT = 120  # seconds that processes wait for each other at the start
-_TOGETHER = 3  # seconds within which processes that fail for one reason all do
+_HEARTBEAT = 30  # seconds without a heartbeat after which a process counts as dead
+_CONNECT = 120  # seconds to wait for the other processes at the start
+_TOGETHER = 3  # seconds within which all processes fail if the reason is the same
 
 _LOST = (
     "another process of this run has ended or cannot be reached; its own message says why. Give the"
-    " same command again to go on from the last checkpoint"
+    " same command again to resume from the last checkpoint"
 )
 
 
 def join(config: DistributedConfig) -> None:
-    """Joins the processes of a cluster, if there are any; to be called before JAX is first used.
+    """Joins the processes of a cluster, if there are any; call it before JAX is first used.
 
     Args:
-        config: by hand where it names a coordinator, and else as JAX detects it
+        config: if it names a coordinator, its settings are used; otherwise JAX detects the cluster
             (https://docs.jax.dev/en/latest/multi_process.html).
 
     Raises:
@@ -58,7 +59,7 @@ def join(config: DistributedConfig) -> None:
     where = f"--distributed.coordinator {config.coordinator}" if config.coordinator else "a cluster"
     alone = (
         f"{where}: this process cannot join the others; start all of them, with the same address"
-        " of process 0, or compute alone with --distributed off"
+        " of process 0, or run a single process with --distributed off"
     )
     if config.coordinator:
         given = {
@@ -70,7 +71,7 @@ def join(config: DistributedConfig) -> None:
     before = _say_at_abort(alone, 2)
     try:
         with warnings.catch_warnings():
-            # A pod of Kubernetes is no cluster yet; JAX warns in each.
+            # A single pod of Kubernetes is not a cluster, but JAX warns in each.
             warnings.simplefilter("ignore")
             jax.distributed.initialize(
                 **given,
@@ -86,27 +87,31 @@ def join(config: DistributedConfig) -> None:
 
 
 def _is_in_use(error: Exception) -> bool:
-    """Tells whether JAX has been used already, as in a notebook, which computes alone."""
+    """Returns whether JAX is already in use, as in a notebook; such a process runs alone."""
     return "must be called before" in str(error)
 
 
 def _is_lone_pod() -> bool:
-    """Tells whether this is a pod of Kubernetes that no indexed job has started."""
+    """Returns whether this is a Kubernetes pod that no indexed job has started."""
     return "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" not in os.environ
 
 
 _Handler = ctypes.CFUNCTYPE(None, ctypes.c_int)
-_handlers: list[Any] = []  # which the C library calls, so they must stay
+_handlers: list[Any] = []  # keeps references, since the C library calls them
 
 
 def _say_at_abort(sentence: str, status: int) -> int | None:
-    """Ends this process with a sentence where JAX's runtime aborts it, as it does without others.
+    """Ends this process with a message when JAX's runtime aborts it after losing the others.
 
-    It does so from a thread of its own, after its own report; Python's handlers of signals never
-    hear of that, so this one is the C library's.
+    The runtime aborts from its own thread, after its own report. Python's signal handlers do not
+    run then, so this is a handler of the C library.
+
+    Args:
+        sentence: the message.
+        status: the exit status.
 
     Returns:
-        The handler before, for `_on_abort`.
+        The previous handler, for `_on_abort`.
     """
 
     def end(number: int) -> None:
@@ -118,7 +123,7 @@ def _say_at_abort(sentence: str, status: int) -> int | None:
 
 
 def _on_abort(handler: int | None) -> int | None:
-    """Sets the C library's handler of SIGABRT, and returns the one before; None is the default."""
+    """Sets the C library's SIGABRT handler, and returns the previous one; None is the default."""
     if os.name != "posix":
         return None
     set_handler = ctypes.CDLL(None).signal
@@ -131,20 +136,20 @@ _alone = False  # see `alone`
 
 
 def are_several() -> bool:
-    """Tells whether this is one of several processes, which here do the same."""
+    """Returns whether this is one of several processes that run the same code together."""
     return not _alone and jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def is_main() -> bool:
-    """Tells whether this process writes logs, tables and reports."""
+    """Returns whether this process writes logs, tables and reports."""
     return not are_several() or jax.process_index() == 0
 
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Lets this process go through the block without the others, as if there were none.
+    """Lets this process run the block without the others, as if it were the only one.
 
-    In the block it is to use its own devices alone (`cnnjax.machine.devices.local_mesh`).
+    The block must use only this process's devices (`cnnjax.machine.devices.local_mesh`).
     """
     global _alone
     before, _alone = _alone, True
@@ -155,13 +160,13 @@ def alone() -> Iterator[None]:
 
 
 def no_bars() -> bool | None:
-    """Returns the `disable` of tqdm: the main process alone shows bars, on a terminal."""
+    """Returns the `disable` argument of tqdm: only the main process shows bars, on a terminal."""
     return None if is_main() else True
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Lets the main process alone print to standard output within the block."""
+    """Lets only the main process print to standard output within the block."""
     if is_main():
         yield
     else:
@@ -170,13 +175,13 @@ def quiet() -> Iterator[None]:
 
 
 def on_main(work: Callable[[], _T]) -> _T:
-    """Calls a function on the main process alone, and returns its answer on all.
+    """Calls a function on the main process only, and returns its result on all processes.
 
     Args:
-        work: returns what JSON can hold.
+        work: a function that returns a JSON value.
 
     Raises:
-        InputError: the function did; on the other processes as `ElsewhereError`.
+        InputError: raised by the function; on the other processes as `ElsewhereError`.
     """
     if not are_several():
         return work()
@@ -197,26 +202,26 @@ def on_main(work: Callable[[], _T]) -> _T:
 
 
 def gather(mine: _T) -> list[_T]:
-    """Returns a value of each process, in their order, on all of them; it waits for all.
+    """Returns the values of all processes, in their order, on each process; waits for all.
 
     Args:
-        mine: what JSON can hold.
+        mine: a JSON value.
     """
     if not are_several():
         return [mine]
     data = np.frombuffer(json.dumps(mine).encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.int32(len(data)))
-    # To a power of two: each length is a program of its own.
+    # Pad to a power of two, since each length compiles a program.
     padded = np.pad(data, (0, (1 << int(max(lengths) - 1).bit_length()) - len(data)))
     each = multihost_utils.process_allgather(padded)
     return [json.loads(x[:n].tobytes()) for x, n in zip(each, lengths, strict=True)]
 
 
 def concatenated(mine: np.ndarray) -> np.ndarray:
-    """Returns the arrays of all processes as one, in their order, on all of them.
+    """Returns the concatenated arrays of all processes, in their order, on each process.
 
     Args:
-        mine: [n, ...], alike on all processes but for n.
+        mine: [n, ...]; only n may differ between processes.
     """
     if not are_several():
         return mine
@@ -227,7 +232,7 @@ def concatenated(mine: np.ndarray) -> np.ndarray:
 
 
 def share(n: int) -> range:
-    """Returns the part of n items, one after the other, that is this process's work."""
+    """Returns this process's contiguous part of n items."""
     if not are_several():
         return range(n)
     index, count = jax.process_index(), jax.process_count()
@@ -235,7 +240,7 @@ def share(n: int) -> range:
 
 
 def see(folder: Path) -> bool:
-    """Tells whether all processes see one and the same folder, which the main one can write to."""
+    """Returns whether all processes see the same folder, and the main process can write to it."""
     if not are_several():
         return True
     name = f".seen-{secrets.token_hex(8)}" if is_main() else ""
@@ -243,7 +248,7 @@ def see(folder: Path) -> bool:
         with contextlib.suppress(OSError):
             (folder / name).touch()
     name = gather(name)[0]
-    # To list the folder has a network file system look anew.
+    # Listing the folder makes a network file system refresh it.
     with contextlib.suppress(OSError):
         list(folder.iterdir())
     seen = all(gather((folder / name).exists()))
@@ -253,11 +258,11 @@ def see(folder: Path) -> bool:
 
 
 def rounds(items: Sequence[_T], nothing: _T) -> list[tuple[int, _T]]:
-    """Returns this process's items, dealt out in turn, with their numbers: equally many for each.
+    """Returns this process's items with their numbers, dealt in turn, equally many per process.
 
     Args:
-        items: of all processes.
-        nothing: fills up the last round.
+        items: the items of all processes.
+        nothing: padding for the last round.
     """
     count, index = (jax.process_count(), jax.process_index()) if are_several() else (1, 0)
     filled = [*items, *[nothing] * (-len(items) % count)]
@@ -265,10 +270,10 @@ def rounds(items: Sequence[_T], nothing: _T) -> list[tuple[int, _T]]:
 
 
 class Agreement:
-    """Whether any process wants something, asked at each step without waiting for the step.
+    """Whether any process requests something; asked at each step without waiting for the step.
 
-    Processes that save or stop must do so after one and the same step, and a signal or a clock
-    speaks to each at another moment.
+    Processes must save or stop after the same step, but a signal or a timer reaches each at a
+    different moment.
     """
 
     def __init__(self, mesh: Mesh) -> None:
@@ -277,9 +282,9 @@ class Agreement:
         self._any = jax.jit(lambda x: x.any(), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     def __call__(self, wanted: bool) -> bool:
-        """Returns whether a process wanted it a call before; alone, `wanted` at once.
+        """Returns whether any process requested it at the previous call; for one process, `wanted`.
 
-        Once it has returned true, it forgets what was wanted meanwhile.
+        After it returns true, requests made at the same call are discarded.
         """
         if not self._mesh.is_multi_process:
             return wanted
@@ -295,10 +300,10 @@ class Agreement:
 
 
 def failed(status: int) -> int:
-    """Returns the exit status of a process that has failed and said why.
+    """Returns the exit status of a process that has failed and printed the reason.
 
-    Where the others have not failed too, within a few seconds, the process ends here: at its usual
-    end JAX would wait for them, and they for it.
+    If the others do not fail too within a few seconds, the process ends here: a normal exit of JAX
+    would wait for the others, and they would wait for it.
     """
     if jax.distributed.is_initialized() and jax.process_count() > 1:
         for stream in (sys.stdout, sys.stderr):

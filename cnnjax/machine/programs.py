@@ -1,8 +1,8 @@
-"""Compiled programs, kept for the next start, each with its checksum.
+"""Caches compiled programs, each with its checksum.
 
-JAX's own store writes an entry in place and never replaces it: one that a killed process or a
-failing disk left damaged costs its compilation, and a warning, at every start. Compressed with zstd
-(Python 3.14), a changed bit is not even seen, and the entry is code.
+JAX's own cache writes an entry in place and never replaces it. An entry damaged by a killed process
+or a failing disk therefore costs a compilation and a warning at every start. With zstd compression
+(Python 3.14) a changed bit is not even detected, and the entry is executable code.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ _DIGEST = hashlib.sha256().digest_size
 class Programs:
     """Compiled programs in a folder; JAX calls `get` and `put`.
 
-    A file holds the SHA-256 checksum of the program, then the program. It appears whole or not at
-    all. A damaged one is removed, so that what is compiled in its place is kept; a line on standard
-    error tells, once.
+    A file holds the SHA-256 checksum of the program, followed by the program, and is written
+    atomically. A damaged file is removed and replaced at the next compilation; the first one is
+    reported on standard error.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._path = str(folder)  # which JAX logs
+        self._path = str(folder)  # JAX logs this
         self._told = False
 
     def get(self, key: str) -> bytes | None:
-        """Returns a program; None where there is none, or a damaged one."""
+        """Returns a program; None if it is missing or damaged."""
         path = self._file(key)
         try:
             content = path.read_bytes()
@@ -44,13 +44,14 @@ class Programs:
             path.unlink()
         if not self._told:
             print(
-                f"compiled programs in {self.folder} are damaged and are made anew", file=sys.stderr
+                f"compiled programs in {self.folder} are damaged and are compiled again",
+                file=sys.stderr,
             )
             self._told = True
         return None
 
     def put(self, key: str, value: bytes) -> None:
-        """Keeps a program; where the folder cannot be written, the next start compiles it again."""
+        """Caches a program; if the folder cannot be written, the next run compiles it again."""
         path = self._file(key)
         partial = path.with_name(f".{secrets.token_hex(8)}")
         try:
@@ -67,10 +68,10 @@ class Programs:
 
 
 def keep_in(folder: Path) -> None:
-    """Lets JAX keep its programs in a folder through `Programs`.
+    """Makes JAX cache its compiled programs in a folder through `Programs`.
 
-    JAX has no public way to give it another store: where its inner one is not found, in a later
-    version, it keeps the programs as it does by itself.
+    JAX has no public interface for a custom cache. If a later version lacks the internal function
+    used here, JAX uses its own cache.
     """
     import jax
     from jax._src import compilation_cache

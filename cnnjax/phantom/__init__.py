@@ -2,16 +2,15 @@
 
 A chest is a few dozen analytic shapes: rib cage, lungs, heart, diaphragm, bones and vessels, whose
 attenuation adds up along the beam. `bacteria` fills part of one lung (a consolidation), `virus`
-draws streaks and patches about both hila, and `normal` leaves the lungs alone. All else that
-varies (size, pose, turn, exposure, blur, noise, shutters, tubes, markers) does so in every class
-alike.
+draws streaks and patches around both hila, and `normal` does not change the lungs. All other
+variation (size, pose, turn, exposure, blur, noise, shutters, tubes, markers) is independent of the
+class.
 
-It is a stand-in: it exercises the whole path from files to report, with a known answer, where the
-real films are not at hand. How well a network does on it is no evidence of how well it does on
-radiographs.
+The phantoms test the whole pipeline from files to report, with a known answer, when real
+radiographs are not available. Results on phantoms are no evidence of results on radiographs.
 
-Measured on the default tree (seed 0: 1,200 images to train on, 400 of other patients to test),
-area under the ROC curve on the test images:
+Area under the ROC curve on the test images, measured on the default tree (seed 0: 1,200 training
+images, and 400 test images of other patients):
 
 =====================================================================  =====
 mean brightness                                                        0.506
@@ -25,6 +24,6 @@ from cnnjax.phantom.film import Kind, Phantom, draw
 from cnnjax.phantom.tree import DRAWN, is_drawn, write_tree
 
 VERSION = 1
-"""Raised whenever the same seed draws other pixels, so that stored trees are told apart."""
+"""Increased when the same seed draws other pixels; it is a part of the name of a stored tree."""
 
 __all__ = ["DRAWN", "VERSION", "Kind", "Phantom", "draw", "is_drawn", "write_tree"]

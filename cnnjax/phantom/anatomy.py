@@ -1,4 +1,4 @@
-"""A chest from a seed: pose, rib cage, lungs, heart, bones and vessels, as fields on a grid."""
+"""Draws a chest from a seed: pose, rib cage, lungs, heart, bones and vessels, on a grid."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw
 
-GRID = 128  # pixels a side of the anatomy; finer costs time, and films are soft
+GRID = 128  # side of the anatomy grid, in pixels; finer grids cost time, and radiographs are smooth
 
 
 class Pose(NamedTuple):
-    """How the patient lay before the film: an affine map, and a turn about the long axis.
+    """Position of the patient: an affine map, and a rotation about the long axis.
 
-    Patient coordinates: x from the midline to the patient's left, which is the film's right; y
-    downwards; one unit is half a film.
+    Patient coordinates: x goes from the midline to the patient's left, which is the image's right;
+    y goes down; one unit is half the image.
     """
 
     angle: float
@@ -24,7 +24,8 @@ class Pose(NamedTuple):
     shift_x: float
     shift_y: float
     turn: float
-    """Sine of the turn, roughly; it moves the heart and makes one lung darker than the other."""
+    """Approximate sine of the rotation; it moves the heart and makes one lung darker than the
+    other."""
 
     @classmethod
     def sample(cls, rng: np.random.Generator) -> Pose:
@@ -40,7 +41,7 @@ class Pose(NamedTuple):
         )
 
     def grid(self) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the patient coordinates x and y of the anatomy's grid."""
+        """Returns the patient coordinates x and y of the anatomy grid."""
         axis = axis_of(GRID)
         u, v = axis[None, :] - self.shift_x, axis[:, None] - self.shift_y
         cos, sin = np.cos(self.angle), np.sin(self.angle)
@@ -49,7 +50,7 @@ class Pose(NamedTuple):
         return x, y
 
     def to_film(self, points: np.ndarray, size: int) -> np.ndarray:
-        """Maps patient coordinates [..., 2] to pixels (column, row) of a film of this size."""
+        """Maps patient coordinates [..., 2] to pixels (column, row) of an image of this size."""
         x, y = points[..., 0] * self.scale_x, points[..., 1] * self.scale_y
         cos, sin = np.cos(self.angle), np.sin(self.angle)
         film = np.stack(
@@ -59,7 +60,7 @@ class Pose(NamedTuple):
 
 
 class Anatomy(NamedTuple):
-    """What differs between patients; lengths in patient coordinates."""
+    """The properties in which patients differ; lengths are in patient coordinates."""
 
     chest_width: float
     """Inner half-width of the rib cage."""
@@ -68,7 +69,7 @@ class Anatomy(NamedTuple):
     taper: float
     body_width: float
     thickness: float
-    """Of soft tissue, relative to the chest's depth."""
+    """Thickness of soft tissue, relative to the chest's depth."""
     right_dome: float
     left_dome: float
     dome_fall: float
@@ -82,7 +83,7 @@ class Anatomy(NamedTuple):
     rib_phase: float
     rib_slope: float
     bone: float
-    """Mineral content, relative."""
+    """Relative mineral content."""
     clavicle: float
     scapula: float
     aeration: float
@@ -123,7 +124,7 @@ class Anatomy(NamedTuple):
 
 
 class Chest(NamedTuple):
-    """A patient in a pose; the fields are float32 on the anatomy's grid."""
+    """A patient in a pose; the fields are float32 on the anatomy grid."""
 
     anatomy: Anatomy
     pose: Pose
@@ -131,13 +132,14 @@ class Chest(NamedTuple):
     y: np.ndarray
     """Patient coordinates."""
     tissue: np.ndarray
-    """Attenuation along the beam were the lungs solid; a healthy, deep lung takes 1 of it away."""
+    """Attenuation along the beam if the lungs were solid; a healthy lung at full depth reduces it
+    by 1."""
     air: np.ndarray
-    """What the air in the lungs takes away."""
+    """The reduction of attenuation by the air in the lungs."""
 
 
 def chest_of(rng: np.random.Generator, anatomy: Anatomy, pose: Pose) -> Chest:
-    """Draws the healthy chest."""
+    """Draws a healthy chest."""
     a = anatomy
     x, y = pose.grid()
     right = x < 0
@@ -162,7 +164,7 @@ def chest_of(rng: np.random.Generator, anatomy: Anatomy, pose: Pose) -> Chest:
     narrow = np.abs(x - 0.02 * pose.turn) - a.mediastinum - a.thymus * bulge
     mediastinum = np.maximum(ramp(-narrow, 0.05), heart)
 
-    # A lung is deepest where the chest is, and keeps some air before and behind the heart.
+    # A lung is deepest where the chest is, and has some air in front of and behind the heart.
     depth = np.sqrt(np.clip(cage * 1.5, 0, 1))
     lung = depth * ramp(above, 0.035)
     air = lung * (1 - (0.78 + 0.17 * ramp(-narrow, 0.03)) * mediastinum)
@@ -193,7 +195,7 @@ def _bones(
     """Returns the attenuation of ribs, spine, clavicles and shoulder blades."""
     t = s / a.chest_width
     inside = ramp(cage + 0.06, 0.1) * (1 - 0.55 * mediastinum) * ramp(above + 0.12, 0.5)
-    # Behind, ribs leave the spine almost level and then fall; in front, they rise to the side.
+    # Posterior ribs leave the spine almost level and then descend; anterior ribs rise laterally.
     behind = (y - a.rib_slope * t * t * t + 0.12 * t * (1 - t)) / a.rib_pitch + a.rib_phase
     before = (y + 0.55 * t + 0.15 * t * t) / a.rib_pitch + (a.rib_phase + 0.3)
     ribs = _rib(behind, 0.22)
@@ -216,7 +218,7 @@ def _bones(
 
 
 def _rib(phase: np.ndarray, half_width: float) -> np.ndarray:
-    """Returns the profile of ribs one phase apart: denser at both edges, where the cortex is."""
+    """Returns the profile of ribs with period 1, denser at both edges, where the cortex is."""
     off = np.abs(phase - np.floor(phase) - 0.5)
     return ramp(half_width - off, 0.1) * (0.7 + (0.5 / half_width) * off)
 
@@ -229,7 +231,7 @@ def _trachea(x: np.ndarray, s: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _vessels(rng: np.random.Generator, pose: Pose) -> np.ndarray:
-    """Returns the vessels that fan out from both hila, 0 to 1, thinner and fainter outwards."""
+    """Returns vessels that branch from both hila, 0 to 1, thinner and fainter outwards."""
     strokes = Strokes(pose)
     side = np.repeat((-1, 1), 8)
     start = np.stack([0.14 * side, np.full(16, -0.05)], 1) + rng.normal(0, 0.03, (16, 2))
@@ -247,12 +249,12 @@ def _vessels(rng: np.random.Generator, pose: Pose) -> np.ndarray:
 
 
 def heading_of(side: np.ndarray, angle: np.ndarray) -> np.ndarray:
-    """Returns unit vectors [n, 2]: outwards at angle 0, downwards at pi / 2."""
+    """Returns unit vectors [n, 2]; angle 0 points laterally, pi / 2 downwards."""
     return np.stack([side * np.cos(angle), np.sin(angle)], 1)
 
 
 class Strokes:
-    """Lines in patient coordinates, drawn at twice the grid's resolution against aliasing."""
+    """Lines in patient coordinates, drawn at twice the grid's resolution to reduce aliasing."""
 
     def __init__(self, pose: Pose) -> None:
         self.pose = pose
@@ -260,7 +262,7 @@ class Strokes:
         self.pen = ImageDraw.Draw(self.canvas)
 
     def add(self, points: np.ndarray, width: float, value: np.ndarray | float) -> None:
-        """Draws polylines [n, points, 2] of one width; the values, in 0 to 1, are [n] or one."""
+        """Draws polylines [n, points, 2] of one width; values in 0 to 1 are [n] or a scalar."""
         pixels = self.pose.to_film(points, 2 * GRID).reshape(len(points), -1).tolist()
         fills = np.broadcast_to(np.rint(255 * np.asarray(value)), len(points)).tolist()
         pen_width = max(1, round(width * GRID))
@@ -273,7 +275,7 @@ class Strokes:
 
 
 def soften(field: np.ndarray, share: float) -> np.ndarray:
-    """Mixes a field with its binomial blur over 3 x 3 pixels; the border stays."""
+    """Mixes a field with its 3 x 3 binomial blur; the border is unchanged."""
     blurred = field.copy()
     blurred[1:-1] = (field[:-2] + 2 * field[1:-1] + field[2:]) / 4
     blurred[:, 1:-1] = (blurred[:, :-2] + 2 * blurred[:, 1:-1] + blurred[:, 2:]) / 4
@@ -287,7 +289,7 @@ def axis_of(size: int) -> np.ndarray:
 
 
 def noise(rng: np.random.Generator, cells: int) -> np.ndarray:
-    """Returns smooth noise on the grid, of a variance near 1: cells x cells values, bicubic."""
+    """Returns smooth noise: cells x cells normal values, resized to the grid (bicubic)."""
     return resize(rng.standard_normal((cells, cells), np.float32), GRID)
 
 
@@ -308,6 +310,6 @@ def ramp(distance: np.ndarray, width: float) -> np.ndarray:
 
 
 def smooth(t: np.ndarray) -> np.ndarray:
-    """Returns 3 t^2 - 2 t^3 of t held within 0 to 1."""
+    """Returns 3 t^2 - 2 t^3, for t clipped to 0 to 1."""
     t = np.clip(t, 0, 1)
     return t * t * (3 - 2 * t)

@@ -1,4 +1,4 @@
-"""A film of a chest: disease, exposure, tubes and markers, and the truth about it."""
+"""Draws a radiograph of a chest: disease, exposure, tubes and markers, with the ground truth."""
 
 from __future__ import annotations
 
@@ -35,31 +35,31 @@ _SMALLEST = 32  # pixels
 
 @dataclass(frozen=True)
 class Phantom:
-    """One drawn radiograph, and the truth about it."""
+    """A drawn radiograph, and its ground truth."""
 
     image: np.ndarray
-    """uint8 [size, size], bone white."""
+    """uint8 [size, size], bones white."""
     opacity: np.ndarray
-    """bool [size, size], true in the lungs where the opacity takes away, on local average, at least
-    half as much air as it does where it is strongest; nowhere in a normal film."""
+    """bool [size, size], true in the lungs where the opacity removes, on local average, at least
+    half as much air as at its maximum; false everywhere in a normal image."""
     lungs: np.ndarray
-    """bool [size, size], true on the lung fields."""
+    """bool [size, size], true in the lung fields."""
 
 
 def draw(seed: int, patient: int, shot: int, kind: Kind, size: int = 256) -> Phantom:
-    """Draws one frontal film of one patient.
+    """Draws one frontal radiograph of one patient.
 
     The anatomy and the place of disease are functions of (seed, patient); pose, exposure, tubes and
-    marker of (seed, patient, shot). The kind adds an opacity and changes nothing else, so a
-    patient's normal drawing is the counterfactual of the ill one.
+    marker are functions of (seed, patient, shot). The kind adds an opacity and changes nothing
+    else. A patient's normal image is therefore the counterfactual of the image with disease.
 
     Args:
-        seed: which population.
-        patient: which patient of it.
-        shot: which film of the patient.
-        kind: `bacteria` adds a confluent consolidation to one lung, `virus` streaks and patches to
-            both, `normal` nothing.
-        size: side of the film in pixels.
+        seed: seed of the population.
+        patient: number of the patient in the population.
+        shot: number of the image of the patient.
+        kind: `bacteria` adds a confluent consolidation to one lung, `virus` adds streaks and
+            patches to both lungs, `normal` adds nothing.
+        size: side of the image in pixels.
 
     Raises:
         ValueError: the size is below 32 pixels, or a number is negative.
@@ -79,7 +79,7 @@ def draw(seed: int, patient: int, shot: int, kind: Kind, size: int = 256) -> Pha
         density = spread(disease, course, chest)
     lost = chest.air * density
     image = _expose(film, chest.tissue - chest.air + lost, pose, size)
-    # Averaged over a sixteenth of the film, so that the mask outlines streaks as a region.
+    # Averaged over a sixteenth of the image, to outline streaks as a region.
     lost = np.where(lungs, resize(resize(lost, 16), GRID), 0)
     opacity = lost > max(0.5 * lost.max(), 1e-6)
     return Phantom(image, resize_mask(opacity, size), resize_mask(lungs, size))
@@ -94,10 +94,10 @@ def check_size(size: int) -> None:
 def _consolidation(
     disease: np.random.Generator, course: np.random.Generator, chest: Chest
 ) -> np.ndarray:
-    """Returns the share of air that a consolidated lobe has lost: one opacity with soft edges."""
+    """Returns the fraction of air that a consolidated lobe loses: one opacity with soft edges."""
     side = 1 if disease.random() < 0.5 else -1
     centre_x = side * chest.anatomy.chest_width * disease.uniform(0.48, 0.74)
-    centre_y = disease.uniform(-0.45, 0.32 if side < 0 else 0.12)  # the left base is the heart's
+    centre_y = disease.uniform(-0.45, 0.32 if side < 0 else 0.12)  # the heart covers the left base
     radius = disease.uniform(0.21, 0.4) * course.uniform(0.9, 1.1)
     stretch = disease.uniform(0.75, 1.35)
     tilt = disease.uniform(-0.6, 0.6)
@@ -120,7 +120,7 @@ def _consolidation(
 def _interstitial(
     disease: np.random.Generator, course: np.random.Generator, chest: Chest
 ) -> np.ndarray:
-    """Returns the share of air lost to streaks and patches about the hila of both lungs."""
+    """Returns the fraction of air lost to streaks and patches around the hila of both lungs."""
     strength = disease.uniform(0.65, 1.2) * course.uniform(0.9, 1.1)
     reach = disease.uniform(0.35, 0.6)
     balance = disease.normal(0, 0.15)
@@ -142,15 +142,15 @@ def _interstitial(
 def _expose(
     film: np.random.Generator, attenuation: np.ndarray, pose: Pose, size: int
 ) -> np.ndarray:
-    """Turns attenuation into an 8-bit film: windowed, noisy, blurred, collimated and marked.
+    """Converts attenuation to an 8-bit image with window, noise, blur, collimation and marks.
 
-    The window and a gamma bring every film to a mean brightness drawn without regard to the class,
-    as automatic exposure does: how bright a film is must not tell who is ill.
+    The window and a gamma give each image a mean brightness that is drawn independently of the
+    class, as automatic exposure does. The brightness of an image must not predict its class.
     """
     attenuation = soften(attenuation, film.uniform(0, 1)) + _tubes(film, pose)
     attenuation += film.uniform(0.03, 0.11) * noise(film, 3)
     shutters = 1.02 - film.exponential(0.03, 4) * (film.random(4) < 0.5)
-    every = slice(None, None, 2)  # the window needs no more pixels
+    every = slice(None, None, 2)  # a quarter of the pixels suffices for the window
     sample, weight = attenuation[every, every], _open_field(shutters, GRID)[every, every]
     low, high = np.quantile(
         sample[weight > 0.5], (film.uniform(0, 0.03), film.uniform(0.985, 1))
@@ -159,7 +159,7 @@ def _expose(
 
     target = min(max(film.normal(0.49, 0.05), 0.35), 0.63)
     sample, share, gamma = windowed[every, every], float(weight.mean()), 1.0
-    for _ in range(3):  # to a fixed point, as the mean of image**gamma is near constant**gamma
+    for _ in range(3):  # fixed point; the mean of image**gamma is close to constant**gamma
         mean = float((sample**gamma * weight).mean())
         gamma = min(max(gamma * math.log(target / share) / math.log(mean / share), 0.4), 2.5)
     image = resize(windowed**gamma, size)
@@ -193,7 +193,7 @@ def _tubes(film: np.random.Generator, pose: Pose) -> np.ndarray:
 
 
 def _open_field(shutters: np.ndarray, size: int) -> np.ndarray:
-    """Returns 1 between the shutters (left, right, top, bottom; film's edge at 1), 0 beyond."""
+    """Returns 1 between the shutters (left, right, top, bottom; the image edge is 1), else 0."""
     left, right, top, bottom = shutters.tolist()
     axis = axis_of(size)
     across = ramp(np.minimum(axis + left, right - axis), 0.02)
@@ -202,12 +202,12 @@ def _open_field(shutters: np.ndarray, size: int) -> np.ndarray:
 
 
 def _mark(film: np.random.Generator, image: np.ndarray) -> np.ndarray:
-    """Puts the side marker, R or L, and sometimes a number into a corner."""
+    """Draws the side marker, R or L, and sometimes a number, in a corner."""
     size = len(image)
     letter = "RL"[film.integers(2)]
     text = letter + (f" {film.integers(1, 100)}" if film.random() < 0.4 else "")
     stamp = Image.new("L", (size, size))
-    # R is put on the patient's right, which is the film's left.
+    # R marks the patient's right, which is the image's left.
     column = film.uniform(0.03, 0.12) if letter == "R" else film.uniform(0.76, 0.85)
     row = film.uniform(0.03, 0.2) if film.random() < 0.8 else film.uniform(0.75, 0.9)
     ImageDraw.Draw(stamp).text(

@@ -1,4 +1,4 @@
-"""A tree of drawn radiographs on disk, named and divided as the published one."""
+"""Writes a tree of drawn radiographs, with the names and splits of the published data set."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from cnnjax.machine.files import work_folder
 from cnnjax.machine.host import cpu_cores
 from cnnjax.phantom.film import Kind, check_size, draw
 
-_PLAN = 3  # a stream of random numbers beside those of `cnnjax.phantom.film`
+_PLAN = 3  # number of a random stream; `cnnjax.phantom.film` uses others
 _MOST_SHOTS = 4
 _NORMAL_SHARE = 1 / 3
-_VIRUS_SHARE = 1 / 3  # of the pneumonias
+_VIRUS_SHARE = 1 / 3  # among the pneumonia images
 
-_MARK = ".phantom"  # says of a tree that it is drawn
+_MARK = ".phantom"  # name of the file that marks a tree as drawn
 
-DRAWN = "drawn images (phantoms): no figure tells anything about radiographs"
-"""What is said beside every figure of a run on them."""
+DRAWN = "drawn images (phantoms): no figure says anything about radiographs"
+"""Note that is printed next to every figure of a run on phantoms."""
 
 
 def is_drawn(root: str) -> bool:
-    """Tells whether a data root is the word `phantom` or a tree that `write_tree` made."""
+    """Returns whether a data root is the word `phantom` or a tree from `write_tree`."""
     return root == "phantom" or (Path(os.path.expanduser(root)) / _MARK).is_file()  # noqa: PTH111
 
 
@@ -44,30 +44,30 @@ def write_tree(
     progress: bool = True,
     workers: int | None = None,
 ) -> None:
-    """Writes a tree of phantoms, `train|val|test/NORMAL|PNEUMONIA/*.jpeg`, whole or not at all.
+    """Writes a tree of phantoms, `train|val|test/NORMAL|PNEUMONIA/*.jpeg`, atomically.
 
-    A third of a split's images is normal; of the others, a third is viral. A patient has one to
-    four images, all in one split, and no person number occurs twice. The files are named as those
-    of Kermany et al. (see `cnnjax.data.patients`) and, on one machine and with one version of NumPy
-    and Pillow, the same bytes for the same seed, however many workers draw.
+    A third of a split's images is normal; a third of the others is viral. A patient has one to four
+    images, all in one split, and each person number is used once. The files are named like those of
+    Kermany et al. (see `cnnjax.data.kermany`). On one machine and with one version of NumPy and
+    Pillow, the same seed gives the same bytes, for any number of workers.
 
     Args:
-        directory: where to; its parents are made, and it must be empty or not there.
-        train: images of the train split; no images, no split.
-        val: images of the val split.
-        test: images of the test split.
+        directory: the target; its parents are created, and it must be empty or not exist.
+        train: number of images in the train split; 0 omits the split.
+        val: number of images in the val split.
+        test: number of images in the test split.
         size: side of the images in pixels.
-        seed: another seed draws other patients.
-        progress: show a bar if standard error is a terminal.
-        workers: processes that draw; by default one a CPU core, or fewer for few images. With 1,
-            the caller's own process draws.
+        seed: seed of the population.
+        progress: show a progress bar if standard error is a terminal.
+        workers: number of processes that draw; by default one per CPU core, or fewer for few
+            images. With 1, the caller's process draws.
 
     Raises:
-        FileExistsError: the directory is a file or holds something.
-        ValueError: a split is too small to hold both classes, or there is none; or see `draw`.
-        OSError: it cannot be written.
+        FileExistsError: the directory is a file or is not empty.
+        ValueError: a split is too small for both classes, or there is no split; or see `draw`.
+        OSError: the tree cannot be written.
     """
-    directory = directory.resolve()  # a name to rename to, even for "."
+    directory = directory.resolve()  # rename needs a name, even for "."
     films = _plan({"train": train, "val": val, "test": test}, seed)
     check_size(size)
     _check_free(directory)
@@ -87,12 +87,12 @@ def write_tree(
         try:
             root.replace(directory)
         except OSError:
-            _check_free(directory)  # another process may have been quicker
+            _check_free(directory)  # another process may have been first
             raise
 
 
 class _Film(NamedTuple):
-    """One image of a tree, before it is drawn."""
+    """An image of the tree that is not drawn yet."""
 
     name: PurePosixPath
     patient: int
@@ -101,7 +101,7 @@ class _Film(NamedTuple):
 
 
 def _plan(images: Mapping[str, int], seed: int) -> list[_Film]:
-    """Returns the films of every split, patients whole and numbered without regard to the class."""
+    """Returns the images of every split, grouped by patient, with consecutive numbers."""
     if seed < 0:
         raise ValueError(f"the seed must be at least 0, got {seed}")
     if min(images.values()) < 0 or not any(images.values()):
@@ -146,15 +146,15 @@ def _write(root: Path, seed: int, size: int, film: _Film) -> None:
 def _each(
     work: Callable[[_Film], None], films: Sequence[_Film], workers: int | None
 ) -> Iterator[None]:
-    """Does the work for each film, in this process or in others, and yields as it gets done."""
+    """Calls work for each image, in this process or in others, and yields after each."""
     if workers is None:
-        # A process takes as long to start as some tens of images to draw.
+        # Starting a process takes as long as drawing some tens of images.
         workers = min(cpu_cores(), 1 + len(films) // 100)
-    # Not threads: the arrays are so small that the GIL changes hands more often than it frees. And
-    # not multiprocessing: joblib's processes don't run the caller's script again.
+    # Threads would be slower: the arrays are so small that the GIL is the bottleneck.
+    # multiprocessing would run the caller's script again; joblib does not.
     yield from Parallel(workers, return_as="generator")(delayed(work)(film) for film in films)
 
 
 def _check_free(directory: Path) -> None:
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise FileExistsError(f"{directory} is there and not empty; choose another directory")
+        raise FileExistsError(f"{directory} exists and is not empty; choose another directory")

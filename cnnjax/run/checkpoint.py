@@ -1,7 +1,7 @@
-"""The states of a run on disk, through Orbax: the latest epoch, and the best by validation.
+"""Saves and restores training states with Orbax: the latest epoch, and the best by validation.
 
-Of several processes, each writes what lies on its devices alone, and the main one the rest; any
-number of processes, with any number of devices, restores it.
+With several processes, each writes only the data on its own devices, and the main process writes
+the rest. Any number of processes with any number of devices can restore the state.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ from cnnjax.networks import AUXILIARY
 from cnnjax.steps import TrainState
 
 Kind = Literal["latest", "best", "within"]
-"""After the last epoch, after the best one, and after some steps of an unfinished one."""
+"""After the last epoch, after the best epoch, and after some steps of an unfinished epoch."""
 KINDS: tuple[Kind, ...] = ("latest", "best")
 
 _BESIDE, _CHECKSUMS = "beside.json", "checksums.json"  # in the folder of a checkpoint
 
-# What a disk can fail with; Orbax tells it in the text of a ValueError.
+# Errors of a full or failing disk; Orbax reports them in the text of a ValueError.
 _DISK = errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS
 
 
 class Checkpoints:
-    """Saves and restores under `folder`, one checkpoint of each kind.
+    """Saves and restores checkpoints under `folder`, one of each kind.
 
-    A checkpoint appears whole or not at all, and goes likewise, when the disk has the one after it.
-    Its files' SHA-256 checksums stand beside them and are verified before it is used. Of `latest`
-    the one before is kept too: where the newest is damaged, or had not reached the disk before a
-    power cut, a run goes on from that.
+    A checkpoint is written atomically. It is removed atomically, after its successor is on disk.
+    The SHA-256 checksums of its files are stored with them and verified before use. Of `latest` the
+    previous checkpoint is kept too: if the newest is damaged, or had not reached the disk before a
+    power failure, a run resumes from the previous one.
 
-    Several processes call the same methods in the same order, but for one that reads `alone`
-    (`cnnjax.machine.processes`).
+    Several processes must call the same methods in the same order, except for one that reads
+    `alone` (`cnnjax.machine.processes`).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -61,19 +61,19 @@ class Checkpoints:
     def save(
         self, kinds: Sequence[Kind], epoch: int, state: TrainState, beside: Any = None
     ) -> None:
-        """Begins to write the state after `epoch` epochs, as one kind after the other.
+        """Starts to write the state after `epoch` epochs, as one kind after the other.
 
-        What goes wrong is raised by the next call of any method but `close`. An interrupt, Ctrl-C,
-        does not reach the writing; `close` waits for it.
+        Errors are raised by the next call of any method except `close`. An interrupt (Ctrl-C) does
+        not stop the writing; `close` waits for it.
 
         Args:
-            kinds: one or both.
-            epoch: its number, for `within` that of the step; one of the same number is replaced.
-            state: of NumPy arrays, which nobody changes any more (Orbax writes them in half the
-                time that it takes for JAX's), or, of several processes, of JAX's, which are
-                written when this returns: beside a step, whose devices must speak to each other
-                in one order, they could not be.
-            beside: JSON to keep beside the state.
+            kinds: the kinds to write.
+            epoch: number of the epoch or, for `within`, of the step; a checkpoint of the same
+                number is replaced.
+            state: NumPy arrays that do not change any more (Orbax writes them in half the time of
+                JAX arrays). With several processes, JAX arrays; they are written before this
+                returns, since their devices could not communicate in the same order during a step.
+            beside: JSON value to store with the state.
         """
         self.wait()
         if self._together:
@@ -82,7 +82,7 @@ class Checkpoints:
         self._writing = self._writer.submit(self._write_each, kinds, epoch, state, beside)
 
     def wait(self) -> None:
-        """Returns when what was begun has been written; raises what went wrong with it."""
+        """Waits until pending checkpoints are written; raises their errors."""
         if self._writing is not None:
             self._writing.result()
 
@@ -96,7 +96,7 @@ class Checkpoints:
         manager = self._manager(kind)
         before = sorted(manager.all_steps())
         for step in before:
-            if step >= epoch:  # Orbax would save nothing before them
+            if step >= epoch:  # Orbax saves no step before the latest one
                 self._remove(kind, step)
         try:
             manager.save(epoch, args=ocp.args.StandardSave(state))
@@ -112,12 +112,12 @@ class Checkpoints:
             self._remove(kind, step)
 
     def epoch(self, kind: Kind) -> int | None:
-        """Returns the number of epochs after which the newest undamaged checkpoint was written.
+        """Returns the number of epochs of the newest undamaged checkpoint; None if there is none.
 
-        It is None without one. Of a damaged one, a line on standard error tells.
+        A damaged checkpoint is reported on standard error.
         """
         self.wait()
-        if not processes.on_main((self.folder / kind).exists):  # nor is it made
+        if not processes.on_main((self.folder / kind).exists):  # do not create it
             return None
         steps = sorted(self._manager(kind).all_steps(), reverse=True)
         return processes.on_main(lambda: next((s for s in steps if self._is_whole(kind, s)), None))
@@ -137,10 +137,10 @@ class Checkpoints:
         return self._whole[kind, epoch]
 
     def restore(self, kind: Kind, template: TrainState) -> TrainState:
-        """Returns the saved state, on the devices that the template names.
+        """Returns the saved state, on the devices of the template.
 
         Args:
-            kind: which of the two.
+            kind: the kind of checkpoint.
             template: a state of `jax.ShapeDtypeStruct`s with shardings.
 
         Raises:
@@ -167,11 +167,13 @@ class Checkpoints:
             raise InputError(f"{where} cannot be read ({first_line(error)})") from None
 
     def beside(self, kind: Kind) -> Any:
-        """Returns the JSON that was saved beside the newest undamaged state."""
+        """Returns the JSON value that was stored with the newest undamaged state."""
         return json.loads((self.folder / kind / str(self.epoch(kind)) / _BESIDE).read_text("utf-8"))
 
     def variables(self, kind: Kind) -> dict[str, Any]:
-        """Returns the Flax variables that a saved state is evaluated with, as NumPy arrays.
+        """Returns the Flax variables for evaluation of a saved state, as NumPy arrays.
+
+        They are the moving average of the parameters, if there is one, without the auxiliary head.
 
         Raises:
             InputError: there is no such checkpoint, or it cannot be read.
@@ -182,17 +184,17 @@ class Checkpoints:
         return {"params": evaluated, "batch_stats": saved.get("batch_stats") or {}}
 
     def drop(self, kind: Kind) -> None:
-        """Takes the checkpoints of a kind away."""
+        """Removes the checkpoints of a kind."""
         self.wait()
         processes.on_main(lambda: shutil.rmtree(self.folder / kind, ignore_errors=True))
 
     def close(self) -> None:
-        """Waits for what is being written, and releases what Orbax holds."""
+        """Waits for pending checkpoints, and releases Orbax's resources."""
         again = None
         while self._writing is not None and not self._writing.done():
             try:
                 wait([self._writing])
-            except KeyboardInterrupt as error:  # the second: let the first's end come, in a moment
+            except KeyboardInterrupt as error:  # wait for the pending write first
                 again = error
         self._writer.shutdown()
         for manager in self._managers.values():
@@ -202,7 +204,7 @@ class Checkpoints:
 
     def _manager(self, kind: Kind) -> ocp.CheckpointManager:
         if kind not in self._managers:
-            # Orbax's own way of saving in the background would leave the order of kinds to chance.
+            # Orbax's own background saving would not preserve the order of the kinds.
             options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
             if jax.process_count() > 1 and not self._together:
                 this = jax.process_index()
@@ -215,7 +217,7 @@ class Checkpoints:
             )
             folder = (self.folder / kind).absolute()
             if processes.is_main():
-                self._sweep(kind)  # after a process that was killed
+                self._sweep(kind)  # remains of killed processes
             self._managers[kind] = ocp.CheckpointManager(
                 folder, options=options, item_handlers=handler
             )
@@ -226,14 +228,14 @@ class Checkpoints:
             shutil.rmtree(going, ignore_errors=True)
 
     def _remove(self, kind: Kind, epoch: int) -> None:
-        """Takes a checkpoint away at once, and then its files; Orbax deletes one by one."""
+        """Renames a checkpoint first, so that it disappears at once, and then deletes its files."""
         self._whole.pop((kind, epoch), None)
         processes.on_main(lambda: self._remove_files(kind, epoch))
         self._manager(kind).reload()
 
     def _remove_files(self, kind: Kind, epoch: int) -> None:
         self._sweep(kind)
-        going = self.folder / f"{kind}.{time.time_ns()}.old"  # another's may be in use and stay
+        going = self.folder / f"{kind}.{time.time_ns()}.old"  # another old one may still be in use
         (self.folder / kind / str(epoch)).replace(going)
         _sync_one(self.folder / kind)
         _sync_one(self.folder)
@@ -241,7 +243,7 @@ class Checkpoints:
 
 
 def _seal(home: Path, beside: Any) -> None:
-    """Adds to the files of a checkpoint what is kept beside the state, and the checksums of all."""
+    """Adds the JSON value and the checksums to the files of a checkpoint."""
     with write_atomically(home / _BESIDE) as file:
         json.dump(beside, file)
     checksums = _checksums(home)
@@ -251,13 +253,13 @@ def _seal(home: Path, beside: Any) -> None:
 
 
 def _on_host(manager: ocp.CheckpointManager, epoch: int) -> Any:
-    """Returns a template of NumPy arrays, whatever devices the state was on when it was saved."""
+    """Returns a template of NumPy arrays, for a state saved from any devices."""
     shapes = manager.item_metadata(epoch).tree
     return jax.tree.map(lambda x: np.empty(x.shape, x.dtype), shapes)
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    """Returns the SHA-256 of each file of a checkpoint, by its name in the folder."""
+    """Returns the SHA-256 of each file of a checkpoint, by its path in the folder."""
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
@@ -266,31 +268,31 @@ def _checksums(folder: Path) -> dict[str, str]:
 
 
 def _sync(folder: Path) -> None:
-    """Waits until the disk has all that a folder holds."""
+    """Waits until everything in a folder is on disk."""
     for path in (*folder.rglob("*"), folder, folder.parent):
         _sync_one(path)
 
 
 def _sync_one(path: Path) -> None:
-    """Waits until the disk has a file, or a folder's names, where the system lets a reader wait."""
+    """Waits until a file, or a folder's entries, are on disk, if the system supports it."""
     if os.name != "posix":
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # the file system has no such thing
+        if error.errno != errno.EINVAL:  # the file system does not support fsync
             raise
     finally:
         os.close(descriptor)
 
 
 def template_of(state: TrainState, placement: Any) -> TrainState:
-    """Returns shapes, dtypes and placement of a state, for `Checkpoints.restore`.
+    """Returns shapes, dtypes and shardings of a state, for `Checkpoints.restore`.
 
     Args:
-        state: of arrays, or of their shapes.
-        placement: a sharding for all of them, or a state of shardings for its parts.
+        state: a state of arrays, or of their shapes.
+        placement: one sharding for all arrays, or a state of shardings.
     """
     template: TrainState = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),

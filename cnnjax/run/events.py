@@ -1,4 +1,4 @@
-"""The figures of a run's epochs, and TensorBoard's event files of them (extra `tensorboard`)."""
+"""Writes the metrics of a run's epochs as TensorBoard event files (extra `tensorboard`)."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from cnnjax.errors import InputError
 
 
 class Events:
-    """Writes what `metrics.jsonl` has of each epoch, by epoch, under `train/` and `validation/`.
+    """Writes the values of `metrics.jsonl` by epoch, under `train/` and `validation/`.
 
-    Epochs that the run has behind it are written anew, so that the files are whole wherever it was
-    stopped, and from whichever start on they were asked for.
+    Past epochs are written again. The files are therefore complete after any interruption, even if
+    the run began without TensorBoard.
 
     Args:
-        folder: where to; what is there is replaced.
+        folder: the target; its content is replaced.
         history: the lines of `metrics.jsonl` so far.
 
     Raises:
@@ -38,21 +38,21 @@ class Events:
             self.add(line)
 
     def add(self, line: dict[str, Any]) -> None:
-        """Adds an epoch, a line of `metrics.jsonl`."""
+        """Adds an epoch, given as a line of `metrics.jsonl`."""
         for name, value in figures_of(line).items():
             self._writer.add_scalar(name, value, line["epoch"])
         self._writer.flush()
 
     def close(self) -> None:
-        """Ends the file."""
+        """Closes the file."""
         self._writer.close()
 
 
 def figures_of(line: dict[str, Any]) -> dict[str, float]:
-    """Returns the figures of a line of `metrics.jsonl` by name.
+    """Returns the values of a line of `metrics.jsonl` by name.
 
-    They are `learning_rate` (of the last step), `train/loss` and `train/accuracy`, and what the
-    objective says of the held-out images, such as `validation/auc`.
+    They are `learning_rate` (of the last step), `train/loss` and `train/accuracy`, and the
+    objective's metrics of the held-out images, such as `validation/auc`.
     """
     sides = {
         f"{side}/{name}": float(value)

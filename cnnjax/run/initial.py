@@ -1,4 +1,4 @@
-"""Weights to start from, `--train.init`: read, and copied as far as they fit."""
+"""Reads the initial weights of `--train.init`, and copies the layers that fit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cnnjax.run.workdir import Workdir
 
 PyTree = Any
 
-_SHOWN = 6  # layers named in a line
+_SHOWN = 6  # layers listed by name
 _UNSEEN = ("--model.standardize", "--model.local-contrast", "--data.frame")
 
 
@@ -32,24 +32,23 @@ class Weights(NamedTuple):
     arrays: Mapping[str, np.ndarray]
     """By collection, layer and name: `params/stem/kernel`, `batch_stats/stem_norm/mean`."""
     about: str
-    """A phrase that names them."""
+    """A phrase that describes their source."""
     config: Config | None
-    """The model, the size and the frame that they were trained with, where that is known."""
+    """The model, the size and the frame with which they were trained, if known."""
 
 
 def read(source: str, fold: int) -> Weights:
     """Returns the weights that `--train.init` names.
 
     Args:
-        source: `released`; the folder of a run, whose best checkpoint is taken, or of a release; or
-            a file, .safetensors or .npz, whose arrays are named as `Weights.arrays`, or with
-            `MEMBER/` before that, as `cnnjax export --format safetensors` writes them.
-        fold: the run's; of an ensemble of several networks, the one of this number is taken. Of a
-            release by `experiments/crossval.py` that is the network which was not trained on the
-            fold.
+        source: `released`; the folder of a run, for its best checkpoint, or of a release; or a
+            .safetensors or .npz file, whose arrays are named as in `Weights.arrays`, with an
+            optional prefix `MEMBER/` as in files of `cnnjax export --format safetensors`.
+        fold: the run's fold; of an ensemble, the network of this number is used. In a release by
+            `experiments/crossval.py` that network was not trained on the fold.
 
     Raises:
-        InputError: there are no weights there.
+        InputError: the source holds no weights.
     """
     path = Path(source)
     if source == "released" or release.is_release(path):
@@ -63,11 +62,11 @@ def read(source: str, fold: int) -> Weights:
             Config(data=data, model=released.model),
         )
     if path.is_dir():
-        from cnnjax.run.checkpoint import Checkpoints  # Orbax takes half a second
+        from cnnjax.run.checkpoint import Checkpoints  # importing Orbax takes half a second
 
         workdir = Workdir(path)
         config = workdir.read_config()
-        with processes.alone():  # each reads all
+        with processes.alone():  # each process reads all weights
             checkpoints = Checkpoints(workdir.checkpoints)
             try:
                 arrays = flatten(checkpoints.variables("best"))
@@ -78,7 +77,7 @@ def read(source: str, fold: int) -> Weights:
 
 
 def _read_file(path: Path) -> dict[str, np.ndarray]:
-    """Returns the arrays of a .safetensors or .npz file by their names."""
+    """Returns the arrays of a .safetensors or .npz file by name."""
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as file:
@@ -99,13 +98,13 @@ def _read_file(path: Path) -> dict[str, np.ndarray]:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"--train.init {path} cannot be read ({reason})") from None
     raise InputError(
-        f"--train.init {path} is no run, no release, and no .safetensors or .npz file; give one of"
+        f"--train.init {path} is not a run, a release, a .safetensors or an .npz file; give one of"
         " these, `released` or `random`"
     )
 
 
 def _one_network(arrays: dict[str, np.ndarray], path: Path, fold: int) -> Weights:
-    """Returns one member's arrays, where a file holds those of several."""
+    """Returns the arrays of one network, if a file holds several networks."""
     members = sorted({int(m) for name in arrays if (m := name.partition("/")[0]).isdigit()})
     if not members:
         return Weights(arrays, str(path), None)
@@ -116,12 +115,12 @@ def _one_network(arrays: dict[str, np.ndarray], path: Path, fold: int) -> Weight
 
 
 def expect_fit(network: Any, config: Config, weights: Weights | None) -> None:
-    """Raises InputError where a network does not go with `--train.freeze` or `--train.init`.
+    """Raises InputError if a network does not fit `--train.freeze` or `--train.init`.
 
     Args:
         network: a Linen module.
-        config: the run's.
-        weights: of `--train.init`, if it has any.
+        config: the run's config.
+        weights: the weights of `--train.init`, if any.
     """
     if not config.train.freeze and weights is None:
         return
@@ -135,18 +134,18 @@ def expect_fit(network: Any, config: Config, weights: Weights | None) -> None:
 
 
 def started(drawn: PyTree, weights: Weights, config: Config) -> tuple[PyTree, dict[str, Any]]:
-    """Returns variables as they were drawn, but those layers that the weights have as these.
+    """Replaces the layers of drawn variables that fit with the layers of the weights.
 
-    A layer (the arrays of one module) is copied whole or not at all.
+    A layer (the arrays of one module) is copied as a whole or not at all.
 
     Args:
         drawn: nested dicts of arrays, `params` and `batch_stats`.
-        weights: to copy from.
-        config: the run's; `train.init_without` names layers that are not copied.
+        weights: the weights to copy.
+        config: the run's config; `train.init_without` names layers that are not copied.
 
     Returns:
-        The variables, and for `init.json` the source, its SHA-256, and the layers that were copied,
-        drawn, and left out.
+        The variables; and the content of `init.json`: the source, its SHA-256, and the layers that
+        were copied, drawn, and left out.
 
     Raises:
         InputError: no layer fits.
@@ -167,7 +166,7 @@ def started(drawn: PyTree, weights: Weights, config: Config) -> tuple[PyTree, di
 
 
 def _copied(wanted: PyTree, weights: Weights, config: Config) -> set[str]:
-    """Returns the layers that are copied: those of the same names and shapes in both."""
+    """Returns the layers to copy: those with the same names and shapes in both."""
     ours, theirs = _by_layer(flatten(wanted)), _by_layer(weights.arrays)
     without = config.train.init_without
     copied = {
@@ -179,14 +178,14 @@ def _copied(wanted: PyTree, weights: Weights, config: Config) -> set[str]:
     if not copied:
         raise InputError(
             f"--train.init {config.train.init}: no layer of {weights.about} has the name and the"
-            f" shapes of one of the network's ({_named(theirs)} there, {_named(ours)} here)"
+            f" shapes of a layer of the network ({_named(theirs)} there, {_named(ours)} here)"
             + _other_flags(config, weights)
         )
     return copied
 
 
 def describe(told: dict[str, Any], weights: Weights, config: Config) -> str:
-    """Returns lines that say what was copied, for the screen."""
+    """Returns lines that say which layers were copied, for the screen."""
     lines = [f"init      {len(told['copied'])} layers of {weights.about}"]
     for name, label in (("drawn", "drawn anew"), ("left_out", "left out")):
         if told[name]:
@@ -200,7 +199,7 @@ def describe(told: dict[str, Any], weights: Weights, config: Config) -> str:
 
 
 def _by_layer(arrays: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-    """Returns arrays by the module that they are of, `stage1_block1/conv1`."""
+    """Groups arrays by their module, such as `stage1_block1/conv1`."""
     layers: dict[str, dict[str, np.ndarray]] = {}
     for name, value in arrays.items():
         layer = name.partition("/")[2].rpartition("/")[0]
@@ -218,7 +217,7 @@ def _named(layers: Any) -> str:
 
 
 def _other_flags(config: Config, weights: Weights) -> str:
-    """Returns a hint: by which flags of the network the two differ."""
+    """Returns a hint that lists the network flags in which the two differ."""
     if weights.config is None:
         return ""
     before, now = flags(weights.config), flags(config)
@@ -231,7 +230,7 @@ def _other_flags(config: Config, weights: Weights) -> str:
 
 
 def _given(flag: str, value: Any) -> str:
-    """Returns a flag as the command line takes it: `--model.no-standardize` for one that is off."""
+    """Returns a flag in command-line form, such as `--model.no-standardize` for a false value."""
     if not isinstance(value, bool):
         return f"{flag} {value}"
     part, _, name = flag.rpartition(".")

@@ -1,7 +1,7 @@
-"""What `cnnjax.train.fit` was given beside its config, written down in the run.
+"""Records the arguments of `cnnjax.train.fit` other than the config and the data.
 
-A part of the user's own is named by its import path and its fields, so that a resumed run, a
-prediction or a report finds the same again, or says what is missing.
+A user's part is recorded as its import path and its fields. A resumed run, a prediction or a report
+can then import the same part again, or report what is missing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PyTree = Any
 
 
 class Parts(NamedTuple):
-    """What `cnnjax.train.fit` takes beside config and data; see there."""
+    """The arguments of `cnnjax.train.fit` other than config and data; see there."""
 
     network: Any = None
     objective: Any = None
@@ -33,7 +33,7 @@ class Parts(NamedTuple):
     init: PyTree = None
 
     def described(self) -> dict[str, Any]:
-        """Returns what `parts.json` says of each; None for one that was not given."""
+        """Returns the content of `parts.json`; None for each part that was not given."""
         parts = {
             name: None if part is None else described(part)
             for name, part in self._asdict().items()
@@ -43,19 +43,19 @@ class Parts(NamedTuple):
 
 
 def expect_together(given: Parts, config: Config) -> None:
-    """Raises InputError where a part of the user's own and a flag of the config exclude another."""
+    """Raises InputError if a user's part and a flag of the config exclude each other."""
     train = config.train
     if given.init is not None and train.init != "random":
         raise InputError(f"init=... and --train.init {train.init} exclude each other; give one")
     if given.augment is not None and config.augment.views > 1:
         raise InputError(
-            f"--augment.views {config.augment.views} would draw the config's changes, not those of"
+            f"--augment.views {config.augment.views} would use the config's augmentation, not"
             " augment=...; give --augment.views 1"
         )
     if given.optimizer is not None and train.weight_decay:
         raise InputError(
-            f"--train.weight-decay {train.weight_decay} has no effect on optimizer=...; give it to"
-            " the factory, functools.partial(optax.adamw, weight_decay=...), and 0 to the config"
+            f"--train.weight-decay {train.weight_decay} has no effect on optimizer=...; set it in"
+            " the factory, functools.partial(optax.adamw, weight_decay=...), and to 0 in the config"
         )
     if given.network is not None and given.objective is None and train.auxiliary:
         expect_second_head(given.network)
@@ -66,11 +66,11 @@ def described(part: Any) -> dict[str, Any]:
 
     Args:
         part: a dataclass instance, such as a Linen module; a function; or a `functools.partial` of
-            a function, whose keyword arguments are its fields.
+            a function, whose arguments are its fields.
 
     Returns:
-        `part`, as `module:Name`, and `fields`; `fields` is None where they are not all numbers,
-        texts, or lists of them.
+        `part`, as `module:Name`, and `fields`; `fields` is None if they are not all numbers,
+        strings, or lists of them.
     """
     if isinstance(part, functools.partial):
         named, fields = part.func, dict(enumerate(part.args)) | part.keywords
@@ -81,7 +81,7 @@ def described(part: Any) -> dict[str, Any]:
             for field in dataclasses.fields(part)
             if field.init
             and field.name not in ("parent", "name")
-            # A default such as a dtype need not be written down to be found again.
+            # A default that is not plain JSON, such as a dtype, need not be recorded.
             and (_plain(value := getattr(part, field.name)) or value is not field.default)
         }
     else:
@@ -101,23 +101,23 @@ def _plain(value: Any) -> bool:
 
 
 def rebuilt_network(description: dict[str, Any], run: Path) -> nn.Module:
-    """Returns the network that `described` described.
+    """Returns the network of a description.
 
     Args:
-        description: its answer.
-        run: the workdir, for the message.
+        description: the result of `described`.
+        run: the workdir, for the error message.
 
     Raises:
-        InputError: it cannot be imported, its fields were not written down, or it is no Linen
-            module.
+        InputError: the network cannot be imported, its fields were not recorded, or it is not a
+            Linen module.
     """
     path, fields = description["part"], description["fields"]
     try:
         if fields is None or path.startswith("__main__:") or "<locals>" in path:
-            raise ImportError("it cannot be made again from what was written down")
+            raise ImportError("it cannot be rebuilt from its record")
         cls = imported(path)
         if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-            raise TypeError("it is no flax.linen.Module")
+            raise TypeError("it is not a flax.linen.Module")
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
     except (ImportError, TypeError) as error:
         raise InputError(

@@ -1,4 +1,4 @@
-"""Signals that ask the process to end: held until the state is saved."""
+"""Holds signals that ask the process to end, until the state is saved."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ASKING = [
 
 
 class Ended(KeyboardInterrupt):
-    """A signal ended the work, in order; `number` is that of the signal."""
+    """A signal ended the work in an orderly way; `number` is the number of the signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -24,16 +24,16 @@ class Ended(KeyboardInterrupt):
 
 
 class Held:
-    """What `held` yields."""
+    """The signals that `held` has received."""
 
     def __init__(self) -> None:
         self.asked: int | None = None
-        """The number of a signal that has come; None before."""
+        """The number of the signal that was received; None if none was."""
 
     def end(self) -> None:
-        """Raises Ended if a signal has come, to this process or to another one of the run.
+        """Raises Ended if this process, or another one of the run, has received a signal.
 
-        All processes are to call it after the same step.
+        All processes must call it after the same step.
         """
         self.asked = max(processes.gather(self.asked or 0)) or None
         if self.asked is not None:
@@ -42,10 +42,10 @@ class Held:
 
 @contextlib.contextmanager
 def held() -> Iterator[Held]:
-    """Holds SIGINT, SIGTERM and SIGHUP within the block, which is to ask for them.
+    """Holds SIGINT, SIGTERM and SIGHUP within the block, which must check for them.
 
-    A second signal is not held: it raises Ended where it comes. Signals that the process ignores
-    stay ignored. Outside of the main thread, which alone gets signals, nothing is changed.
+    A second signal is not held: it raises Ended immediately. Signals that the process ignores stay
+    ignored. Outside the main thread, which alone receives signals, nothing changes.
     """
     found = Held()
 

@@ -1,6 +1,7 @@
-"""The folder of a run: what stands in it, and that it belongs to one config and one process.
+"""The folder of a run: its files, and the checks that it belongs to one config and one process.
 
-Of several processes of a run (`cnnjax.machine.processes`), the main one claims it and writes to it.
+If a run has several processes (`cnnjax.machine.processes`), only the main process locks the folder
+and writes to it.
 """
 
 from __future__ import annotations
@@ -26,41 +27,41 @@ from cnnjax.machine.files import read_cell, write_atomically
 from cnnjax.operating import OperatingPoint, Points, SoftmaxPoint, points_from_json
 
 BINARY, SOFTMAX = "cnnjax.objectives:Binary", "cnnjax.objectives:Softmax"
-"""The objectives of one logit, and of one for each class, as `parts.json` names them."""
+"""The objectives with one logit, and with one logit per class, as named in `parts.json`."""
 
 
 class Judged(NamedTuple):
-    """A run's held-out images with what it says of them."""
+    """The held-out images of a run, with their logits."""
 
     names: list[str]
     labels: np.ndarray
     """int [n]."""
     patients: list[str]
     logits: np.ndarray
-    """float64 [n], or [n, K] of K classes."""
+    """float64 [n], or [n, K] for K classes."""
 
 
 class Workdir:
-    """Paths of a run's files, and what is read back from them.
+    """Paths of a run's files, and functions that read them.
 
     Attributes:
-        config: `config.json`, all that decides the run.
-        data: `data.json`, the fingerprint of the images it was trained on, the class names, and
-            whether they are drawn.
-        parts: `parts.json`, what `fit` was given beside the config, if anything (see
+        config: `config.json`, all settings that decide the run.
+        data: `data.json`, the fingerprint of the training images, the class names, and whether the
+            images are phantoms.
+        parts: `parts.json`, the arguments of `fit` other than the config, if any (see
             `cnnjax.run.parts`).
-        init: `init.json`, what was copied of the weights of `--train.init`.
+        init: `init.json`, the layers that were copied from the weights of `--train.init`.
         split: `split.csv`, each image's patient, label and role.
         quarantine: `quarantine.csv`, files that are left out, each with the reason.
-        duplicates: `duplicates.csv`, images that show the film of an earlier one.
+        duplicates: `duplicates.csv`, images that repeat an earlier radiograph.
         sessions: `sessions.jsonl`, versions and devices of each start.
         metrics: `metrics.jsonl`, an object for each epoch.
-        throughput: `throughput.jsonl`, wall time for each epoch; the only file with times in it.
-        events: `tensorboard/`, event files where the config asks for them.
+        throughput: `throughput.jsonl`, wall time for each epoch; the only file that contains times.
+        events: `tensorboard/`, event files if the config asks for them.
         checkpoints: `checkpoints/latest` and `checkpoints/best`.
         validation: `validation.csv`, the logits of each held-out image.
         operating: `operating.json`, the operating points of the best and the latest state.
-        summary: `summary.json`, written when training has ended.
+        summary: `summary.json`, written when training has finished.
     """
 
     def __init__(self, root: Path) -> None:
@@ -83,7 +84,7 @@ class Workdir:
 
     @property
     def begun(self) -> bool:
-        """Whether a run lives here: one that was given up before its data were read is none."""
+        """Whether the workdir holds a run that got as far as reading its data."""
         return self.config.exists() and (self.data.exists() or self.checkpoints.exists())
 
     def read_config(self) -> Config:
@@ -94,38 +95,38 @@ class Workdir:
         """
         if not self.config.is_file():
             missing = "it has no config.json" if self.root.exists() else "it does not exist"
-            raise InputError(f"{self.root} is no run: {missing}; give a run's --workdir")
+            raise InputError(f"{self.root} is not a run: {missing}; give a run's --workdir")
         return from_json(_read_text(self.config), str(self.config))
 
     def write_config(self, config: Config) -> None:
-        """Writes down what the run was last given; what decides it is the same as before."""
+        """Writes the config of the latest start; what decides the run must be unchanged."""
         if not processes.is_main():
             return
         with write_atomically(self.config) as file:
             file.write(to_json(config))
 
     def read_classes(self) -> tuple[str, ...]:
-        """Returns the names of the labels, 0 and up."""
+        """Returns the names of the labels 0, 1, ..."""
         return tuple(read_json(self.data, "classes"))
 
     @property
     def has_softmax(self) -> bool:
-        """Whether the network has a logit for each class: always, where there are three or more."""
+        """Whether the network has a logit per class; always true for three or more classes."""
         objective = self.read_parts()["objective"]
         return len(self.read_classes()) > 2 or (
             objective is not None and objective["part"] == SOFTMAX
         )
 
     def read_parts(self) -> dict[str, Any]:
-        """Returns what `cnnjax.train.fit` was given beside the config; see `cnnjax.run.parts`."""
+        """Returns the recorded arguments of `cnnjax.train.fit`; see `cnnjax.run.parts`."""
         nothing = dict.fromkeys(("network", "objective", "optimizer", "augment", "init"))
         return nothing | read_json(self.parts) if self.parts.exists() else nothing
 
     def claim_parts(self, given: dict[str, Any]) -> None:
-        """Notes what `cnnjax.train.fit` is given, or checks that it is the same as before.
+        """Records the arguments of `cnnjax.train.fit`, or checks that they are unchanged.
 
         Raises:
-            InputError: it is not.
+            InputError: they have changed.
         """
         if not self.checkpoints.exists():
             if any(given.values()):
@@ -133,7 +134,7 @@ class Workdir:
             return
         for name, before in self.read_parts().items():
             now = given[name]
-            # What has begun needs nothing to start from.
+            # A resumed run does not need initial weights.
             if now != before and not (name == "init" and now is None):
                 raise InputError(
                     f"{self.root} was trained with another {name}: {_shown(now)} (was"
@@ -143,8 +144,11 @@ class Workdir:
     def read_operating(self, kind: str) -> Points:
         """Returns the operating points of the `best` or `latest` state.
 
-        A run that has not ended has none yet: then probabilities are as the network gives them,
-        and the decision is at 0.5 or, of three and more classes, for the most probable one.
+        An unfinished run has none. Its probabilities are not calibrated, and the decision threshold
+        is 0.5 or, for three and more classes, the most probable class is chosen.
+
+        Raises:
+            InputError: the file is damaged.
         """
         if not self.operating.exists() and not self.summary.exists():
             nothing = SoftmaxPoint() if self.has_softmax else OperatingPoint()
@@ -155,19 +159,19 @@ class Workdir:
             raise InputError(f"{self.operating} holds no operating points; restore it") from None
 
     def expect_ended(self) -> None:
-        """Raises InputError where training has not come to its end."""
+        """Raises InputError if training has not finished."""
         if not self.summary.exists():
             raise InputError(
-                f"{self.root} has not ended; give its training command again, then the report"
+                f"{self.root} is not finished; give its training command again, then the report"
             )
 
     def read_summary(self) -> dict[str, Any]:
-        """Returns what a run that has ended came to."""
+        """Returns the results of a finished run."""
         summary: dict[str, Any] = read_json(self.summary)
         return summary
 
     def read_validation(self) -> Judged:
-        """Returns the held-out images of a run that has ended, as its best epoch judges them."""
+        """Returns the held-out images of a finished run, with the logits of its best epoch."""
         logits = ["logit_best"]
         if self.has_softmax:
             logits = [f"logit_best_{name}" for name in self.read_classes()]
@@ -193,7 +197,7 @@ class Workdir:
         return rows
 
     def trained_on(self, names: Iterable[str]) -> int:
-        """Counts the names, by split, class and file, that the run's training images bear."""
+        """Counts the names that match a training image of the run by split, class and file name."""
         if not self.split.exists():
             return 0
         rows = self.read_split()
@@ -201,22 +205,22 @@ class Workdir:
         return sum(PurePosixPath(name).parts[-3:] in ours for name in names)
 
     def read_drawn(self) -> bool:
-        """Tells whether the run was trained on drawn images (phantoms)."""
+        """Returns whether the run was trained on drawn images (phantoms)."""
         values = read_json(self.data)
-        if "drawn" not in values:  # as of 0.2
+        if "drawn" not in values:  # written by version 0.2
             return self.read_config().data.root == "phantom"
         return bool(values["drawn"])
 
     def claim_data(self, fingerprint: str, classes: tuple[str, ...], drawn: bool = False) -> None:
-        """Notes what the run is trained on, or checks that it is the same as before.
+        """Records the data of the run, or checks that they are unchanged.
 
         Args:
-            fingerprint: of the images.
-            classes: their names.
-            drawn: whether they are phantoms.
+            fingerprint: fingerprint of the images.
+            classes: names of the classes.
+            drawn: whether the images are phantoms.
 
         Raises:
-            InputError: it is not, or another process reads other images.
+            InputError: the images have changed, or another process reads other images.
         """
         if len(set(processes.gather(fingerprint))) > 1:
             raise InputError("the processes read different images; give each the same --data.root")
@@ -228,18 +232,18 @@ class Workdir:
             write_json(self.data, values)
         elif read_json(self.data, "fingerprint") != fingerprint:
             raise InputError(
-                f"{self.root} was trained on other images than --data.root holds now;"
+                f"{self.root} was trained on other images than those in --data.root now;"
                 " restore them or choose another --workdir"
             )
 
     def expect_split(self, names: Sequence[str], held_out: np.ndarray) -> None:
-        """Raises InputError where a run that has begun was trained on another split of its images.
+        """Raises InputError if a resumed run was trained on another split of its images.
 
         Earlier versions drew other splits of some data sets.
 
         Args:
-            names: of n images.
-            held_out: bool [n], true where the image validates now.
+            names: names of n images.
+            held_out: bool [n], true for images that are in validation now.
         """
         if not self.checkpoints.exists():
             return
@@ -249,15 +253,15 @@ class Workdir:
             now, was = ("train", "validation") if moved[0] in validated else ("validation", "train")
             raise InputError(
                 f"{self.root} was trained on another split of the images: {len(moved):,} have"
-                f" another role now, as {moved[0]}, {now} (was {was}); resume it with the version"
+                f" another role now: {moved[0]}, {now} (was {was}); resume it with the version"
                 " of cnnjax that began it, or choose another --workdir"
             )
 
     def expect_versions(self) -> None:
-        """Raises InputError where the run was last trained with other versions.
+        """Raises InputError if the run was last trained with other versions.
 
-        Those of cnnjax and jax count, by their first two numbers, which tell what may change the
-        outcome by more than rounding.
+        The first two numbers of the versions of cnnjax and jax are compared: changes of these may
+        change the results by more than rounding.
         """
         lines = read_lines(self.sessions) if self.sessions.exists() else []
         for name in ("cnnjax", "jax") if lines else ():
@@ -265,24 +269,24 @@ class Workdir:
             if before.split(".")[:2] != now.split(".")[:2]:
                 raise InputError(
                     f"{self.root} was trained with {name} {before}, and this is {now}; install"
-                    f" that, or give --other-versions to go on with this one"
+                    f" {before}, or give --other-versions to resume with {now}"
                 )
 
     def read_history(self, epochs: int) -> list[dict[str, Any]]:
-        """Returns the first `epochs` lines of `metrics.jsonl`, and drops what follows from it.
+        """Returns the first `epochs` lines of `metrics.jsonl`, and removes later lines from it.
 
-        A run that was killed may have written a line or two, or part of one, beyond its checkpoint,
-        and so in `throughput.jsonl`.
+        A killed run may have written a few lines, or a part of one, after its last checkpoint. The
+        same holds for `throughput.jsonl`.
 
         Raises:
-            InputError: there are fewer, or so many more that a checkpoint is gone.
+            InputError: there are fewer lines, or so many more that a checkpoint is missing.
         """
         if not self.metrics.exists() and not epochs:
             return []
         lines = _read_text(self.metrics).splitlines(keepends=True)
         if len(lines) > epochs + 2:
             raise InputError(
-                f"{self.metrics} tells of {len(lines)} epochs, {self.checkpoints / 'latest'} of"
+                f"{self.metrics} has {len(lines)} epochs, {self.checkpoints / 'latest'} has"
                 f" {epochs}; restore that, or choose another --workdir"
             )
         lines = lines[:epochs]
@@ -302,11 +306,11 @@ class Workdir:
 
 @contextmanager
 def claim(config: Config) -> Iterator[Workdir]:
-    """Makes the config's workdir, or takes it up again, and locks it while the block runs.
+    """Makes the config's workdir, or reopens it, and locks it while the block runs.
 
     Raises:
-        InputError: it is in use, belongs to another config, cannot be written, or is not one folder
-            for all processes, or those have different configs.
+        InputError: the workdir is in use, belongs to another config, or cannot be written; or the
+            processes have different configs or do not share the workdir.
     """
     given = {flag: str(x) for flag, x in flags(config).items() if flag != "--distributed.process"}
     for theirs in processes.gather(given):
@@ -345,7 +349,7 @@ def _locked(config: Config) -> Iterator[None]:
     try:
         if not workdir.config.exists() and workdir.checkpoints.exists():
             raise InputError(
-                f"{workdir.root} has checkpoints but no config.json, which tells what they are of;"
+                f"{workdir.root} has checkpoints but no config.json, which describes their run;"
                 " restore it, or choose another --workdir"
             )
         expect_effect(config, resumed=workdir.begun)
@@ -354,7 +358,7 @@ def _locked(config: Config) -> Iterator[None]:
             changed = differences(config, before)
             if changed:
                 more = config.train.epochs - before.train.epochs
-                extend = f" (to go on for more epochs, --train.extend {more})" if more > 0 else ""
+                extend = f" (to add epochs, --train.extend {more})" if more > 0 else ""
                 raise InputError(
                     f"{workdir.root} belongs to another config: {', '.join(changed)};"
                     f" give the same flags to resume it{extend}, or choose another --workdir"
@@ -371,16 +375,16 @@ def _locked(config: Config) -> Iterator[None]:
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of what decides a run's outcome, by the name of the package."""
+    """Returns the versions of the packages that affect a run's results, by package name."""
     others = ("jax", "jaxlib", "flax", "optax", "numpy")
     return {"cnnjax": __version__} | {name: version(name) for name in others}
 
 
 def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
-    """Returns the rows of a CSV file as `cnnjax.machine.files.write_rows` writes it.
+    """Returns the rows of a CSV file written by `cnnjax.machine.files.write_rows`.
 
     Raises:
-        InputError: it is not there, or lacks one of the columns in a row.
+        InputError: the file does not exist, or a row lacks one of the columns.
     """
     try:
         with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
@@ -413,10 +417,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_json(path: Path, key: str | None = None) -> Any:
-    """Returns what a JSON file holds, or what its object holds by a key.
+    """Returns the content of a JSON file, or the value of a key in its object.
 
     Raises:
-        InputError: it is not there or not valid, or there is no such key.
+        InputError: the file does not exist or is not valid, or there is no such key.
     """
     try:
         values = json.loads(_read_text(path))
@@ -436,7 +440,7 @@ def _shown(part: Any) -> str:
 
 
 def _epoch_of(line: str) -> float:
-    """Returns the number of the epoch that a line is about; infinity for a broken one."""
+    """Returns the epoch number of a line; infinity if the line is broken."""
     try:
         return float(json.loads(line)["epoch"])
     except (KeyError, TypeError, ValueError):
@@ -452,7 +456,7 @@ def _read_text(path: Path) -> str:
 
 
 def append_line(path: Path, values: Mapping[str, Any]) -> None:
-    """Adds one JSON object as a line, in place of a line that was left unfinished."""
+    """Appends a JSON object as a line; an incomplete last line is replaced."""
     if not processes.is_main():
         return
     with path.open("ab+") as file:
@@ -465,7 +469,7 @@ def append_line(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes a JSON object, whole or not at all."""
+    """Writes a JSON object atomically."""
     if not processes.is_main():
         return
     with write_atomically(path) as file:

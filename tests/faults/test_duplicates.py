@@ -153,8 +153,8 @@ def test_patients_who_share_a_film_are_on_one_side_and_nobody_else_moves(copy: P
     (found,) = data.duplicates
     assert (found.image.name, found.like.name) == (held, trains)
     assert "moved to the fold of the other" in found.done
-    (line,) = [line for line in said if "show a film" in line]
-    assert line.startswith("warning: 1 images show a film that another shows; 1 had their patient")
+    (line,) = [line for line in said if "repeat another radiograph" in line]
+    assert line.startswith("warning: 1 images repeat another radiograph; 1 had their patient")
     assert f"{held} as {trains}" in line
 
 
@@ -163,7 +163,7 @@ def test_official_folders_stay_and_the_pair_is_named(copy: Path) -> None:
     shutil.copy(kept, other)
     data, said = prepared(copy, validation="official")
     assert [d.done for d in data.duplicates] == ["nothing: on both sides by their folders"]
-    assert any("1 have the other on the other side" in line for line in said)
+    assert any("1 have the other image on the other side" in line for line in said)
 
 
 def test_a_film_in_both_classes_is_left_out_by_name(copy: Path) -> None:
@@ -177,10 +177,12 @@ def test_a_film_in_both_classes_is_left_out_by_name(copy: Path) -> None:
         assert names == {name for name, _ in data.decoded.quarantine}
         assert all(reason.startswith("in two classes") for _, reason in data.decoded.quarantine)
         assert after == {n: role for n, role in roles(before).items() if n not in names}
-        assert any("left out: 2 of films that are in two classes" in line for line in said)
+        assert any("left out: 2 images of radiographs in two classes" in line for line in said)
     kept = [i for i, e in enumerate(before.decoded.examples) if e.name not in names]
     np.testing.assert_array_equal(data.decoded.images, before.decoded.images[kept])
-    with pytest.raises(InputError, match=r"in two classes: the film of .*drop --data\.strict"):
+    with pytest.raises(
+        InputError, match=r"in two classes: the radiograph of .*drop --data\.strict"
+    ):
         prepared(copy, strict=True)
 
 
@@ -249,7 +251,7 @@ def test_a_run_of_a_version_that_did_not_look_for_them_is_not_gone_on_with(
     split = (config.workdir / "split.csv").read_bytes()
     with pytest.raises(
         InputError,
-        match=rf"another split of the images: {len(moved)} have another role now, as"
+        match=rf"another split of the images: {len(moved)} have another role now:"
         rf" {moved[0]}, train \(was validation\); resume it with the version",
     ):
         fit(config)
@@ -270,7 +272,7 @@ def test_a_run_names_them_in_its_folder_its_report_and_on_screen(
         device=DeviceConfig(count=1),
     )
     fit(config)
-    assert "2 images show a film that another shows" in capsys.readouterr().out
+    assert "2 images repeat another radiograph" in capsys.readouterr().out
     workdir = Workdir(config.workdir)
     assert {row["image"].split("/")[-1] for row in read_table(workdir.duplicates, ["done"])} >= {
         other.name

@@ -1,7 +1,7 @@
 """cnnjax: a convolutional network in JAX that tells pneumonia from normal on chest radiographs.
 
-The names below are the library; `docs/api.md` shows them in use. They are imported when they are
-first asked for, so that `import cnnjax` alone starts no JAX.
+The names in `__all__` are the public library; `docs/api.md` shows how to use them. They are
+imported on first use, so `import cnnjax` alone does not start JAX.
 """
 
 from importlib import import_module

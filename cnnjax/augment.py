@@ -1,7 +1,7 @@
-"""Random changes to training images, inside the compiled step: (key, images) -> images.
+"""Random augmentation of images inside the compiled step: (key, images) -> images.
 
-Each image draws from its own key, folded with its number in the batch, so neither the number of
-devices nor of the rows that fill up the batch changes what it draws.
+Each image has its own random key: the key of the step, folded with the image's index in the batch.
+The draws therefore do not depend on the number of devices or on rows that fill up the batch.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from cnnjax.config import AugmentConfig
 Augment = Callable[..., Any]
 """(key, images) -> images, or (key, images, maps) -> (images, maps)."""
 Views = Callable[[jax.Array, jax.Array], jax.Array]
+"""(key, images [batch, ...]) -> views [batch, count, ...]."""
 
 
 class _Draws(NamedTuple):
-    """What decides how an image is changed: numbers drawn evenly from [0, 1).
+    """The random numbers that determine how an image is changed, uniform in [0, 1).
 
-    All are drawn whatever the config uses, in one go: another change more or less leaves the others
-    as they are, and a program with one generator is compiled sooner than with one for each.
+    All of them are drawn in one call, whatever the config uses. Enabling one change therefore does
+    not affect the draws of the others, and one random generator compiles faster than several.
     """
 
     shear: jax.Array
@@ -54,10 +55,10 @@ class _Draws(NamedTuple):
 def make_augment(config: AugmentConfig) -> Augment:
     """Returns the pure function (key, images) -> images that the config describes.
 
-    Images are float32 [batch, height, width, 1] in [0, 1], before and after. What the config has at
-    zero is left out of the compiled program. Given maps of that shape as a third argument, the
-    function returns (images, maps): maps are moved as the images are, are zero beyond the edge, and
-    are not changed otherwise.
+    Input and output images are float32 [batch, height, width, 1] in [0, 1]. Changes that the config
+    disables are left out of the compiled program. With maps of the same shape as a third argument,
+    the function returns (images, maps). The maps get only the geometric changes of the images, with
+    zero padding.
     """
     moves = (config.shear, config.zoom, config.rotate, config.shift, config.flip, config.crop < 1)
 
@@ -79,14 +80,14 @@ def make_augment(config: AugmentConfig) -> Augment:
         if config.sharpness:
             image = _sharpened(image, _within(draws.sharpness, config.sharpness))
         if config.gamma:
-            # A power as XLA vectorises it on a CPU; black stays black, exp(-inf).
+            # A power in a form that XLA vectorizes on a CPU; black stays black, as exp(-inf) = 0.
             image = jnp.exp(jnp.log(image) * jnp.exp(_within(draws.gamma, config.gamma)))
         if config.contrast or config.brightness:
             mean = image.mean()
             image = mean + (image - mean) * (1 + _within(draws.contrast, config.contrast))
             image = jnp.clip(image + _within(draws.brightness, config.brightness), 0, 1)
         if config.noise:
-            pixels = jax.random.fold_in(key, count)  # the numbers before are those of the draws
+            pixels = jax.random.fold_in(key, count)  # smaller numbers are used by the draws
             grain = jax.random.normal(pixels, image.shape, image.dtype)
             image = jnp.clip(image + draws.noise * config.noise * grain, 0, 1)
         if config.erase:
@@ -104,9 +105,13 @@ def make_augment(config: AugmentConfig) -> Augment:
 def make_views(config: AugmentConfig, count: int) -> Views:
     """Returns the pure function (key, images) -> views, for test-time augmentation.
 
-    Images are float32 [batch, height, width, 1], views [batch, count, height, width, 1]: each image
-    under `count` draws of the augmentation, which are the same for all images. A single view is the
-    image as it is.
+    Images are float32 [batch, height, width, 1], views [batch, count, height, width, 1]. The views
+    of an image are `count` random augmentations of it, with the same draws for all images. A single
+    view is the unchanged image.
+
+    Args:
+        config: the augmentation.
+        count: number of views of each image.
     """
     augment = make_augment(config)
 
@@ -120,20 +125,20 @@ def make_views(config: AugmentConfig, count: int) -> Views:
 
 
 def unchanged(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Returns the images [batch, ...] as the one view [batch, 1, ...] of each."""
+    """Returns the images [batch, ...] as views [batch, 1, ...], one unchanged view per image."""
     del key
     return images[:, None]
 
 
 def affine(image: jax.Array, matrix: jax.Array) -> jax.Array:
-    """Resamples an image under an affine map, bilinearly; beyond the edge the edge goes on.
+    """Applies an affine map to an image, with bilinear interpolation and edge padding.
 
-    The same as `scipy.ndimage.affine_transform(image, matrix, order=1, mode="nearest")`, and thus
-    as the warp of Keras's `ImageDataGenerator`.
+    Equivalent to `scipy.ndimage.affine_transform(image, matrix, order=1, mode="nearest")`, and
+    therefore to the warp of Keras's `ImageDataGenerator`.
 
     Args:
         image: float [height, width].
-        matrix: [2, 3]; maps an output pixel (row, column, 1) to the input place it is read from.
+        matrix: [2, 3]; maps an output pixel (row, column, 1) to its position in the input image.
 
     Returns:
         float [height, width].
@@ -148,12 +153,12 @@ def affine(image: jax.Array, matrix: jax.Array) -> jax.Array:
 
 
 def resample_by_reads(image: jax.Array, row: jax.Array, column: jax.Array) -> jax.Array:
-    """Interpolates an image bilinearly at places within it, reading the pixels around each.
+    """Interpolates an image bilinearly at given positions, by reading the neighbouring pixels.
 
     Args:
         image: float [height, width].
-        row: [rows, columns] of places, in [0, height - 1].
-        column: the same, in [0, width - 1].
+        row: [rows, columns], row of each position, in [0, height - 1].
+        column: [rows, columns], column of each position, in [0, width - 1].
 
     Returns:
         float [rows, columns].
@@ -164,7 +169,7 @@ def resample_by_reads(image: jax.Array, row: jax.Array, column: jax.Array) -> ja
     down = row - top.astype(image.dtype)
     right = column - left.astype(image.dtype)
     below = jnp.minimum(top + 1, height - 1)
-    # One read of a complex number brings a pixel and its right neighbour.
+    # One read of a complex number returns a pixel and its right neighbour.
     pairs = jax.lax.complex(image, jnp.pad(image[:, 1:], ((0, 0), (0, 1)), mode="edge")).reshape(-1)
     upper = _read(pairs, top * width + left)
     lower = _read(pairs, below * width + left)
@@ -174,11 +179,11 @@ def resample_by_reads(image: jax.Array, row: jax.Array, column: jax.Array) -> ja
 
 
 def resample_by_products(image: jax.Array, row: jax.Array, column: jax.Array) -> jax.Array:
-    """The same as `resample_by_reads`, as a matrix product, for a TPU: it reads pixels one by one.
+    """The same as `resample_by_reads`, as a matrix product: for TPUs, which gather pixels slowly.
 
-    Each place has a weight for every pixel, nearly always zero; XLA makes them up on the way and
-    writes none down. Of a step of `experiments/pneumonia.py` on a TPU v5e it counts 0.44 GB of
-    memory traffic, with reads 7.5 (compiled, not run: `benchmarks/ahead.py`).
+    Each position has a weight for every pixel, nearly always zero. XLA computes the weights inside
+    the product and does not store them. A step of `experiments/pneumonia.py` on a TPU v5e has 0.44
+    GB of memory traffic, and 7.5 GB with reads (compiled, not run: `benchmarks/ahead.py`).
     """
     across = _tent(column[..., None], image.shape[1])
     down = _tent(row[..., None], image.shape[0])
@@ -187,19 +192,19 @@ def resample_by_products(image: jax.Array, row: jax.Array, column: jax.Array) ->
 
 
 def _tent(at: jax.Array, length: int) -> jax.Array:
-    """Returns the bilinear weight of each of `length` pixels at a place: 1 there, 0 from 1 away."""
+    """Returns the bilinear weight of each of `length` pixels: max(0, 1 - distance from `at`)."""
     return jnp.maximum(0, 1 - jnp.abs(at - jnp.arange(length, dtype=at.dtype)))
 
 
 def _places(matrix: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """Returns row and column, [height, width] each, that every pixel is read from."""
+    """Returns the input row and column of every output pixel, [height, width] each."""
     rows, columns = jnp.meshgrid(*(jnp.arange(n, dtype=matrix.dtype) for n in shape), indexing="ij")
     row = matrix[0, 0] * rows + matrix[0, 1] * columns + matrix[0, 2]
     return row, matrix[1, 0] * rows + matrix[1, 1] * columns + matrix[1, 2]
 
 
 def _outside(matrix: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Returns bool [height, width], where `affine` reads from beyond the image's edge."""
+    """Returns bool [height, width], whether `affine` fills the output pixel with padding."""
     row, column = _places(matrix, shape)
     within = (row > -0.5) & (row < shape[0] - 0.5) & (column > -0.5) & (column < shape[1] - 0.5)
     return ~within
@@ -208,15 +213,16 @@ def _outside(matrix: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def keras_affine(
     shear: jax.Array, zoom: jax.Array, rotate: jax.Array, shift: jax.Array, size: tuple[int, int]
 ) -> jax.Array:
-    """Returns the matrix that Keras's `apply_affine_transform` resamples with, about the centre.
+    """Returns the matrix of Keras's `apply_affine_transform`, relative to the image centre.
 
     It is rotation @ shift @ shear @ zoom in homogeneous (row, column) coordinates.
 
     Args:
-        shear: angle, in radians.
-        zoom: [2], input over output size for height and width; above 1 the image shrinks.
-        rotate: angle, in radians.
-        shift: [2], rows and columns, in pixels.
+        shear: shear angle, in radians.
+        zoom: [2], input size divided by output size, for height and width; above 1 the image
+            shrinks.
+        rotate: rotation angle, in radians.
+        shift: [2], shift of rows and columns, in pixels.
         size: (height, width) of the image.
 
     Returns:
@@ -243,12 +249,12 @@ def _random_affine(draws: _Draws, config: AugmentConfig, size: tuple[int, int]) 
         size,
     )
     if config.flip:
-        # Keras warps, then mirrors: output column c shows what stood at width - 1 - c.
+        # Keras warps, then mirrors: output column c shows column width - 1 - c.
         mirror = jnp.array([[1.0, 0.0, 0.0], [0.0, -1.0, size[1] - 1.0], [0.0, 0.0, 1.0]])
         matrix = jnp.where(draws.flip < 0.5, _matmul(matrix, mirror), matrix)
     if config.crop < 1:
         sides = _sides(config.crop + (1 - config.crop) * draws.crop_area, draws.crop_aspect, 4 / 3)
-        # Pixels are squares whose edges, not centres, the window's edges meet.
+        # The edges of the window lie on the edges of pixels, not on their centres.
         corner = jnp.stack([draws.crop_row, draws.crop_column]) * (1 - sides) * extent
         window = jnp.concatenate([jnp.diag(sides), (corner + (sides - 1) / 2)[:, None]], axis=1)
         matrix = _matmul(matrix, jnp.concatenate([window, jnp.array([[0.0, 0.0, 1.0]])]))
@@ -256,25 +262,25 @@ def _random_affine(draws: _Draws, config: AugmentConfig, size: tuple[int, int]) 
 
 
 def _sides(area: jax.Array, draw: jax.Array, extreme: float) -> jax.Array:
-    """Returns height and width, [2], of a part of an image, with a random aspect ratio.
+    """Returns height and width, [2], of a rectangle with a random aspect ratio, as fractions.
 
     Args:
-        area: of the part, where the image's is 1.
-        draw: what decides the ratio, in [0, 1).
-        extreme: the greatest ratio of the sides; the image's sides bound it too.
+        area: area of the rectangle, as a fraction of the image.
+        draw: random number in [0, 1) that determines the aspect ratio.
+        extreme: largest aspect ratio; the smallest is its inverse. Sides are limited to 1.
     """
     stretch = jnp.exp(_within(draw, math.log(extreme) / 2))
     return jnp.minimum(jnp.sqrt(area) * jnp.stack([stretch, 1 / stretch]), 1)
 
 
 def _sharpened(image: jax.Array, amount: jax.Array) -> jax.Array:
-    """Adds, or takes away, a part of what a binomial blur of five pixels takes away."""
+    """Unsharp mask: adds `amount` times the difference from a five-pixel binomial blur."""
     blurred = _blurred(_blurred(image, 0), 1)
     return jnp.clip(image + (image - blurred) * amount, 0, 1)
 
 
 def _blurred(image: jax.Array, axis: int) -> jax.Array:
-    """Blurs along an axis with the weights 1 4 6 4 1; beyond the edge the edge goes on."""
+    """Blurs along an axis with the weights 1 4 6 4 1, with edge padding."""
     ends = [(2, 2) if i == axis else (0, 0) for i in range(image.ndim)]
     wide = jnp.pad(image, ends, mode="edge")
     length = image.shape[axis]
@@ -284,7 +290,10 @@ def _blurred(image: jax.Array, axis: int) -> jax.Array:
 
 
 def _randomly_erased(image: jax.Array, draws: _Draws, largest: float) -> jax.Array:
-    """Fills a rectangle of an aspect ratio in [1/3, 3] with the image's mean, or does nothing."""
+    """Fills a random rectangle with the image's mean, with probability 1/2.
+
+    Its aspect ratio is in [1/3, 3] and its area at most the fraction `largest` of the image.
+    """
     sides = _sides(largest * draws.erase_area, draws.erase_aspect, 3)
     start = jnp.stack([draws.erase_row, draws.erase_column]) * (1 - sides)
     inside = draws.erase < 0.5
@@ -297,12 +306,12 @@ def _randomly_erased(image: jax.Array, draws: _Draws, largest: float) -> jax.Arr
 
 
 def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    # An accelerator's default rounds to 11 bits or 8: coordinates would be off by parts of a pixel.
+    # The default precision on accelerators has 11 or 8 bits: too few for coordinates in pixels.
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 def _within(draw: jax.Array, bound: float) -> jax.Array:
-    """Brings numbers of [0, 1) to [-bound, bound)."""
+    """Scales numbers in [0, 1) to [-bound, bound)."""
     return (2 * draw - 1) * bound
 
 
@@ -311,5 +320,5 @@ def _mix(a: jax.Array, b: jax.Array, part: jax.Array) -> jax.Array:
 
 
 def _read(pixels: jax.Array, at: jax.Array) -> jax.Array:
-    # The caller has clipped the places; saying so spares a comparison a pixel.
+    # The caller has clipped the positions, so XLA needs no bounds check per pixel.
     return pixels.at[at].get(mode="promise_in_bounds")

@@ -1,8 +1,8 @@
 """The configuration of a run: frozen dataclasses, one per concern.
 
 A run is a function of (config, data, seed). Every field is a command-line flag of every recipe
-(`--train.epochs 40`), stands in the run's `config.json`, and is compared when a run is resumed,
-unless it only says where the run takes place.
+(`--train.epochs 40`) and is written to the run's `config.json`. When a run is resumed, the fields
+that affect its result must be the same as before.
 """
 
 from __future__ import annotations
@@ -29,43 +29,48 @@ class DataConfig:
     """Where the images come from and how they are split."""
 
     root: str = "phantom"
-    """A folder or zip of class folders, with or without `train`, `val` and `test` above them, a
-    MedMNIST .npz, a --data.table, or the word `phantom`. With a table, where its paths begin; by
-    default its own folder."""
+    """The data set: a folder or zip file of class folders, with or without `train`, `val` and
+    `test` folders above them; a MedMNIST .npz file; a CSV table (see --data.table); or the word
+    `phantom` for drawn images. If --data.table is given, the folder that the table's paths are
+    relative to (default: the table's own folder)."""
     size: int = 64
-    """Side of the square that every image is reduced to, in pixels."""
+    """Side length in pixels of the square that every image is resized to."""
     frame: Frame = "whole"
-    """What the network sees of an image: `whole`, all of it, stretched to the square; `lungs`, the
-    part around the lungs, as a small network finds them (`cnnjax.lungs`)."""
+    """Part of the image that the network sees. `whole`: the whole image, stretched to a square.
+    `lungs`: a crop to the lungs, which a small network finds (`cnnjax.lungs`)."""
     positive: str = "PNEUMONIA"
-    """Of two classes, the name of the one that counts as positive (label 1)."""
+    """Name of the positive class (label 1) if there are two classes."""
     classes: str = ""
-    """The classes to tell apart, in the order of their labels: `normal,bacteria,virus`. By default
-    all that are found, sorted by name, of two the positive one last. An image is of the class of
-    its folder or label, or else of the cause that its published file name tells, or left out."""
+    """Names of the classes, in the order of their labels: `normal,bacteria,virus`. Default: all
+    classes found, sorted by name; of two classes, the positive one is last. An image belongs to the
+    class of its folder or label. If that class is not in the list, the cause of the pneumonia in
+    the published file name is used; images with neither are left out."""
     table: Path | None = None
-    """A CSV file with a row for each image: `path`, `label` and, if known, `patient`, `split`, and
-    `weight`, by which the image's loss is multiplied (see `cnnjax.data.table`)."""
+    """CSV file with one row per image. Columns: `path`, `label` and optionally `patient`, `split`
+    and `weight`. The image's loss is multiplied by its weight (see `cnnjax.data.table`)."""
     columns: str = ""
-    """Names of the table's columns where they are others: `path=file,label=finding`. An empty one,
-    `weight=`, leaves the column out."""
+    """Names of the table's columns if they differ from the default: `path=file,label=finding`. An
+    empty name, `weight=`, ignores the column."""
     patient_pattern: str = ""
-    """Regular expression that finds the patient in an image's path: its group, or all of the match.
-    By default DICOM tags and the published file names tell."""
+    """Regular expression that finds the patient ID in an image's path: the first group, or the
+    whole match if there is no group. Default: the DICOM tags or the published file names."""
     validation: Literal["patients", "blocks", "official"] = "patients"
-    """What validates: `patients`, a fold of all patients of train and val; `blocks`, a run of the
-    file numbering, which is further from the rest; `official`, the val folder."""
+    """How the held-out images are chosen. `patients`: one fold of all patients of train and val.
+    `blocks`: one block of consecutive file numbers, which differs more from the other images.
+    `official`: the val folder."""
     folds: int = 5
-    """Number of folds; no patient is in two."""
+    """Number of folds. No patient is in two folds."""
     fold: int = 0
-    """Which fold is held out for validation, counted from 0."""
+    """The fold that is held out for validation, counted from 0."""
     strict: bool = False
-    """Stop at a file that cannot be decoded, or is in two classes, instead of leaving it out."""
+    """Stop with an error if a file cannot be decoded or is in two classes. Default: leave the file
+    out."""
     cache: Path | None = None
-    """Folder of the decoded images; by default the user's cache folder."""
+    """Folder for the cache of decoded images. Default: the user's cache folder."""
     resident_mib: int = 1024
-    """Data sets up to this size, in MiB, live on the device; larger ones are streamed. Several
-    processes (--distributed) divide the data set among all devices, and this limits each part."""
+    """Largest data set in MiB that is kept in device memory; a larger one is streamed. With several
+    processes (--distributed) the data set is sharded over all devices, and the limit holds for each
+    shard."""
 
     def __post_init__(self) -> None:
         _settle(self, "data.")
@@ -81,8 +86,8 @@ class DataConfig:
         names = [name.casefold() for name in self.class_names]
         if self.classes and (len(names) < 2 or len(set(names)) < len(names)):
             raise InputError(
-                f"--data.classes must name two or more classes, as normal,bacteria,virus; got"
-                f" {self.classes}"
+                f"--data.classes must name two or more different classes, such as"
+                f" normal,bacteria,virus; got {self.classes}"
             )
         positive = self.positive.casefold()
         said = positive in names or self.positive != DataConfig.positive
@@ -92,13 +97,18 @@ class DataConfig:
             )
 
     def _settle_table(self) -> None:
-        """Lets a root in .csv be the table, and the table's folder the root where there is none."""
+        """Uses a root that ends in .csv as the table, and the table's folder as the default root.
+
+        Raises:
+            InputError: root and table name two different tables.
+        """
         table = self.table
         if self.root.lower().endswith(".csv"):
             table = Path(os.path.expanduser(self.root))  # noqa: PTH111
             if self.table not in (None, table):
                 raise InputError(
-                    f"--data.root {self.root} and --data.table {self.table} are two; give one table"
+                    f"--data.root {self.root} and --data.table {self.table} are two different"
+                    " tables; give only one"
                 )
         if table is not None and (self.root == "phantom" or self.root.lower().endswith(".csv")):
             object.__setattr__(self, "root", str(table.parent))
@@ -106,7 +116,7 @@ class DataConfig:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The names in `classes`; none where all that are found count."""
+        """The names in `classes`; empty if all classes found are used."""
         return tuple(name.strip() for name in self.classes.split(",") if name.strip())
 
 
@@ -116,23 +126,27 @@ _IMPORT_PATH = re.compile(r"[\w.]+:[\w.]+(\(.*\))?", re.DOTALL)
 
 @dataclass(frozen=True)
 class OtherData:
-    """How a trained run reads other data, where not as it read its own."""
+    """How to read other data with a trained run, where that differs from the run's own data."""
 
     table: Path | None = None
-    """A table of the images, as --data.table of a training; their paths begin at --data, or at the
-    table's own folder."""
+    """CSV table of the images, like --data.table in training. Its paths are relative to --data, by
+    default the table's own folder."""
     columns: str | None = None
-    """As --data.columns of a training; by default as the run's."""
+    """Names of the table's columns, like --data.columns in training. Default: the run's value."""
     patient_pattern: str | None = None
-    """As --data.patient-pattern of a training; by default as the run's, and '' for none."""
+    """Regular expression for the patient ID, like --data.patient-pattern in training. Default: the
+    run's value. '' uses none."""
 
     def read_like(self, trained: DataConfig, root: str, classes: tuple[str, ...]) -> DataConfig:
-        """Returns the config of other data.
+        """Returns the `DataConfig` for other data.
 
         Args:
-            trained: the run's own.
-            root: of the other data.
-            classes: names of the labels that the run tells apart.
+            trained: the run's own data config.
+            root: root of the other data.
+            classes: names of the run's classes, in the order of their labels.
+
+        Raises:
+            InputError: `columns` is given without a table.
         """
         pattern = trained.patient_pattern if self.patient_pattern is None else self.patient_pattern
         like = dataclasses.replace(
@@ -147,34 +161,35 @@ class OtherData:
             raise InputError("--columns needs --table")
         if len(classes) == 2:
             return dataclasses.replace(like, positive=classes[1])
-        # In the run's order, though the data lack a class.
+        # In the run's order, even if the data lack a class.
         return dataclasses.replace(like, classes=",".join(classes))
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which network, and its size."""
+    """The network and its size."""
 
     name: str = "baseline"
-    """`baseline` is the blog post's network, `resnet` a small residual one. Or the import path of a
-    Linen module, `package.module:Name` or `package.module:Name(width=64)`; the flags below do not
-    concern it."""
+    """Network. `baseline`: the network of the blog post. `resnet`: a small residual network.
+    Otherwise the import path of a Flax Linen module, `package.module:Name` or
+    `package.module:Name(width=64)`; the other flags of the model have no effect on it."""
     channels: int = 1
-    """How often the network sees the gray image: 1, or 3 as the post did."""
+    """Number of input channels: 1, or 3 as in the blog post (the gray image is repeated)."""
     width: int = 32
-    """ResNet: channels of the first stage; each later stage doubles them."""
+    """ResNet: number of channels of the first stage. Each later stage has twice as many."""
     depth: int = 1
-    """ResNet: residual blocks per stage."""
+    """ResNet: number of residual blocks per stage."""
     stages: int = 4
-    """ResNet: how many stages."""
+    """ResNet: number of stages."""
     stem: Literal[2, 4] = 2
-    """ResNet: stride of the first convolution, which is 3x3 with 2 and 7x7 with 4."""
+    """ResNet: stride of the first convolution. Its kernel is 3x3 with stride 2, 7x7 with stride
+    4."""
     standardize: bool = False
-    """Bring each image to mean 0 and standard deviation 1 before the network sees it."""
+    """Standardize each image to mean 0 and standard deviation 1."""
     local_contrast: bool = False
-    """Beside the image, give the network its local contrast: each pixel less the mean around it,
-    over the deviation there (Pinto et al., PLoS Comput Biol 2008; Jarrett et al., ICCV 2009). It
-    needs --model.standardize."""
+    """Add the local contrast of the image as another input channel: each pixel minus the local
+    mean, divided by the local standard deviation (Pinto et al., PLoS Comput Biol 2008; Jarrett et
+    al., ICCV 2009). Needs --model.standardize."""
 
     def __post_init__(self) -> None:
         _settle(self, "model.")
@@ -186,7 +201,7 @@ class ModelConfig:
         if self.local_contrast and not self.standardize:
             raise InputError(
                 "--model.local-contrast needs --model.standardize;"
-                " give --model.no-local-contrast too, or neither"
+                " also give --model.no-local-contrast, or give neither"
             )
         _require(self.channels in (1, 3), "--model.channels", "be 1 or 3", self.channels)
         _require(self.width >= 1, "--model.width", "be at least 1", self.width)
@@ -196,41 +211,45 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """How training images are changed at random, on the device."""
+    """Random augmentation of the training images, computed on the device."""
 
     shear: float = 0.2
-    """Largest shear angle, in degrees either way (as Keras's `shear_range`)."""
+    """Largest shear angle, in degrees in both directions (like Keras's `shear_range`)."""
     zoom: float = 0.2
-    """Height and width that are seen, independently, are [1 - zoom, 1 + zoom] times the image's (as
-    Keras's `zoom_range`)."""
+    """Random zoom, independent for height and width: the visible part is [1 - zoom, 1 + zoom] times
+    the image's side (like Keras's `zoom_range`)."""
     flip: bool = True
-    """Mirror left and right with probability one half."""
+    """Mirror left and right with probability 1/2."""
     rotate: float = 0.0
-    """Largest rotation, in degrees either way."""
+    """Largest rotation, in degrees in both directions."""
     shift: float = 0.0
-    """Largest shift, as a fraction of the side, in each direction."""
+    """Largest shift in each direction, as a fraction of the side length."""
     black: float = 0.0
-    """Share of images in which what shear, zoom, rotation or shift bring in from beyond the edge is
-    black; in the others the edge goes on."""
+    """Probability that the padding after shear, zoom, rotation or shift is black. Otherwise the
+    padding repeats the edge pixels."""
     contrast: float = 0.0
-    """Contrast about the image's mean is scaled by a factor in [1 - contrast, 1 + contrast]."""
+    """Random contrast: differences from the image's mean are multiplied by a factor in
+    [1 - contrast, 1 + contrast]."""
     brightness: float = 0.0
-    """Largest amount added to every pixel of an image, in units of the full range."""
+    """Random brightness: largest amount that is added to all pixels of an image or subtracted from
+    them, as a fraction of the full range."""
     crop: float = 1.0
-    """Smallest part of the area that a random crop keeps; it is then resized to the whole, with
-    an aspect ratio in [3/4, 4/3] (Szegedy et al., arXiv:1409.4842). 1 crops nothing."""
+    """Random crop: smallest fraction of the area that is kept. The crop has an aspect ratio in
+    [3/4, 4/3] and is resized to the full size (Szegedy et al., arXiv:1409.4842). 1 disables it."""
     gamma: float = 0.0
-    """Pixels are raised to a power in [exp(-gamma), exp(gamma)]."""
+    """Random gamma correction with an exponent in [exp(-gamma), exp(gamma)]."""
     sharpness: float = 0.0
-    """What a small blur takes away is scaled by a factor in [1 - sharpness, 1 + sharpness]."""
+    """Strength of a random unsharp mask: the difference between the image and its blurred copy is
+    multiplied by a factor in [1 - sharpness, 1 + sharpness]. Factors below 1 blur."""
     noise: float = 0.0
-    """Largest standard deviation of Gaussian noise, in units of the full range."""
+    """Largest standard deviation of Gaussian noise, as a fraction of the full range."""
     erase: float = 0.0
-    """Largest part of the area of a rectangle that is filled with the image's mean, in one image of
-    two (Zhong et al., arXiv:1708.04896)."""
+    """Random erasing, with probability 1/2: largest area of a rectangle that is filled with the
+    image's mean, as a fraction of the image (Zhong et al., arXiv:1708.04896)."""
     views: int = 1
-    """A trained network's logits are averaged over so many draws of these changes, the same for
-    every image; 1 judges images as they are. (Validation during training always takes one view.)"""
+    """Test-time augmentation: number of augmented copies of each image over which a trained
+    network's logits are averaged. The random draws are the same for all images. 1 uses the
+    unchanged image. Validation during training always uses one view."""
 
     def __post_init__(self) -> None:
         _settle(self, "augment.")
@@ -250,79 +269,87 @@ class AugmentConfig:
 
     @property
     def looks(self) -> tuple[int, ...]:
-        """The numbers of views that a trained network gets an operating point for, 1 among them."""
+        """The numbers of views for which a trained network gets an operating point: 1 and views."""
         return tuple(sorted({1, self.views}))
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How the weights are fitted."""
+    """How the weights are trained."""
 
     epochs: int = 15
-    """Passes over the training images."""
+    """Number of epochs (passes over the training images)."""
     accumulate: int = 1
-    """Compute each batch in so many parts, one after the other, to save memory; their mean gradient
-    makes one update. Batch norm normalizes each part by its own statistics."""
+    """Gradient accumulation: number of parts that each batch is split into. The parts are computed
+    one after the other, which saves memory; their mean gradient makes one update. Batch norm uses
+    the statistics of each part."""
     remat: bool = False
-    """Compute activations inside residual blocks again in the backward pass instead of keeping
-    them (`jax.checkpoint`): less memory, more time, the same result."""
+    """Recompute the activations inside residual blocks in the backward pass instead of storing them
+    (`jax.checkpoint`). This needs less memory and more time; the result is the same."""
     shard_optimizer: bool = False
-    """Keep a part of the optimizer's state on each device, instead of all of it on every one (ZeRO
-    stage 1, Rajbhandari et al., arXiv:1910.02054)."""
+    """Shard the optimizer state over the devices instead of copying it to each of them (ZeRO stage
+    1, Rajbhandari et al., arXiv:1910.02054)."""
     extend: int = 0
-    """Epochs after those, by which a finished run can be extended: give its command again with this
-    flag. A constant learning rate goes on, and the flag may grow later; `cosine` begins anew, with
-    its warm-up (a warm restart: Loshchilov and Hutter, arXiv:1608.03983)."""
+    """Number of epochs to train after --train.epochs. To extend a finished run, repeat its command
+    with this flag. A constant learning rate continues, and the flag can be raised again later. The
+    `cosine` schedule restarts with its warm-up (warm restart, Loshchilov and Hutter,
+    arXiv:1608.03983)."""
     batch: int = 32
-    """Images per step, over all devices."""
+    """Batch size: images per step, summed over all devices."""
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
-    """`sgd` is with Nesterov momentum 0.9."""
+    """Optimizer. `sgd` uses Nesterov momentum 0.9."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """`cosine` warms up linearly from 0, the rate of the first step, and falls to 0, which the step
-    after the last one would have."""
+    """Learning rate schedule. `cosine`: linear warm-up from 0 at the first step, then cosine decay,
+    which reaches 0 one step after the last."""
     warmup: float = 1.0
-    """Epochs of linear warm-up of the cosine schedule."""
+    """Length of the linear warm-up of the cosine schedule, in epochs."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of adamw, on kernels only."""
+    """Decoupled weight decay of adamw, applied to kernels only."""
     clip_norm: float = 0.0
-    """Largest global norm of the gradient; 0 leaves it as it is."""
+    """Gradient clipping: largest global norm of the gradient. 0 disables it."""
     ema: float = 0.0
-    """Decay per step of the moving average of the weights that is evaluated; 0 for none."""
+    """Decay per step of an exponential moving average of the weights. If set, validation and
+    prediction use the averaged weights. 0 disables it."""
     init: str = "random"
-    """Weights to start from: `random`, drawn from the seed; `released`, those of the package; or a
-    run's workdir (its best checkpoint), a release's folder, or a .safetensors or .npz file. A layer
-    is copied if the network has one of the same name and shapes; the others are drawn."""
+    """Initial weights. `random`: drawn from the seed. `released`: the weights in the package.
+    Otherwise a run's workdir (its best checkpoint is used), the folder of a release, or a
+    .safetensors or .npz file. A layer is copied if the network has a layer of the same name and
+    shapes; the other layers are drawn."""
     init_without: str = ""
-    """Regular expression: layers of --train.init that are not copied, such as `head`."""
+    """Regular expression for the layers of --train.init that are not copied, such as `head`."""
     freeze: str = ""
-    """Regular expression: parameters that are not trained, such as `stem|stage1`. Batch norm among
-    them goes on normalizing by the batch in training, and its running statistics go on."""
+    """Regular expression for the parameters that are not trained, such as `stem|stage1`. Frozen
+    batch norm layers still normalize by the batch in training and still update their running
+    statistics."""
     layer_decay: float = 1.0
-    """The learning rate of each layer is that of the layer above times this; the last layer has the
-    whole (Howard and Ruder, arXiv:1801.06146). A layer is an entry at the top of the parameters."""
+    """Layer-wise learning rate decay: each layer's learning rate is this factor times that of the
+    next layer towards the output. The last layer has the full rate (Howard and Ruder,
+    arXiv:1801.06146). A layer is a top-level entry of the parameters."""
     class_weights: bool = True
-    """Weight each class by n / (2 n_c), counted on the training images."""
+    """Weight the loss of each class by n / (K n_c), for n training images, K classes and n_c images
+    of the class."""
     mixup: float = 0.0
-    """Each image is mixed with another, and so are their labels; the shares are drawn from
-    Beta(mixup, mixup) (Zhang et al., arXiv:1710.09412). 0 mixes nothing."""
+    """Mixup: mix each image and its label with another one, in proportions drawn from
+    Beta(mixup, mixup) (Zhang et al., arXiv:1710.09412). 0 disables it."""
     label_smoothing: float = 0.0
-    """Smoothing s: labels become s / 2 and 1 - s / 2."""
+    """Label smoothing s: the labels of two classes become s / 2 and 1 - s / 2."""
     auxiliary: float = 0.0
-    """Weight of the loss of a second head, which learns to tell viral from bacterial pneumonia on
-    the images whose file names say which; it has no part in the answer. 0 for no such head."""
+    """Weight of the loss of an auxiliary head. The head learns to tell viral from bacterial
+    pneumonia on the images whose file names state the cause. It is used in training only. 0
+    disables it."""
     best: Literal["auc", "accuracy", "loss"] = "auc"
-    """The validation metric that chooses the best checkpoint."""
+    """Validation metric that selects the best checkpoint."""
     patience: int = 0
-    """Stop after this many epochs without a better checkpoint; 0 never stops early."""
+    """Early stopping: stop after this many epochs without a better checkpoint. 0 disables it."""
     save_every: float = 15.0
-    """Minutes between checkpoints within an epoch; 0 saves at the end of epochs alone."""
+    """Minutes between checkpoints within an epoch. 0 saves only at the end of each epoch."""
     precision: Precision = "auto"
-    """What the network computes in; weights and batch statistics are float32 in any case. `auto`
-    is bfloat16 on GPU and TPU, float32 on CPU, and what the run began with on a resume. (On GPU and
-    TPU, training multiplies float32 with fewer bits unless JAX_DEFAULT_MATMUL_PRECISION=highest is
-    set; validation never does.)"""
+    """Dtype that the network computes in. Weights and batch statistics are always float32. `auto`
+    is bfloat16 on GPU and TPU and float32 on CPU; a resumed run keeps its precision. (On GPU and
+    TPU, training with float32 uses reduced precision in matrix products unless
+    JAX_DEFAULT_MATMUL_PRECISION=highest is set. Validation uses full float32 precision.)"""
 
     def __post_init__(self) -> None:
         _settle(self, "train.")
@@ -350,7 +377,9 @@ class TrainConfig:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise InputError(f"{flag} {pattern!r} is no regular expression ({error})") from None
+                raise InputError(
+                    f"{flag} {pattern!r} is not a valid regular expression ({error})"
+                ) from None
         _require(0 < self.layer_decay <= 1, "--train.layer-decay", "be in (0, 1]", self.layer_decay)
         _require(self.mixup >= 0, "--train.mixup", "be at least 0", self.mixup)
         _require(0 <= self.ema < 1, "--train.ema", "be in [0, 1)", self.ema)
@@ -366,23 +395,25 @@ class TrainConfig:
 
     @property
     def all_epochs(self) -> int:
-        """The number of epochs of the whole run."""
+        """The number of epochs of the whole run, `epochs` + `extend`."""
         return self.epochs + self.extend
 
 
 @dataclass(frozen=True)
 class OperatingConfig:
-    """By what the threshold is chosen on the held-out images, once training has ended."""
+    """How the decision threshold is chosen on the held-out images after training."""
 
     criterion: Literal["youden", "sensitivity", "cost"] = "youden"
-    """`youden`, the highest sensitivity + specificity; `sensitivity`, the highest threshold that
-    reaches a wanted one; `cost`, where the errors cost least."""
+    """Criterion for the decision threshold. `youden`: highest sensitivity + specificity.
+    `sensitivity`: highest threshold with at least the sensitivity of --operating.sensitivity.
+    `cost`: lowest expected cost of the errors."""
     sensitivity: float = 0.95
-    """What `sensitivity` is to reach."""
+    """For the criterion `sensitivity`: the smallest sensitivity to reach."""
     cost: float = 1.0
-    """For `cost`: what a missed positive costs, in false alarms."""
+    """For the criterion `cost`: cost of a false negative, where a false positive costs 1."""
     prevalence: float | None = None
-    """For `cost`: share of positives where the network is to be used; by default the data's."""
+    """For the criterion `cost`: proportion of positives where the network will be used. Default:
+    the proportion in the held-out images."""
 
     def __post_init__(self) -> None:
         _settle(self, "operating.")
@@ -395,13 +426,14 @@ class OperatingConfig:
 
 @dataclass(frozen=True)
 class DeviceConfig:
-    """What the run computes on."""
+    """The devices that the run computes on."""
 
     platform: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
-    """`auto` takes the fastest that is there."""
+    """Type of the devices. `auto` uses the fastest type that is available."""
     count: int = 0
-    """How many devices share each batch, over all processes; 0 for all. A CPU can be divided into
-    any number, to try what several do; it gets no faster."""
+    """Number of devices over which each batch is sharded, summed over all processes. 0 uses all. A
+    CPU can be split into any number of devices, for tests of several devices; this is not
+    faster."""
 
     def __post_init__(self) -> None:
         _settle(self, "device.")
@@ -410,18 +442,18 @@ class DeviceConfig:
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """Processes that compute together (docs/scaling.md)."""
+    """Training on several processes (docs/scaling.md)."""
 
     mode: Annotated[Literal["auto", "off"], tyro.conf.arg(name="")] = "auto"
-    """`auto` joins the processes that Slurm, Open MPI, a TPU pod slice or Kubernetes started, as
-    JAX detects them, and computes alone where there are none; `off` always computes alone."""
+    """`auto`: join the processes started by Slurm, Open MPI, a TPU pod slice or Kubernetes, if JAX
+    detects them; otherwise use this process alone. `off`: always use this process alone."""
     coordinator: str = ""
-    """HOST:PORT of process 0, a free port there; the same for all processes. It needs the two flags
-    below, and is not needed where JAX detects the cluster."""
+    """HOST:PORT of process 0, with a free port on that host; the same for all processes. Needs
+    --distributed.processes and --distributed.process. Not needed if JAX detects the cluster."""
     processes: int = 0
     """Number of processes."""
     process: int = -1
-    """Number of this process, counted from 0."""
+    """Index of this process, counted from 0."""
 
     def __post_init__(self) -> None:
         _settle(self, "distributed.")
@@ -448,18 +480,19 @@ class DistributedConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """All that decides a training run."""
+    """The complete configuration of a training run."""
 
     workdir: Path = Path("runs/run")
-    """Folder that the run writes to, and resumes from."""
+    """Folder for all files of the run. If it holds a run, that run is resumed."""
     seed: int = 0
-    """Seed of the split, the initial weights, the order of images and their augmentation."""
+    """Random seed of the split, the initial weights, the order of the images and the
+    augmentation."""
     profile: Path | None = None
-    """Write a trace of the second epoch to this folder, for Perfetto or XProf."""
+    """Write a profiler trace of the second epoch to this folder, for Perfetto or XProf."""
     tensorboard: bool = False
-    """Also write TensorBoard's event files to the workdir's `tensorboard`."""
+    """Also write TensorBoard event files, to the folder `tensorboard` of the workdir."""
     other_versions: bool = False
-    """Resume a run that was begun with other versions of cnnjax or jax."""
+    """Allow resuming a run that was started with other versions of cnnjax or jax."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
@@ -477,8 +510,8 @@ class Config:
             )
 
 
-# These do not decide what the network becomes, so they may change on a resume. (The data are
-# compared by content and by names under the root, not by where that lies.)
+# These flags do not affect the trained weights, so they may change when a run is resumed. (The data
+# are compared by content and by file names relative to the root, not by the path of the root.)
 _INCIDENTAL = {
     "--workdir",
     "--profile",
@@ -498,7 +531,7 @@ _INCIDENTAL = {
     "--distributed.coordinator",
     "--distributed.processes",
     "--distributed.process",
-    # What is made of the logits once training has ended; it is made anew by each start.
+    # The operating point is computed from the logits after training, again at each start.
     "--operating.criterion",
     "--operating.sensitivity",
     "--operating.cost",
@@ -507,9 +540,11 @@ _INCIDENTAL = {
 
 
 def expect_effect(config: Config, *, resumed: bool = False) -> None:
-    """Raises InputError where a flag of a run has no effect without another.
+    """Raises InputError if a flag has no effect because another flag is missing.
 
-    Of one that is `resumed`, only those are looked at that may change.
+    Args:
+        config: the config of a run.
+        resumed: whether the run is resumed; then only flags that may change are checked.
     """
     default = Config()
     given, usual = config.operating, default.operating
@@ -527,7 +562,7 @@ def expect_effect(config: Config, *, resumed: bool = False) -> None:
     if config.train.warmup != default.train.warmup and config.train.schedule != "cosine":
         raise InputError("--train.warmup needs --train.schedule cosine")
     if config.train.remat and config.model.name != "resnet":
-        raise InputError("--train.remat needs --model.name resnet, whose blocks it concerns")
+        raise InputError("--train.remat needs --model.name resnet: it applies to residual blocks")
     if config.train.init_without and config.train.init == "random":
         raise InputError("--train.init-without needs --train.init")
 
@@ -538,14 +573,14 @@ def to_json(config: Config) -> str:
 
 
 def from_json(text: str, source: str) -> Config:
-    """Returns the config that `to_json` wrote.
+    """Returns the config from the text that `to_json` wrote.
 
     Args:
-        text: what stands in the file.
-        source: the file's name, for the message.
+        text: content of the file.
+        source: name of the file, for error messages.
 
     Raises:
-        InputError: the text is no JSON, or holds an unknown key or a missing one.
+        InputError: the text is not valid JSON, a key is unknown or missing, or a value is invalid.
     """
     try:
         values = json.loads(text)
@@ -555,16 +590,16 @@ def from_json(text: str, source: str) -> Config:
 
 
 def flags(config: Config) -> dict[str, Any]:
-    """Returns every flag of the command line, `--train.learning-rate`, with its value."""
+    """Returns all command-line flags, such as `--train.learning-rate`, with their values."""
     flat = _flatten(dataclasses.asdict(config))
     return {f"--{name.replace('_', '-')}": value for name, value in flat.items()}
 
 
 def differences(ours: Config, theirs: Config) -> list[str]:
-    """Returns a line `--flag ours (was theirs)` for each difference that changes the outcome.
+    """Returns a line `--flag ours (was theirs)` for each difference that affects the result.
 
-    More epochs by `--train.extend` do not change those before them, but where a cosine schedule has
-    begun anew for another number of them.
+    A larger `--train.extend` does not affect the epochs before it, so it is no difference. The
+    exception is a cosine schedule that already restarted for another number of epochs.
     """
     before, allowed = flags(theirs), set(_INCIDENTAL)
     if ours.train.extend > theirs.train.extend and (
@@ -578,7 +613,7 @@ def differences(ours: Config, theirs: Config) -> list[str]:
     ]
 
 
-# Version 0.2 did not have these; its runs are read with their defaults, which are what it did.
+# Version 0.2 did not have these fields. Their defaults are the behaviour of that version.
 _ADDED = {
     *("data.table", "data.columns", "data.patient_pattern", "data.classes"),
     *("train.extend", "train.init", "train.init_without", "train.freeze", "train.layer_decay"),
@@ -589,16 +624,16 @@ _T = TypeVar("_T")
 
 
 def from_dict(cls: type[_T], values: Any, source: str, prefix: str = "") -> _T:
-    """Returns a config dataclass of what `dataclasses.asdict` and JSON made of one.
+    """Returns a config dataclass from its JSON object, the inverse of `dataclasses.asdict`.
 
     Args:
-        cls: which of them.
-        values: what JSON gave.
-        source: the file's name, for the message.
-        prefix: where in the file the values stand, for the message.
+        cls: the config dataclass.
+        values: the parsed JSON object.
+        source: name of the file, for error messages.
+        prefix: path of the values in the file, such as `train.`, for error messages.
 
     Raises:
-        InputError: a key is unknown or missing, or a value does not fit.
+        InputError: a key is unknown or missing, or a value has the wrong type.
     """
     if not isinstance(values, dict):
         raise InputError(f"{source}: {prefix or 'the file'} must be an object, got {values!r}")
@@ -626,11 +661,11 @@ def from_dict(cls: type[_T], values: Any, source: str, prefix: str = "") -> _T:
 
 
 def _settle(config: Any, prefix: str) -> None:
-    """Brings scalars of NumPy and JAX, and paths, to the types that fields have in JSON.
+    """Converts scalars of NumPy and JAX, and paths, in place to the types of the fields.
 
     Raises:
-        InputError: a value is of another type, none of the words that there are, not finite, or a
-            path below a ~ that no shell has expanded.
+        InputError: a value has the wrong type, is not one of the choices, is not finite, or is a
+            path that begins with ~.
     """
     for name, hint in get_type_hints(type(config)).items():
         value = getattr(config, name)
@@ -646,7 +681,9 @@ def _settle(config: Any, prefix: str) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"{flag} must be a finite number, got {value}")
         if isinstance(value, Path) and value.parts[:1] == ("~",):
-            raise InputError(f"{flag} {value} is not expanded by all shells; write the ~ out")
+            raise InputError(
+                f"{flag} {value} begins with ~, which the shell did not expand; write the full path"
+            )
 
 
 def _wanted(hint: Any) -> str:
@@ -654,7 +691,7 @@ def _wanted(hint: Any) -> str:
 
 
 def _fits(value: object, hint: Any) -> bool:
-    """Tells whether a value out of JSON can stand in a field of this type."""
+    """Returns whether a value from JSON is valid for a field of this type."""
     if get_origin(hint) is Literal:
         return value in get_args(hint)
     if hint in (float, float | None):

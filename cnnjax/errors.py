@@ -1,24 +1,24 @@
-"""The exceptions that the commands turn into one sentence."""
+"""Exceptions that the commands print as one sentence, without a traceback."""
 
 
 class InputError(Exception):
-    """Bad input: one sentence that names the file or the flag and says what to do.
+    """Invalid input. The message is one sentence that names the file or flag and says what to do.
 
     The commands print it without a traceback and exit with status 2.
     """
 
 
 class ElsewhereError(InputError):
-    """The InputError of process 0, on the other ones of its run; they don't print it again."""
+    """An InputError of process 0, raised in the other processes, which do not print it again."""
 
 
 class TrainingError(Exception):
-    """Training came to something that is not finite; one sentence that says where.
+    """A value in training is not finite. The message is one sentence that says where.
 
     The commands print it without a traceback and exit with status 1.
     """
 
 
 def first_line(error: Exception) -> str:
-    """Returns the first line of what an error says, or its kind if it says nothing."""
+    """Returns the first line of an error's message, or the name of its type if it has none."""
     return next(iter(str(error).splitlines()), type(error).__name__)

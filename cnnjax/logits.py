@@ -1,4 +1,4 @@
-"""The logits of many images: what training validates with, and what prediction is made of."""
+"""Computes the logits of many images, for validation and prediction."""
 
 from __future__ import annotations
 
@@ -30,18 +30,19 @@ def make_logits(
 ) -> Logits:
     """Returns the function (state, feeder, rows, draw=0) -> logits float32 [n].
 
-    It compiles once for a feeder's data set, and multiplies float32 in full on accelerators too;
-    the same arguments get the same function, with what it has compiled. `rows` is int [n], places
-    of images in the data set; `draw` is that of `cnnjax.steps.make_eval_step`. The answer is
-    float32 [n, k] for a network with k outputs.
+    The function compiles once for a feeder's data set. It uses full float32 precision on
+    accelerators too. Calls with the same arguments return the same function, with its compiled
+    programs. `rows` is int [n], the indices of the images in the data set; `draw` is the random
+    seed of the views, see `cnnjax.steps.make_eval_step`. For a network with k outputs the result is
+    float32 [n, k].
 
     Args:
-        model: any network that `cnnjax.steps.make_eval_step` takes.
+        model: any network that `cnnjax.steps.make_eval_step` accepts.
         mesh: the devices.
-        views: how many of each image the logit is the mean of.
-        augment: what several views differ by.
-        batch: images per step, at most; by default as
-            `cnnjax.machine.devices.Traits.evaluated` says.
+        views: number of views of each image over which the logits are averaged.
+        augment: the augmentation that makes the views, if there are several.
+        batch: largest number of images per step; by default
+            `cnnjax.machine.devices.Traits.evaluated`.
     """
     eval_step = make_eval_step(model, make_views(augment or AugmentConfig(), views))
 
@@ -50,18 +51,18 @@ def make_logits(
     ) -> jax.Array:
         return eval_step(state, load(data, feed, mesh), draw)
 
-    # A process can fetch what is on its own devices.
+    # A process can only fetch arrays from its own devices.
     outputs_on = replicated(mesh) if mesh.is_multi_process else divided(mesh)
     compiled = jax.jit(step, out_shardings=outputs_on)
 
     def logits(state: TrainState, feeder: Feeder, rows: np.ndarray, draw: int = 0) -> np.ndarray:
         most = max(1, traits(mesh).evaluated_at(feeder.side) // views)
-        most = -(-most // mesh.size) * mesh.size  # each device gets one at least
+        most = -(-most // mesh.size) * mesh.size  # at least one image per device
         most = min(most, batch or most)
         cut = in_batches(rows.astype(np.int32), most)
         with full_float32(mesh):
             outputs = [compiled(state, feeder.data, feed, draw) for feed in feeder.feed(cut)]
-        # Each step's output may have a few rows more, which even out the devices.
+        # A step's output may have extra rows, which give each device the same number of rows.
         whole = [np.asarray(x)[:most] for x in jax.device_get(outputs)]
         return np.concatenate(whole)[: len(rows)] if whole else np.zeros(0, np.float32)
 

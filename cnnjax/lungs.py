@@ -1,11 +1,11 @@
-"""The lung finder at work: where the lungs are in a film, and the film cut to them.
+"""Finds the lungs in radiographs and crops the images to the lungs.
 
-A classifier that sees whole films learns how they are framed, and framing differs between
-collections more than anything else does. Cutting every film to its lungs takes the frame away for
-all of them at once. The finder is `cnnjax.networks.LungFinder`; `experiments/lungs.py` trains it,
-and its weights come with the package.
+A classifier of whole images learns their framing, and framing differs more between collections than
+anything else. A crop to the lungs removes this difference. The lung finder is the network
+`cnnjax.networks.LungFinder`; `experiments/lungs.py` trains it, and its weights are part of the
+package.
 
-Everything up to `Framer` is a pure function, so that an exported program holds it too.
+All functions before `Framer` are pure, so an exported program can include them.
 """
 
 from __future__ import annotations
@@ -31,48 +31,48 @@ from cnnjax.networks.variables import unflatten
 PyTree = Any
 
 FILM = 224
-"""Side at which films are decoded to be framed, in pixels."""
+"""Side length in pixels to which images are decoded before the crop."""
 
 SIDE = 96
-"""Side at which the finder sees a film, in pixels."""
+"""Side length in pixels of the lung finder's input."""
 
 MARGIN = 0.1
-"""Margin around the lungs on each side, as a part of the box's side; it ends at the film's edge."""
+"""Margin on each side of the lungs, as a fraction of the box's side; it ends at the image edge."""
 
 SHIPPED = Path(__file__).parent / "released" / "lungs.npz"
-"""The finder's weights."""
+"""File of the finder's weights."""
 
-_EDGE = 0.02  # of a row or column: the part that is lung where the box begins and ends
-_SMALLEST, _SURE, _VAGUE = 0.06, 0.8, 0.5  # see `found`
+_EDGE = 0.02  # fraction of a row or column that is lung at the edge of the box
+_SMALLEST, _SURE, _VAGUE = 0.06, 0.8, 0.5  # see `lungs_found`
 _LEAST_WIDTH, _LEAST_HEIGHT = 0.35, 0.25
-_FEW = 8  # up to so many films take a smaller program
+_FEW = 8  # up to this number of images, a program with a smaller batch is used
 
 
 class Framed(NamedTuple):
-    """Films cut to their lungs."""
+    """Images cropped to the lungs."""
 
     images: Any
     """uint8 [n, size, size]."""
     boxes: Any
-    """float32 [n, 4]: left, top, right and bottom of what was cut out, as parts of the film's side;
-    the whole film where no lungs were found."""
+    """float32 [n, 4]: left, top, right and bottom of the crop, as fractions of the image's sides.
+    The box is the whole image if no lungs were found."""
     found: Any
     """bool [n], whether lungs were found."""
 
 
 def as_framed(images: np.ndarray) -> Framed:
-    """Returns squares uint8 [n, size, size] that are framed already, as a `Framed`."""
+    """Returns images uint8 [n, size, size], which are already cropped, as a `Framed`."""
     whole = np.tile(np.array([0, 0, 1, 1], np.float32), (len(images), 1))
     return Framed(images, whole, np.ones(len(images), bool))
 
 
 def frame(variables: PyTree, films: jax.Array, size: int) -> Framed:
-    """Finds the lungs of films and cuts the films to them; pure, for jit.
+    """Finds the lungs and crops the images to them; a pure function, for jit.
 
     Args:
-        variables: of `LungFinder`.
-        films: uint8 [n, height, width].
-        size: side of the squares wanted, in pixels.
+        variables: variables of the `LungFinder`.
+        films: images, uint8 [n, height, width].
+        size: side length of the cropped images, in pixels.
     """
     probabilities = lung_maps(variables, films)
     found = lungs_found(probabilities)
@@ -84,11 +84,11 @@ def frame(variables: PyTree, films: jax.Array, size: int) -> Framed:
 
 
 def lung_maps(variables: PyTree, films: jax.Array) -> jax.Array:
-    """Returns the probability that each place is lung, float32 [n, SIDE / 2, SIDE / 2].
+    """Returns the probability of lung at each place, float32 [n, SIDE / 2, SIDE / 2].
 
     Args:
-        variables: of `LungFinder`.
-        films: uint8 [n, height, width].
+        variables: variables of the `LungFinder`.
+        films: images, uint8 [n, height, width].
     """
     whole = jnp.broadcast_to(jnp.array([0.0, 0.0, 1.0, 1.0], jnp.float32), (films.shape[0], 4))
     small = jnp.round(resample(films.astype(jnp.float32), whole, SIDE)) / 255
@@ -97,18 +97,18 @@ def lung_maps(variables: PyTree, films: jax.Array) -> jax.Array:
 
 
 def finder_of(variables: PyTree) -> LungFinder:
-    """Returns the network that variables are of."""
+    """Returns the `LungFinder` that has these variables."""
     return LungFinder(width=variables["params"]["head"]["kernel"].shape[0])
 
 
 def lung_boxes(probabilities: jax.Array) -> jax.Array:
     """Returns the box around the lungs, float32 [n, 4]: left, top, right, bottom in [0, 1].
 
-    A side of the box lies where the part of a row or column that is lung passes 2 %, interpolated
-    between the places of the map.
+    Each side of the box is the position at which the lung fraction of a row or column passes 2 %,
+    interpolated between the places of the map.
 
     Args:
-        probabilities: [n, rows, columns].
+        probabilities: probability of lung, [n, rows, columns].
     """
     lung = jax.nn.sigmoid(12 * (probabilities - 0.5))  # nearly 0 or 1, and smooth between
     left, right = _ends(lung.mean(1))
@@ -119,7 +119,7 @@ def lung_boxes(probabilities: jax.Array) -> jax.Array:
 def _ends(share: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns where each profile of [n, length] first and last passes `_EDGE`, in [0, 1]."""
     length = share.shape[1]
-    # Beyond the film there is nothing: a lung that reaches the edge ends there.
+    # Edge padding: a lung that reaches the edge of the image ends there.
     padded = jnp.pad(share, ((0, 0), (1, 1)), mode="edge")
     first = jnp.argmax(padded >= _EDGE, axis=1)
     last = length + 1 - jnp.argmax(padded[:, ::-1] >= _EDGE, axis=1)
@@ -142,13 +142,13 @@ def _ends(share: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def lungs_found(probabilities: jax.Array) -> jax.Array:
-    """Returns bool [n], whether maps show the lungs of a frontal chest radiograph.
+    """Returns bool [n], whether the maps show the lungs of a frontal chest radiograph.
 
-    They do where enough of the film is lung, the network is sure of these places and vague about
-    few others, and the box is as wide and high as lungs are.
+    The criteria are: enough of the image is lung, the mean probability of these places is high, few
+    places have an intermediate probability, and the box is at least as wide and high as lungs are.
 
     Args:
-        probabilities: [n, rows, columns].
+        probabilities: probability of lung, [n, rows, columns].
     """
     lung = probabilities > 0.5
     area = lung.mean((1, 2))
@@ -166,19 +166,19 @@ def lungs_found(probabilities: jax.Array) -> jax.Array:
 
 
 def with_margin(boxes: jax.Array, margin: float) -> jax.Array:
-    """Widens boxes [n, 4] by a part of their sides in each direction, within [0, 1]."""
+    """Widens boxes [n, 4] in each direction by `margin` times their sides, limited to [0, 1]."""
     low, high = boxes[:, :2], boxes[:, 2:]
     by = margin * (high - low)
     return jnp.clip(jnp.concatenate([low - by, high + by], axis=1), 0, 1)
 
 
 def resample(films: jax.Array, boxes: jax.Array, size: int) -> jax.Array:
-    """Resizes a box of each film to a square, as Pillow does with `Resampling.HAMMING` and a box.
+    """Resizes a box of each image to a square, like Pillow with `Resampling.HAMMING` and a box.
 
     Args:
-        films: float32 [n, height, width].
-        boxes: float32 [n, 4], left, top, right and bottom, as parts of the film's sides.
-        size: side of the squares, in pixels.
+        films: images, float32 [n, height, width].
+        boxes: float32 [n, 4], left, top, right and bottom, as fractions of the image's sides.
+        size: side length of the squares, in pixels.
 
     Returns:
         float32 [n, size, size].
@@ -203,12 +203,12 @@ def _weights(low: jax.Array, high: jax.Array, length: int, size: int) -> jax.Arr
 
 
 def put_back(maps: np.ndarray, boxes: np.ndarray, size: int) -> np.ndarray:
-    """Returns maps of framed images in their places in the films, zero elsewhere.
+    """Returns maps of cropped images at their position in the whole images, zero elsewhere.
 
     Args:
         maps: float32 [n, height, width].
-        boxes: float32 [n, 4], where each was cut out; see `Framed`.
-        size: side of the films, in pixels.
+        boxes: float32 [n, 4], the box of each crop; see `Framed`.
+        size: side length of the whole images, in pixels.
 
     Returns:
         float32 [n, size, size].
@@ -222,10 +222,13 @@ def put_back(maps: np.ndarray, boxes: np.ndarray, size: int) -> np.ndarray:
 
 
 def read(path: Path = SHIPPED) -> PyTree:
-    """Returns the finder's Flax variables, float32, from a file that `write` wrote.
+    """Returns the lung finder's Flax variables, float32, from an .npz file.
+
+    Args:
+        path: a file written by `experiments/lungs.py`; by default the one in the package.
 
     Raises:
-        InputError: it is missing or damaged.
+        InputError: the file is missing or damaged.
     """
     return _read(path)[0]
 
@@ -238,21 +241,21 @@ def _read(path: Path) -> tuple[PyTree, str]:
             tree = jax.tree.map(lambda x: x.astype(np.float32), unflatten(file))
         finder_of(tree)
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        mend = "install cnnjax again" if path == SHIPPED else "train it with experiments/lungs.py"
-        raise InputError(f"{path} holds no lung finder ({error}); {mend}") from None
+        mend = "reinstall cnnjax" if path == SHIPPED else "train one with experiments/lungs.py"
+        raise InputError(f"{path} holds no valid lung finder ({error}); {mend}") from None
     return tree, hashlib.sha256(data).hexdigest()
 
 
 def version() -> str:
-    """Returns a text that is another one when `frame` would give other pixels."""
+    """Returns a text that identifies the weights and settings of `frame`, as a key for caches."""
     return f"{_read(SHIPPED)[1][:16]} {FILM} {SIDE} {MARGIN} {_EDGE}"
 
 
 class Framer:
-    """Frames many films with the package's finder, a batch at a time on the devices of a mesh.
+    """Crops many images to the lungs with the package's lung finder, in batches.
 
     Args:
-        size: side of the squares, in pixels.
+        size: side length of the cropped images, in pixels.
         mesh: the devices; each batch is sharded over them.
     """
 
@@ -261,22 +264,26 @@ class Framer:
         self._variables = jax.device_put(read(), devices.replicated(mesh))
 
     def __call__(self, films: np.ndarray) -> Framed:
-        """Returns the framed films, as NumPy arrays.
+        """Returns the cropped images, as NumPy arrays.
 
         Args:
-            films: uint8 [n, height, width]; may be memory-mapped.
+            films: images, uint8 [n, height, width]; may be memory-mapped.
         """
         return Framed(*self._by_batch(_framing(self.size, self._mesh), films))
 
     def maps(self, films: np.ndarray) -> np.ndarray:
-        """Returns the probability that each pixel is lung, float32 [n, height, width]."""
+        """Returns the probability of lung at each pixel, float32 [n, height, width].
+
+        Args:
+            films: images, uint8 [n, height, width].
+        """
         (found,) = self._by_batch(_mapping(self._mesh), films)
         side, smooth = films.shape[1:][::-1], Image.Resampling.BILINEAR
         large = [np.asarray(Image.fromarray(x).resize(side, smooth)) for x in found]
         return np.array(large, np.float32).reshape(films.shape)
 
     def _by_batch(self, program: Any, films: np.ndarray) -> list[np.ndarray]:
-        # One film is answered sooner by a smaller program.
+        # A smaller program has a shorter latency for a few images.
         most = _FEW if len(films) <= _FEW else devices.traits(self._mesh).framed
         most = -(-most // self._mesh.size) * self._mesh.size
         parts = []

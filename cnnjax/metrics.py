@@ -1,8 +1,8 @@
-"""How good the logits are: counts, curves and their intervals, on the host in float64.
+"""Metrics of logits with 95 % confidence intervals, computed on the host in float64.
 
-Two classes have one logit, and label 1 is the positive class. K classes have K logits; each class
-is then compared with all others ("one against the rest"), and a metric of all is the unweighted
-mean over the classes (the macro average). Where a metric has nothing to divide by, it is None.
+Two classes have one logit, and label 1 is the positive class. K classes have K logits. Each class
+is then compared with all others (one against the rest), and the overall metric is the unweighted
+mean over the classes (macro average). A metric whose denominator is zero is undefined: None.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from typing import Any
 import numpy as np
 
 _Z95 = 1.959963984540054  # the standard normal's 97.5th percentile
-_BINS = 15  # of the probability, for the calibration error
-_REPLICATES = 2000  # draws of the bootstrap
-_CHUNK = 2_000_000  # bootstrap weights held at once
+_BINS = 15  # number of bins of the probability, for the calibration error
+_REPLICATES = 2000  # number of bootstrap draws
+_CHUNK = 2_000_000  # largest number of bootstrap weights in memory
 
 AT_ZERO = ("auc", "accuracy", "sensitivity", "specificity")
 """The metrics of `at_zero` and `paired_differences`."""
 
 _MACRO = ("sensitivity", "specificity", "precision", "f1", "auc")
-"""The metrics that are averaged over the classes where there are three or more."""
+"""The metrics that are averaged over the classes if there are K logits."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A metric and its 95 % confidence interval."""
+    """A metric and its 95 % confidence interval; None if undefined."""
 
     value: float | None
     ci95: tuple[float, float] | None
@@ -43,7 +43,7 @@ class Estimate:
 
 
 UNDEFINED = Estimate(None, None)
-"""A metric that the images do not tell."""
+"""A metric that is undefined for these data."""
 
 
 @dataclass(frozen=True)
@@ -51,30 +51,30 @@ class Confusion:
     """The confusion matrix."""
 
     counts: tuple[tuple[int, ...], ...]
-    """Images by true class (row) and decision (column), K x K."""
+    """Number of images by true class (row) and predicted class (column), K x K."""
 
     @property
     def tn(self) -> int:
-        """True negatives of two classes; what follows likewise."""
+        """True negatives, for two classes."""
         return self.counts[0][0]
 
     @property
     def fp(self) -> int:
-        """False positives."""
+        """False positives, for two classes."""
         return self.counts[0][1]
 
     @property
     def fn(self) -> int:
-        """False negatives."""
+        """False negatives, for two classes."""
         return self.counts[1][0]
 
     @property
     def tp(self) -> int:
-        """True positives."""
+        """True positives, for two classes."""
         return self.counts[1][1]
 
     def to_json(self) -> Any:
-        """Returns `tn`, `fp`, `fn` and `tp` of two classes, the rows of more."""
+        """Returns a dict of `tn`, `fp`, `fn` and `tp` for two classes, a list of rows for more."""
         if len(self.counts) > 2:
             return [list(row) for row in self.counts]
         return {name: getattr(self, name) for name in ("tn", "fp", "fn", "tp")}
@@ -82,10 +82,10 @@ class Confusion:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` finds; `to_json` is the form on disk.
+    """Result of `evaluate`; `to_json` returns the form that is written to files.
 
-    Of K logits for K classes, sensitivity, specificity, precision, F1 and AUC are macro averages,
-    and `each` holds those of each class.
+    With K logits for K classes, sensitivity, specificity, precision, F1 and AUC are macro averages,
+    and `each` holds the metrics of each class.
     """
 
     accuracy: Estimate
@@ -95,19 +95,21 @@ class Evaluation:
     f1: Estimate
     auc: Estimate
     brier: Estimate
-    """Mean squared error of the probability; of K classes, summed over them (Brier, Monthly Weather
-    Review 78, 1950)."""
+    """Mean squared error of the probability (Brier, Monthly Weather Review 78, 1950). With K
+    logits, the sum over the classes."""
     ece: Estimate
-    """Expected calibration error (Naeini et al., AAAI 2015), over 15 bins of equal width; of K
-    classes, that of the highest probability (Guo et al., arXiv:1706.04599)."""
+    """Expected calibration error (Naeini et al., AAAI 2015), over 15 bins of equal width. With K
+    logits, the error of the highest probability (Guo et al., arXiv:1706.04599)."""
     confusion: Confusion
     threshold: float | None
-    """The probability from which on an image is positive; None where the most probable class is
-    the decision."""
+    """An image is positive if its probability is at least this threshold. None if the most probable
+    class is predicted."""
     n: int
+    """Number of images."""
     patients: int
+    """Number of patients."""
     each: tuple[Evaluation, ...] = ()
-    """Of K classes, each against the rest; empty for one logit."""
+    """With K logits, the evaluation of each class against the rest; empty for one logit."""
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain numbers, lists and dicts."""
@@ -122,22 +124,26 @@ class Evaluation:
         return out | ({"each": [one.to_json() for one in self.each]} if self.each else {})
 
     def elsewhere(self, prevalence: float) -> str:
-        """Returns in words what sensitivity and specificity come to at another share of positives.
+        """Returns a sentence with accuracy and precision at another prevalence.
 
-        It is the images' own that accuracy, precision and F1 are of.
+        Accuracy, precision and F1 depend on the prevalence in the images. The sentence states it,
+        and gives the values that follow from sensitivity and specificity at the given prevalence.
+
+        Args:
+            prevalence: proportion of positives, in (0, 1).
         """
         here = (self.confusion.tp + self.confusion.fn) / self.n
-        said = f"the figures above are of a share of positives of {here:.3g}"
+        said = f"the figures above are for a prevalence of {here:.3g}"
         found, spared = self.sensitivity.value, self.specificity.value
         if found is None or spared is None:
             return said
         true, false = prevalence * found, (1 - prevalence) * (1 - spared)
         precision = _ratio(true, true + false)
-        said += f"; where {prevalence:.3g} are, accuracy is {true + (1 - prevalence) * spared:.4f}"
+        said += f"; at {prevalence:.3g}, accuracy is {true + (1 - prevalence) * spared:.4f}"
         return said if precision is None else f"{said} and precision {precision:.4f}"
 
     def _repr_html_(self) -> str:
-        """Returns the metrics with intervals as a table, which notebooks show."""
+        """Returns the metrics with intervals as an HTML table, for notebooks."""
         rows = "".join(
             f"<tr><th>{name}</th><td>{value}</td></tr>"
             for name, value in vars(self).items()
@@ -147,7 +153,11 @@ class Evaluation:
         return f"<table><caption>{about}</caption>{rows}</table>"
 
     def report(self, classes: Sequence[str]) -> str:
-        """Returns the metrics with intervals, and the classification report per class, as text."""
+        """Returns the metrics with intervals and a classification report per class, as text.
+
+        Args:
+            classes: names of the classes, in the order of their labels.
+        """
         lines = [
             f"{name:<12} {value}"
             for name, value in vars(self).items()
@@ -156,7 +166,7 @@ class Evaluation:
         lines[1] += "   (recall)"
         if self.each:
             lines.append(
-                "all but accuracy, brier and ece: means over classes, each against the rest"
+                "except accuracy, brier and ece: means over classes, each against the rest"
             )
         width = max(map(len, classes))
         areas = [f"  {one.auc}" for one in self.each] or [""] * len(classes)
@@ -179,12 +189,12 @@ class Evaluation:
             for name, row in zip(classes, counts.tolist(), strict=True):
                 shown = [f"{n:>{w},}" for n, w in zip(row, columns, strict=True)]
                 lines.append(f"{name:<{width}}         {'  '.join(shown)}")
-            lines += ["", f"decided for the most probable class; {images}"]
+            lines += ["", f"predicted: the most probable class; {images}"]
         else:
             c = self.confusion
             lines += [
                 "",
-                f"positive from probability {self.threshold:.3f} on: {c.tp:,} true and"
+                f"positive at probability >= {self.threshold:.3f}: {c.tp:,} true and"
                 f" {c.fp:,} false positives,",
                 f"  {c.tn:,} true and {c.fn:,} false negatives; {images}",
             ]
@@ -200,27 +210,27 @@ def evaluate(
     replicates: int = _REPLICATES,
     seed: int = 0,
 ) -> Evaluation:
-    """Judges logits against labels.
+    """Evaluates logits against labels.
 
-    All intervals allow for what the images of one patient have in common. Accuracy, sensitivity,
-    specificity and precision get that of `clustered_proportion`; F1, AUC, Brier score and
-    calibration error, and all averages over classes, get the percentile interval of a bootstrap
-    that draws whole patients. That of the calibration error is moved by the bootstrap's bias: each
-    draw adds noise, and an average of absolute values rises with it. Where all draws agree, as of a
-    single patient or for a perfect ranking, they cannot tell how far off the metric may be, and
-    there is no interval.
+    All intervals take into account that images of the same patient are correlated. Accuracy,
+    sensitivity, specificity and precision have the interval of `clustered_proportion`. F1, AUC,
+    Brier score, calibration error and all averages over classes have the percentile interval of a
+    bootstrap over patients. The interval of the calibration error is corrected for the bootstrap's
+    bias: each draw adds noise, which increases a mean of absolute values. If all draws give the
+    same value, for example with a single patient or a perfect ranking, the bootstrap does not
+    estimate the error, and there is no interval.
 
     Args:
-        logits: float [n] of two classes, or [n, K] of K classes.
+        logits: float [n] for two classes, or [n, K] for K classes.
         labels: int [n], 0 or 1, or 0 to K - 1.
-        patients: n patients.
-        threshold: an image of two classes with one logit is positive from this probability on; of
-            K logits, the highest decides.
-        replicates: draws of the bootstrap; 0 leaves its intervals out.
-        seed: of the bootstrap.
+        patients: n patient IDs.
+        threshold: with one logit, an image is positive if its probability is at least this
+            threshold. With K logits, the class of the highest logit is predicted.
+        replicates: number of bootstrap draws; 0 leaves out the bootstrap's intervals.
+        seed: random seed of the bootstrap.
 
     Raises:
-        ValueError: the three do not have the same length, or are empty.
+        ValueError: logits, labels and patients differ in length, or are empty.
     """
     logits = np.asarray(logits, np.float64)
     labels = np.asarray(labels)
@@ -245,12 +255,12 @@ def evaluate(
         drawn.append(draws)
 
     def summed(name: str, times: float = 1.0) -> Estimate:
-        """Returns a metric summed over the classes; undefined where it is of one of them."""
+        """Returns a metric summed over the classes; undefined if it is undefined for a class."""
         values = [getattr(one, name).value for one in each]
         value = None if None in values else times * sum(values)
         return _bootstrapped(value, times * np.sum([draws[name] for draws in drawn], axis=0))
 
-    # The highest probability says how likely the decision is right: calibration is about that.
+    # The highest probability is the confidence in the decision, which calibration is about.
     right = called == labels
     confidence, _ = _against_rest(
         probabilities.max(1), probabilities.max(1), np.ones(len(labels), bool), right, bootstrap
@@ -280,18 +290,18 @@ def _against_rest(
     truth: np.ndarray,
     bootstrap: tuple[Sequence[str], int, int],
 ) -> tuple[Evaluation, dict[str, np.ndarray]]:
-    """Judges one class against the rest.
+    """Evaluates one class against the rest.
 
     Args:
-        scores: float64 [n], by which images are ranked.
-        probability: float64 [n], of the class.
-        decided: bool [n], whether an image is called of the class.
-        truth: bool [n], whether it is.
-        bootstrap: patients, draws and seed.
+        scores: float64 [n], the scores for the ROC curve.
+        probability: float64 [n], the probability of the class.
+        decided: bool [n], whether the class is predicted for an image.
+        truth: bool [n], whether the class is the true one.
+        bootstrap: patients, replicates and seed.
 
     Returns:
-        The evaluation, without a threshold, and the draws [replicates] of the metrics; NaN where a
-        draw does not define one.
+        The evaluation, without a threshold, and the bootstrap draws [replicates] of each metric,
+        NaN where a metric is undefined for a draw.
     """
     patients, replicates, seed = bootstrap
     c = Confusion(
@@ -302,7 +312,7 @@ def _against_rest(
     )
     whom, patient = np.unique(np.asarray(patients), return_inverse=True)
     drawn: dict[str, list[np.ndarray]] = {name: [] for name in (*_MACRO, "brier", "ece")}
-    # [n, bins]: how much each image's probability is too high, in the column of its bin
+    # [n, bins]: probability minus truth of each image, in the column of its bin
     excess = np.zeros((len(truth), _BINS))
     bins = np.minimum((probability * _BINS).astype(int), _BINS - 1)
     excess[np.arange(len(truth)), bins] = probability - truth
@@ -341,12 +351,12 @@ def _against_rest(
 def patient_bootstrap(
     patients: Sequence[str], replicates: int, seed: int = 0
 ) -> Iterator[np.ndarray]:
-    """Yields float64 [draws, n]: how often each of n images is in a bootstrap of whole patients.
+    """Yields bootstrap weights float64 [draws, n]: how often each draw of patients has each image.
 
     Args:
-        patients: n patients.
-        replicates: draws in all; they come some at a time, so that they fit into memory.
-        seed: of the draws.
+        patients: n patient IDs, one for each image.
+        replicates: total number of draws. They are yielded in chunks that fit into memory.
+        seed: random seed of the draws.
     """
     whom, patient = np.unique(np.asarray(patients), return_inverse=True)
     rng = np.random.default_rng(seed)
@@ -360,20 +370,24 @@ def patient_bootstrap(
 def paired_differences(
     logits: np.ndarray, others: np.ndarray, labels: np.ndarray, patients: Sequence[str]
 ) -> dict[str, Estimate]:
-    """Returns how far the second logits of the same images are above the first, by metric.
+    """Returns the differences of the metrics between two sets of logits for the same images.
 
-    AUC, accuracy, sensitivity and specificity as of `at_zero`. The intervals are
-    percentiles of 2000 bootstrap draws of whole patients, the same for both: what makes an image
-    hard for both does not widen them. Where all draws agree there is none, as in `evaluate`.
+    The metrics are those of `at_zero`; each difference is that of `others` minus that of `logits`.
+    The intervals are percentiles of 2000 bootstrap draws of patients, the same draws for both sets:
+    variation that both have in common cancels. If all draws give the same value, there is no
+    interval, as in `evaluate`.
 
     Args:
-        logits: float [n], or [n, K] of K classes.
-        others: of the same shape.
+        logits: float [n], or [n, K] for K classes.
+        others: the other logits, of the same shape.
         labels: int [n], 0 or 1, or 0 to K - 1.
-        patients: n patients.
+        patients: n patient IDs.
+
+    Returns:
+        The difference by the name of the metric, for each name in `AT_ZERO`.
 
     Raises:
-        ValueError: the four do not have the same length, or are empty.
+        ValueError: the arguments differ in length, or are empty.
     """
     _expect_as_many(logits=logits, others=others, labels=labels, patients=patients)
 
@@ -393,11 +407,11 @@ def _expect_as_many(**arrays: Sequence[Any] | np.ndarray) -> None:
     sizes = [len(array) for array in arrays.values()]
     if min(sizes) < max(sizes) or not min(sizes):
         names, counts = (", ".join(map(str, some)) for some in (arrays, sizes))
-        raise ValueError(f"need as many {names}, at least one; got {counts}")
+        raise ValueError(f"{names} must have the same length, at least 1; got {counts}")
 
 
 def _bootstrapped(value: float | None, draws: np.ndarray) -> Estimate:
-    """Returns a metric with the interval of its draws, if they tell one."""
+    """Returns a metric with the percentile interval of its draws, if they differ."""
     draws = _telling(draws)
     if value is None or not len(draws):
         return Estimate(value, None)
@@ -406,13 +420,16 @@ def _bootstrapped(value: float | None, draws: np.ndarray) -> Estimate:
 
 
 def _telling(draws: np.ndarray) -> np.ndarray:
-    """Returns the draws that define their metric; none where these all agree."""
+    """Returns the finite draws; none of them if they are all equal."""
     draws = draws[np.isfinite(draws)]
     return draws if len(np.unique(draws)) > 1 else draws[:0]
 
 
 def _weighted_at_zero(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Returns [metrics, draws] under each row of weights [draws, n]; NaN where undefined."""
+    """Returns [metrics, draws], the metrics of `AT_ZERO` for each row of weights [draws, n].
+
+    A metric is NaN where it is undefined.
+    """
     scores, decided, truth = _by_class(np.asarray(logits), np.asarray(labels))
     areas, found, spared = [], [], []
     for score, said, true in zip(scores.T, decided.T, truth.T, strict=True):
@@ -426,7 +443,7 @@ def _weighted_at_zero(logits: np.ndarray, labels: np.ndarray, weights: np.ndarra
 def _by_class(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns scores, decisions and truth of each class against the rest, [n, classes].
 
-    Of one logit [n] there is one column, that of the positive class, decided from 0 on.
+    With one logit [n] there is one column, for the positive class, predicted at logits >= 0.
     """
     if logits.ndim == 1:
         return logits[:, None], logits[:, None] >= 0, labels[:, None] == 1
@@ -435,15 +452,16 @@ def _by_class(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def at_zero(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Returns AUC, accuracy, sensitivity and specificity where logits from 0 on are positive.
+    """Returns AUC, accuracy, sensitivity and specificity at the logit threshold 0.
 
     Args:
-        logits: float [n]; or [n, K] of K classes, of which the highest decides: then all but
-            accuracy are means over the classes, each against the rest.
-        labels: int [n], every class among them.
+        logits: float [n], positive if at least 0. Or [n, K] for K classes, where the class of the
+            highest logit is predicted; then all metrics except accuracy are means over the classes,
+            each against the rest.
+        labels: int [n], with at least one image of every class.
     """
     values = _weighted_at_zero(logits, labels, np.ones((1, len(labels))))[:, 0]
-    assert not np.isnan(values).any(), "training_data() sees to it that all classes validate"
+    assert not np.isnan(values).any(), "training_data() ensures held-out images of all classes"
     return dict(zip(AT_ZERO, values.tolist(), strict=True))
 
 
@@ -451,12 +469,11 @@ def auc(scores: np.ndarray, labels: np.ndarray) -> float | None:
     """Returns the area under the ROC curve: P(positive scores higher) + P(tie) / 2.
 
     Args:
-        scores: float [n]; or logits [n, K] of K classes, each of which is then compared with the
-            rest.
+        scores: float [n]; or logits [n, K] for K classes, each compared with the rest.
         labels: int [n], 0 or 1, or 0 to K - 1.
 
     Returns:
-        A number in [0, 1], of K classes their mean; None if a class is missing.
+        A number in [0, 1]; for K classes the mean over the classes; None if a class is missing.
     """
     columns, _, truth = _by_class(np.asarray(scores), np.asarray(labels))
     one = np.ones((1, len(columns)))
@@ -467,18 +484,21 @@ def auc(scores: np.ndarray, labels: np.ndarray) -> float | None:
 
 
 def clustered_proportion(hits: np.ndarray, patients: np.ndarray) -> Estimate:
-    """Returns the share of images that are hits, with its 95 % interval.
+    """Returns the proportion of hits, with a 95 % interval for images clustered by patient.
 
-    Wilson's, for the effective number of images: their number over the design effect (Kish, Survey
-    Sampling, 1965), the ratio of the share's variance among draws of patients to that among draws
-    of images, at least 1 (see Dean and Pagano, J. Surv. Stat. Methodol. 3, 2015). What tells of it
-    are the patients with the rarer outcome. So that few or none of them do not make the interval
-    short, one is added whose effect is n over patients: that of images all alike within a patient,
-    if all patients have as many.
+    It is Wilson's interval for the effective number of images, n divided by the design effect
+    (Kish, Survey Sampling, 1965). The design effect is the variance of the proportion when patients
+    are sampled, divided by the variance when images are sampled; it is at least 1 (see Dean and
+    Pagano, J. Surv. Stat. Methodol. 3, 2015).
+
+    The estimate of the design effect rests on the m patients who have the rarer outcome. With few
+    or none of them, it would be unreliable and the interval too short. It is therefore averaged
+    with a prior value, with weights m and 1. The prior is n / (number of patients): the design
+    effect if all images of a patient have the same outcome and all patients have equally many.
 
     Args:
         hits: bool [n].
-        patients: [n], whom each image shows.
+        patients: [n], the patient ID of each image.
     """
     n, k = len(hits), int(hits.sum())
     if n == 0:
@@ -500,9 +520,9 @@ def proportion(hits: int, n: int, effective: float | None = None) -> Estimate:
     """Returns hits / n with Wilson's 95 % score interval (J. Am. Stat. Assoc. 22, 1927).
 
     Args:
-        hits: how many of n.
-        n: of how many.
-        effective: how many independent ones tell as much; n if None.
+        hits: number of hits.
+        n: number of trials; if it is 0, the result is undefined.
+        effective: effective number of independent trials, for the interval; n if None.
     """
     if n == 0:
         return Estimate(None, None)
@@ -513,23 +533,23 @@ def proportion(hits: int, n: int, effective: float | None = None) -> Estimate:
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
-    """Returns probabilities float64 [n] of logits [n], without overflow."""
+    """Returns the probabilities float64 [n] of logits [n], without overflow."""
     return np.exp(-np.logaddexp(0, -np.asarray(logits, np.float64)))
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
-    """Returns probabilities float64 [n, K] of logits [n, K], without overflow."""
+    """Returns the probabilities float64 [n, K] of logits [n, K], without overflow."""
     return np.exp(log_softmax(logits))
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Returns log-probabilities float64 [n, K] of logits [n, K], without overflow."""
+    """Returns the log-probabilities float64 [n, K] of logits [n, K], without overflow."""
     wide = np.asarray(logits, np.float64)
     return wide - np.logaddexp.reduce(wide, axis=1, keepdims=True)
 
 
 def against_rest(logits: np.ndarray) -> np.ndarray:
-    """Returns float64 [n, K], the log-odds of each class against the rest, of logits [n, K]."""
+    """Returns the log-odds float64 [n, K] of each class against the rest, from logits [n, K]."""
     wide = np.asarray(logits, np.float64)
     own = np.eye(wide.shape[1], dtype=bool)
     rest = np.where(own, -np.inf, wide[:, None])  # [n, class, the others]
@@ -537,10 +557,10 @@ def against_rest(logits: np.ndarray) -> np.ndarray:
 
 
 def _weighted_auc(scores: np.ndarray, truth: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Returns [draws], the AUC of n scores under each row of weights [draws, n]."""
+    """Returns [draws], the AUC of n scores for each row of weights [draws, n]."""
     order = np.argsort(scores, kind="stable")
     ranked = scores[order]
-    starts = np.flatnonzero(np.append(True, ranked[1:] != ranked[:-1]))  # of runs of equal scores
+    starts = np.flatnonzero(np.append(True, ranked[1:] != ranked[:-1]))  # starts of tied scores
     positive = np.add.reduceat((weights * truth)[:, order], starts, axis=1)
     negative = np.add.reduceat((weights * ~truth)[:, order], starts, axis=1)
     below = np.cumsum(negative, axis=1) - negative

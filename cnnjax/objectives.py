@@ -1,8 +1,8 @@
-"""Objectives: what a network's outputs are compared with, and the loss of each image.
+"""Objectives: the targets of a batch, the loss of each image and the figures of an epoch.
 
-An objective is the part of the train step that knows the task. `Binary` is the project's own task,
-one logit for two classes; `Softmax` has a logit for each of three and more; `Segmentation` is that
-of the lung finder, a map of logits.
+An objective is the part of the train step that depends on the task. `Binary` has one logit for two
+classes; `Softmax` has one logit per class, for three or more classes; `Segmentation` has a map of
+logits, for the lung finder.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from cnnjax.networks import AUXILIARY
 
 PyTree = Any
 
-_MIXUP = 2**31  # folded into a step's key; images fold in their rows, which are fewer
+_MIXUP = 2**31  # folded into a step's key; larger than the row numbers that images fold in
 
 
 class Batch(NamedTuple):
@@ -31,64 +31,65 @@ class Batch(NamedTuple):
     images: jax.Array
     """uint8 [batch, height, width]."""
     labels: jax.Array
-    """int32 [batch], 0 and up, of two classes 1 for the positive; for `Segmentation` uint8
-    [batch, height, width], 255 on the object."""
+    """int32 [batch], labels from 0; with two classes, 1 is the positive class. For `Segmentation`
+    uint8 [batch, height, width], 255 on the object and 0 elsewhere."""
     auxiliary: jax.Array | None = None
-    """int32 [batch], 0 or 1, what the auxiliary head learns; -1 where that is not known; None where
-    there is no such head."""
+    """int32 [batch], labels 0 or 1 of the auxiliary head, -1 where unknown; None without such a
+    head."""
     weights: jax.Array | None = None
-    """float32 [batch], by which the train step multiplies each image's losses; None for 1. (A mixed
-    image has the weight of its larger share.)"""
+    """float32 [batch], the weight of each image's loss; None for weights of 1. With mixup, a mixed
+    image has the weight of the image with the larger share."""
 
 
 class Losses(NamedTuple):
-    """What an objective says of each image of a batch."""
+    """The losses of each image of a batch."""
 
     minimized: jax.Array
-    """float [batch], whose mean the step minimizes, in nats."""
+    """float [batch], in nats; the train step minimizes the mean."""
     reported: jax.Array
     """float [batch], the loss that an epoch reports."""
     correct: jax.Array
-    """bool [batch], whether the output is right."""
+    """bool [batch], whether the output is correct."""
 
 
 class Objective(Protocol):
-    """What training asks of a task; `prepare` and `losses` are pure and traced inside jit.
+    """The interface of an objective; `prepare` and `losses` are pure and traced inside jit.
 
-    An objective is a pytree, such as a `flax.struct.PyTreeNode`: it is an argument of the compiled
-    step, so runs whose objectives differ in their arrays alone share the program.
+    An objective is a pytree, such as a `flax.struct.PyTreeNode`, and an argument of the compiled
+    step. Runs whose objectives differ only in their arrays share the compiled program.
     """
 
     @property
     def collections(self) -> Sequence[str]:
-        """Names of the variable collections, beside batch statistics, that `losses` reads."""
+        """Names of the variable collections that `losses` reads, besides `batch_stats`."""
 
     def prepare(self, key: jax.Array, augment: Augment, batch: Batch) -> tuple[jax.Array, PyTree]:
-        """Returns what the network sees of a batch, and the targets.
+        """Returns the input of the network and the targets.
 
         Args:
-            key: of the step.
+            key: random key of the step.
             augment: (key, images) -> images, or (key, images, maps) -> (images, maps).
             batch: the images of the step.
 
         Returns:
-            float32 [batch, height, width, 1] in [0, 1], and any pytree of arrays for `losses`.
+            Images float32 [batch, height, width, 1] in [0, 1], and any pytree of arrays, which
+            `losses` gets as `targets`.
         """
 
     def losses(self, outputs: jax.Array, kept: PyTree, targets: PyTree) -> Losses:
         """Returns the losses of each image.
 
         Args:
-            outputs: of the network, [batch, ...].
-            kept: the `collections` that the network wrote.
-            targets: of `prepare`.
+            outputs: outputs of the network, [batch, ...].
+            kept: the variable `collections` that the network wrote.
+            targets: the targets that `prepare` returned.
         """
 
     def figures(self, outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """Returns what an epoch reports of held-out images, `loss` among it.
+        """Returns the figures that an epoch reports for the held-out images, including `loss`.
 
         Args:
-            outputs: of the network, float [n, ...].
+            outputs: outputs of the network, float [n, ...].
             labels: [n, ...].
         """
 
@@ -96,19 +97,21 @@ class Objective(Protocol):
 class Binary(struct.PyTreeNode):
     """Class-weighted binary cross-entropy of one logit, with mixup and an auxiliary head.
 
-    The class weights are arrays, so that folds and seeds share one compiled step; the other fields
-    are part of the program.
+    The class weights are leaves of the pytree; folds and seeds therefore share one compiled step.
+    The other fields are static: each value is compiled separately.
     """
 
     class_weights: Any = (1.0, 1.0)
     """Weights of labels 0 and 1."""
     label_smoothing: float = struct.field(pytree_node=False, default=0.0)
-    """s turns labels into s / 2 and 1 - s / 2."""
+    """Label smoothing s: the labels become s / 2 and 1 - s / 2."""
     mixup: float = struct.field(pytree_node=False, default=0.0)
-    """Each image is mixed with the next, in shares from Beta(mixup, mixup); 0 mixes nothing."""
+    """Mixup: each image is mixed with the next one of the batch, in proportions drawn from
+    Beta(mixup, mixup). 0 disables it."""
     auxiliary: float = struct.field(pytree_node=False, default=0.0)
-    """Weight of the same loss of the auxiliary head, by `Batch.auxiliary`; 0 where the network has
-    none. (A mixed image counts as what its larger share is.)"""
+    """Weight of the cross-entropy of the auxiliary head against `Batch.auxiliary`; 0 if the network
+    has no such head. With mixup, a mixed image has the auxiliary label of the image with the larger
+    share."""
 
     @property
     def collections(self) -> Sequence[str]:
@@ -127,7 +130,7 @@ class Binary(struct.PyTreeNode):
         return images, (labels, weights, own, batch.labels, batch.auxiliary)
 
     def losses(self, outputs: jax.Array, kept: PyTree, targets: PyTree) -> Losses:
-        """See `Objective`; correct is an image on the right side of probability 0.5."""
+        """See `Objective`; an output is correct if it is on the label's side of probability 0.5."""
         labels, weights, own, truth, second = targets
         reported = whole = cross_entropy(outputs, labels, weights, self.label_smoothing)
         if self.auxiliary:
@@ -138,21 +141,22 @@ class Binary(struct.PyTreeNode):
         return Losses(whole, reported, (outputs >= 0) == (truth == 1))
 
     def figures(self, outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """See `Objective`: unweighted cross-entropy, AUC, and shares at probability 0.5."""
+        """See `Objective`: unweighted cross-entropy and the metrics of `metrics.at_zero`."""
         wide = outputs.astype(np.float64)
         loss = np.logaddexp(0, np.where(labels == 1, -wide, wide)).mean()
         return {"loss": float(loss), **metrics.at_zero(wide, labels)}
 
 
 class Softmax(struct.PyTreeNode):
-    """Class-weighted cross-entropy of K logits for K classes, each image of one class."""
+    """Class-weighted softmax cross-entropy of K logits for K mutually exclusive classes."""
 
     class_weights: Any = 1.0
-    """Weights of the labels, [K], or one for all."""
+    """Weights of the labels, [K], or one weight for all."""
     label_smoothing: float = struct.field(pytree_node=False, default=0.0)
-    """s moves a share s of each label evenly to all classes."""
+    """Label smoothing s: one-hot labels y become (1 - s) y + s / K."""
     mixup: float = struct.field(pytree_node=False, default=0.0)
-    """Each image is mixed with the next, in shares from Beta(mixup, mixup); 0 mixes nothing."""
+    """Mixup: each image is mixed with the next one of the batch, in proportions drawn from
+    Beta(mixup, mixup). 0 disables it."""
 
     @property
     def collections(self) -> Sequence[str]:
@@ -169,7 +173,7 @@ class Softmax(struct.PyTreeNode):
         return images, (batch.labels, share)
 
     def losses(self, outputs: jax.Array, kept: PyTree, targets: PyTree) -> Losses:
-        """See `Objective`; correct is an image whose own logit is the largest."""
+        """See `Objective`; an output is correct if the logit of the label is the largest."""
         labels, share = targets
         classes = outputs.shape[-1]
         given = jnp.broadcast_to(jnp.asarray(self.class_weights, jnp.float32), (classes,))
@@ -181,22 +185,22 @@ class Softmax(struct.PyTreeNode):
         return Losses(losses, losses, outputs.argmax(-1) == labels)
 
     def figures(self, outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """See `Objective`: unweighted cross-entropy, and what `metrics.at_zero` tells."""
+        """See `Objective`: unweighted cross-entropy and the metrics of `metrics.at_zero`."""
         own = np.take_along_axis(metrics.log_softmax(outputs), labels[:, None], 1)
         return {"loss": float(-own.mean()), **metrics.at_zero(outputs, labels)}
 
 
 class Segmentation(struct.PyTreeNode):
-    """Cross-entropy of every place plus one minus the soft Dice coefficient of every image.
+    """Mean cross-entropy over the places of the map plus the soft Dice loss, for each image.
 
-    The Dice loss is that of Milletari et al., "V-Net", 3DV 2016 (arXiv:1606.04797), with sums in
-    place of sums of squares. The network returns logits [batch, height / k, width / k]; targets are
-    averaged to that size.
+    The Dice loss is one minus the soft Dice coefficient of Milletari et al., "V-Net", 3DV 2016
+    (arXiv:1606.04797), with sums instead of sums of squares in the denominator. The network returns
+    logits [batch, height / k, width / k]; the targets are averaged to that size.
     """
 
     smooth: float = struct.field(pytree_node=False, default=1e-3)
-    """Added to numerator and denominator of Dice, as a fraction of the places: an empty map that is
-    found empty has no loss."""
+    """Added to the numerator and denominator of the Dice coefficient, as a fraction of the places.
+    An empty target with an empty prediction then has no Dice loss."""
 
     @property
     def collections(self) -> Sequence[str]:
@@ -204,12 +208,12 @@ class Segmentation(struct.PyTreeNode):
         return ()
 
     def prepare(self, key: jax.Array, augment: Augment, batch: Batch) -> tuple[jax.Array, PyTree]:
-        """See `Objective`; the maps are moved with the images."""
+        """See `Objective`; the target maps are transformed together with the images."""
         images, maps = augment(key, to_float(batch.images), to_float(batch.labels))
         return images, maps[..., 0]
 
     def losses(self, outputs: jax.Array, kept: PyTree, targets: PyTree) -> Losses:
-        """See `Objective`; correct is a soft Dice coefficient of at least 0.9."""
+        """See `Objective`; an output is correct if its soft Dice coefficient is at least 0.9."""
         maps = averaged_to(targets, outputs.shape[1:])
         places = (1, 2)
         entropy = optax.sigmoid_binary_cross_entropy(outputs, maps).mean(places)
@@ -227,19 +231,24 @@ class Segmentation(struct.PyTreeNode):
 
 
 def to_float(images: jax.Array) -> jax.Array:
-    """Maps uint8 [batch, height, width] to float32 [batch, height, width, 1] in [0, 1]."""
+    """Converts uint8 [batch, height, width] to float32 [batch, height, width, 1] in [0, 1]."""
     return images[..., None].astype(jnp.float32) / 255
 
 
 def averaged_to(maps: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Averages float [batch, height, width] over blocks, to the smaller height and width given."""
+    """Averages maps over blocks.
+
+    Args:
+        maps: float [batch, height, width].
+        shape: the new height and width, divisors of the old ones.
+    """
     batch, height, width = maps.shape
     rows, columns = shape
     return maps.reshape(batch, rows, height // rows, columns, width // columns).mean((2, 4))
 
 
 def weights_of(labels: jax.Array, class_weights: Any) -> jax.Array:
-    """Returns float32 [batch], the weight of the class of each of int labels [batch]."""
+    """Returns float32 [batch], the class weight for each of the int labels [batch] in {0, 1}."""
     return jnp.where(labels == 1, class_weights[1], class_weights[0])
 
 
@@ -254,8 +263,8 @@ def cross_entropy(
     Args:
         logits: float [batch].
         labels: [batch], in [0, 1].
-        weights: [batch], or one for all.
-        label_smoothing: s turns labels into s / 2 and 1 - s / 2.
+        weights: [batch], or one weight for all.
+        label_smoothing: s; the labels become s / 2 and 1 - s / 2.
 
     Returns:
         float [batch].
@@ -265,7 +274,7 @@ def cross_entropy(
 
 
 def _shares(key: jax.Array, alpha: float, rows: int) -> jax.Array:
-    """Draws float32 [rows], each image's share that is another's: at most half."""
+    """Draws float32 [rows], the share of the other image in each mixed image, at most 1/2."""
 
     def draw(i: jax.Array) -> jax.Array:
         return jax.random.beta(jax.random.fold_in(key, i), alpha, alpha, dtype=jnp.float32)
@@ -275,5 +284,5 @@ def _shares(key: jax.Array, alpha: float, rows: int) -> jax.Array:
 
 
 def _mixed(each: jax.Array, share: jax.Array) -> jax.Array:
-    """Mixes each row with the next one of the batch, the last with the first."""
+    """Mixes each row with the next row of the batch, and the last row with the first."""
     return each + (jnp.roll(each, -1, axis=0) - each) * share

@@ -1,11 +1,12 @@
-"""The operating point: what probability a logit means, and from which one on to call it positive.
+"""The operating point: calibration of the logits and decision threshold.
 
-Both are fitted on images that trained nothing, and judged on yet others. A threshold is a place on
-the logit, so its sensitivity and specificity do not depend on how common the disease is; what a
-logit means in terms of probability does, and `OperatingPoint.probabilities` takes a prevalence.
+Both are fitted on held-out images, and should be evaluated on other images. The threshold is a
+value of the logit; its sensitivity and specificity do not depend on the prevalence of the disease.
+The probability that belongs to a logit does, so `OperatingPoint.probabilities` accepts a
+prevalence.
 
-Three and more classes have no positive one, and so no threshold and no prevalence: their logits are
-calibrated alike, and the most probable class is the decision (`SoftmaxPoint`).
+Three or more classes have no positive class, hence no threshold and no prevalence. Their logits are
+calibrated too, and the most probable class is predicted (`SoftmaxPoint`).
 """
 
 from __future__ import annotations
@@ -24,101 +25,114 @@ from cnnjax.metrics import Evaluation, evaluate, log_softmax, sigmoid, softmax
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """From a network's logit to a probability and a decision."""
+    """Calibration and decision threshold of one logit.
+
+    The calibrated log-odds are slope * logit + bias.
+    """
 
     slope: float = 1.0
-    """What the logit is multiplied with: one over the temperature."""
+    """Factor of the logit, the inverse of the temperature."""
     bias: float = 0.0
-    """What is added then."""
+    """Added to the scaled logit."""
     prevalence: float = 0.5
-    """Share of positives among the images that slope and bias were fitted on."""
+    """Proportion of positives among the images that slope and bias were fitted on."""
     threshold: float = 0.0
-    """The network's logit from which on an image counts as positive."""
+    """Decision threshold: an image is positive if the network's logit is at least this value."""
     criterion: str = "probability 0.5"
-    """How the threshold was chosen."""
+    """How the threshold was chosen, in words."""
 
     def calibrated(self, logits: np.ndarray, prevalence: float | None = None) -> np.ndarray:
-        """Returns float64 [n], the log-odds that logits [n] mean.
+        """Returns the calibrated log-odds, float64 [n].
 
         Args:
-            logits: the network's.
-            prevalence: share of positives where the images come from; that of the fit if None. The
-                log-odds move by the difference of the two priors' (Saerens et al., Neural
-                Computation 14, 2002): as if each class looked the same there.
+            logits: logits of the network, [n].
+            prevalence: proportion of positives in the population of the images; None for the
+                `prevalence` of the fit. The log-odds are shifted by the difference between the
+                log-odds of the two prevalences (Saerens et al., Neural Computation 14, 2002). This
+                assumes that each class looks the same in both populations.
         """
         moved = 0.0 if prevalence is None else _log_odds(prevalence) - _log_odds(self.prevalence)
         return self.slope * np.asarray(logits, np.float64) + self.bias + moved
 
     def probabilities(self, logits: np.ndarray, prevalence: float | None = None) -> np.ndarray:
-        """Returns float64 [n], the probabilities that logits [n] mean; see `calibrated`."""
+        """Returns the calibrated probabilities, float64 [n], of logits [n]; see `calibrated`."""
         return sigmoid(self.calibrated(logits, prevalence))
 
     def probability_threshold(self, prevalence: float | None = None) -> float:
-        """Returns the probability from which on an image counts as positive."""
+        """Returns the calibrated probability at the threshold; see `calibrated`."""
         return float(self.probabilities(np.array([self.threshold]), prevalence)[0])
 
     def margins(self, logits: np.ndarray) -> np.ndarray:
-        """Returns float64 [n], how far above the threshold logits [n] are, in log-odds.
+        """Returns float64 [n], the distance of logits [n] from the threshold, in log-odds.
 
-        From 0 on an image is positive. Those of networks of other scales can be compared.
+        An image is positive if its margin is at least 0. Margins of networks whose logits have
+        different scales can be compared.
         """
         return self.slope * (np.asarray(logits, np.float64) - self.threshold)
 
     def decide(self, logits: np.ndarray) -> np.ndarray:
-        """Returns int64 [n], the labels that logits [n] are called."""
+        """Returns the predicted labels, int64 [n], of logits [n]: 1 at or above the threshold."""
         return (np.asarray(logits) >= self.threshold).astype(np.int64)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns plain numbers and strings, for `OperatingPoint(**values)`."""
+        """Returns a dict of numbers and strings; `OperatingPoint(**values)` is the inverse."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class SoftmaxPoint:
-    """From a network's K logits to probabilities of K classes and a decision.
+    """Calibration of K logits for K classes; the most probable class is predicted.
 
-    Temperature scaling with a bias for each class (Alexandari et al., ICML 2020, arXiv:1901.06852),
-    which undoes what class weights do to the probabilities.
+    It is temperature scaling with a bias for each class (Alexandari et al., ICML 2020,
+    arXiv:1901.06852). The biases also correct the effect of class weights on the probabilities.
     """
 
     slope: float = 1.0
-    """What the logits are multiplied with: one over the temperature."""
+    """Factor of the logits, the inverse of the temperature."""
     bias: tuple[float, ...] = ()
-    """What is added then to the logit of each class; nothing where empty."""
+    """Added to the scaled logit of each class, [K]; empty for no bias."""
     criterion: str = "the most probable class"
-    """How an image's class is decided."""
+    """How the class is predicted, in words."""
 
     def calibrated(self, logits: np.ndarray) -> np.ndarray:
-        """Returns float64 [n, K], the log-probabilities that logits [n, K] mean."""
+        """Returns the calibrated log-probabilities, float64 [n, K], of logits [n, K]."""
         return log_softmax(self.slope * np.asarray(logits, np.float64) + (self.bias or 0.0))
 
     def probabilities(self, logits: np.ndarray) -> np.ndarray:
-        """Returns float64 [n, K], the probabilities that logits [n, K] mean."""
+        """Returns the calibrated probabilities, float64 [n, K], of logits [n, K]."""
         return np.exp(self.calibrated(logits))
 
     def margins(self, logits: np.ndarray) -> np.ndarray:
-        """Returns float64 [n, K]: those of networks of other scales can be compared."""
+        """Returns the calibrated log-probabilities, float64 [n, K], of logits [n, K].
+
+        Margins of networks whose logits have different scales can be compared.
+        """
         return self.calibrated(logits)
 
     def decide(self, logits: np.ndarray) -> np.ndarray:
-        """Returns int64 [n], the most probable label of each row of logits [n, K]."""
+        """Returns the most probable labels, int64 [n], of logits [n, K]."""
         return self.calibrated(logits).argmax(1)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns plain numbers, lists and strings."""
+        """Returns a dict of numbers, lists and strings."""
         return asdict(self) | {"bias": list(self.bias)}
 
 
 Point = OperatingPoint | SoftmaxPoint
 Points = dict[int, Point]
-"""The operating point for each number of views that an image's logit may be the mean of."""
+"""The operating points by the number of views over which the logits are averaged."""
 
 
 def at_views(points: Points, views: int, source: str) -> Point:
-    """Returns the point for so many views.
+    """Returns the operating point for a number of views.
+
+    Args:
+        points: operating points by number of views.
+        views: the number of views.
+        source: name of the run or model, for the error message.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no operating point for this number of views.
     """
     if views not in points:
         known = " or ".join(str(n) for n in sorted(points))
@@ -130,15 +144,15 @@ def at_views(points: Points, views: int, source: str) -> Point:
 
 
 def points_to_json(points: Points) -> dict[str, Any]:
-    """Returns plain JSON, for `points_from_json`."""
+    """Returns the operating points as JSON values, for `points_from_json`."""
     return {str(views): point.to_json() for views, point in points.items()}
 
 
 def points_from_json(values: dict[str, Any]) -> Points:
-    """Returns the points that `points_to_json` wrote down.
+    """Returns the operating points from the JSON values of `points_to_json`.
 
     Raises:
-        TypeError, ValueError, AttributeError, KeyError: the values are none.
+        TypeError, ValueError, AttributeError, KeyError: the values are not operating points.
     """
     return {
         int(views): OperatingPoint(**point)
@@ -154,13 +168,14 @@ def fit_operating_point(
     config: OperatingConfig,
     weights: np.ndarray | None = None,
 ) -> Point:
-    """Chooses calibration and threshold on images that trained nothing.
+    """Fits calibration and decision threshold on held-out images.
 
     Args:
-        logits: float [n], or [n, K] of K classes, which have no threshold.
-        labels: int [n], 0 or 1, or 0 to K - 1, all of them there.
-        config: by what to choose the threshold.
-        weights: float [n], of the images in the choice of the threshold; equal when None.
+        logits: float [n], or [n, K] for K classes, which have no threshold.
+        labels: int [n], 0 or 1, or 0 to K - 1, with at least one image of each class.
+        config: criterion of the threshold.
+        weights: float [n], weights of the images for the choice of the threshold (not for the
+            calibration); None for equal weights.
 
     Raises:
         InputError: the config asks for a threshold on K logits; see `expect_decidable`.
@@ -180,7 +195,10 @@ def fit_operating_point(
         missed = config.cost * wanted / prevalence
         alarm = (1 - wanted) / (1 - prevalence)
         threshold = least_cost_threshold(logits, labels, alarm, missed, weights)
-        criterion = f"least cost, a miss {config.cost:g} times a false alarm, of {wanted:.3g} ill"
+        criterion = (
+            f"least cost, a false negative costs {config.cost:g} false positives,"
+            f" prevalence {wanted:.3g}"
+        )
     else:
         alarm, missed = 1 / (1 - prevalence), 1 / prevalence
         threshold = least_cost_threshold(logits, labels, alarm, missed, weights)
@@ -191,24 +209,30 @@ def fit_operating_point(
 def evaluate_at(
     point: Point, logits: np.ndarray, labels: np.ndarray, patients: Sequence[str]
 ) -> Evaluation:
-    """Returns the figures of calibrated probabilities at an operating point.
+    """Evaluates the calibrated probabilities and the decisions of an operating point.
 
     Args:
-        point: of the logits.
-        logits: the network's, float [n] or [n, K].
+        point: the operating point of the network.
+        logits: logits of the network, float [n] or [n, K].
         labels: int [n].
-        patients: n patients.
+        patients: n patient IDs.
     """
     threshold = point.probability_threshold() if isinstance(point, OperatingPoint) else 0.5
     return evaluate(point.calibrated(logits), labels, patients, threshold=threshold)
 
 
 def expect_decidable(config: OperatingConfig, classes: int) -> None:
-    """Raises InputError where a threshold is asked for that only a positive class has."""
+    """Raises InputError if a criterion is given that needs a positive class.
+
+    Args:
+        config: criterion of the threshold.
+        classes: number of classes with a logit each.
+    """
     if config.criterion != "youden":
         raise InputError(
-            f"--operating.criterion {config.criterion} is of a positive class, and {classes}"
-            " classes with a logit each have none: the most probable is called; drop the flag"
+            f"--operating.criterion {config.criterion} needs a positive class, and {classes}"
+            " classes with a logit each have none: the most probable class is predicted; drop the"
+            " flag"
         )
 
 
@@ -217,13 +241,14 @@ def fit_softmax_calibration(
 ) -> tuple[float, tuple[float, ...]]:
     """Returns (slope, bias [K]) such that softmax(slope * logits + bias) is calibrated.
 
-    Multinomial logistic regression with one slope for all logits, by Newton's method, on targets
-    as of `fit_calibration`: those of a class of n_k images are (n_k + 1) / (n_k + K) for itself,
-    and the rest evenly for the others. The slope is positive; the biases have the sum 0.
+    It is a multinomial logistic regression with one slope for all logits, by Newton's method. The
+    targets are smoothed as in `fit_calibration`: (n_k + 1) / (n_k + K) for the image's own class,
+    which has n_k images, and 1 / (n_k + K) for each other class. The slope is positive; the biases
+    sum to 0.
 
     Args:
         logits: float [n, K].
-        labels: int [n], 0 to K - 1, all of them there.
+        labels: int [n], 0 to K - 1, with at least one image of each class.
     """
     x = np.asarray(logits, np.float64)
     n, classes = x.shape
@@ -231,10 +256,10 @@ def fit_softmax_calibration(
     target = np.repeat(1 / (counts + classes)[:, None], classes, axis=1)
     target[np.diag_indices(classes)] *= counts + 1
     target = target[labels]
-    x = x - x.mean(1, keepdims=True)  # what all classes share says nothing
+    x = x - x.mean(1, keepdims=True)  # softmax ignores a number added to all logits
     scale = x.std() or 1.0
     x = (x - x.mean(0)) / scale
-    # [n, K, 1 + K]: what the logits are of slope and biases
+    # [n, K, 1 + K]: the calibrated logits are linear in the slope and the K biases
     design = np.concatenate(
         [x[:, :, None], np.broadcast_to(np.eye(classes), (n, classes, classes))], 2
     )
@@ -248,7 +273,7 @@ def fit_softmax_calibration(
         gradient = np.einsum("nkw,nk->w", design, p - target) / n
         mean = np.einsum("nkw,nk->nw", design, p)
         hessian = np.einsum("nkw,nk,nkv->wv", design, p, design) - mean.T @ mean
-        # A number added to all biases changes nothing; the ridge takes the least.
+        # Softmax ignores a number added to all biases; the ridge makes the solution unique.
         step = np.linalg.solve(hessian / n + 1e-9 * np.eye(1 + classes), gradient)
         before, size = loss(fitted), 1.0
         while loss(fitted - size * step) > before and size > 1e-6:
@@ -267,21 +292,22 @@ def fit_softmax_calibration(
 def fit_calibration(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
     """Returns (slope, bias) such that sigmoid(slope * logit + bias) is a calibrated probability.
 
-    Logistic regression on the logit by Newton's method, with Platt's targets, which stay off 0 and
-    1 by what a uniform prior adds (Platt, Advances in Large Margin Classifiers, 1999). Temperature
-    scaling (Guo et al., arXiv:1706.04599) is the case of bias 0; class weights and label smoothing
-    move the logits, so there is need of both. The slope is positive even for a network that ranks
-    the wrong way round, whose probabilities are then all the same.
+    It is a logistic regression on the logit, by Newton's method, with Platt's smoothed targets
+    (n1 + 1) / (n1 + 2) and 1 / (n0 + 2) for n1 positives and n0 negatives (Platt, Advances in Large
+    Margin Classifiers, 1999). Temperature scaling (Guo et al., arXiv:1706.04599) is the special
+    case of bias 0; both numbers are needed because class weights and label smoothing change the
+    logits. The slope is always positive. If a network ranks the images in the wrong order, the
+    slope is nearly 0 and all probabilities are nearly the same.
 
     Args:
         logits: float [n].
-        labels: int [n], 0 or 1, both of them there.
+        labels: int [n], 0 or 1, with at least one image of each class.
     """
     x = np.asarray(logits, np.float64)
     positive = np.asarray(labels) == 1
     n1, n0 = positive.sum(), (~positive).sum()
     target = np.where(positive, (n1 + 1) / (n1 + 2), 1 / (n0 + 2))
-    # On standardised logits Newton's steps are well scaled.
+    # Newton's steps are well scaled for standardized logits.
     centre, scale = x.mean(), x.std() or 1.0
     design = np.stack([(x - centre) / scale, np.ones_like(x)], axis=1)
     fitted = np.array([1.0, 0.0])
@@ -302,12 +328,12 @@ def fit_calibration(logits: np.ndarray, labels: np.ndarray) -> tuple[float, floa
         if np.abs(size * step).max() < 1e-10:
             break
     slope = fitted[0] / scale
-    if slope <= 0:  # it ranks no better than chance: then a logit says next to nothing
+    if slope <= 0:  # ranks no better than chance: the logit carries almost no information
         return _FLAT, math.log((n1 + 1) / (n0 + 1))
     return float(slope), float(fitted[1] - slope * centre)
 
 
-_FLAT = 1e-6  # a slope that leaves the order of the logits as it is, and little else
+_FLAT = 1e-6  # a slope near 0 that preserves the order of the logits
 
 
 def least_cost_threshold(
@@ -317,29 +343,29 @@ def least_cost_threshold(
     missed: float = 1.0,
     weights: np.ndarray | None = None,
 ) -> float:
-    """Returns the logit from which on to call images positive so that the errors cost least.
+    """Returns the threshold of the logit with the lowest total cost of the errors.
 
-    Equal costs give the highest accuracy; one over the number of each class gives the highest
-    sensitivity + specificity (Youden, Cancer 3, 1950).
+    Equal costs give the highest accuracy. Costs inversely proportional to the number of images of
+    the class give the highest sensitivity + specificity (Youden, Cancer 3, 1950).
 
     Args:
         logits: float [n].
         labels: int [n], 0 or 1.
-        alarm: cost of a negative called positive.
-        missed: cost of a positive called negative.
-        weights: float [n], of the images; equal when None.
+        alarm: cost of a false positive.
+        missed: cost of a false negative.
+        weights: float [n], weights of the images; None for equal weights.
 
     Returns:
-        Midway between two neighbouring logits; of equally good places the middle one. One
-        beyond them all if it is best to call all images negative, or all positive.
+        The midpoint of two neighbouring logits; if several thresholds are equally good, the middle
+        one. It is 1 above or below all logits if the best decision is the same for all images.
     """
     order = np.argsort(logits, kind="stable")
     ranked, positive = np.asarray(logits, np.float64)[order], np.asarray(labels)[order] == 1
     counts = np.ones(len(ranked)) if weights is None else weights[order] / weights.mean()
-    # cost[k]: what it costs if the k lowest count as negative
+    # cost[k]: total cost if the k lowest logits are negative
     cost = np.append(0, np.cumsum(positive * counts)) * missed
     cost = cost + np.append(np.cumsum((~positive * counts)[::-1])[::-1], 0) * alarm
-    between = np.append(True, np.append(ranked[1:] > ranked[:-1], True))  # no cut between equals
+    between = np.append(True, np.append(ranked[1:] > ranked[:-1], True))  # not between equal logits
     least = cost[between].min()
     best = np.flatnonzero(between & (cost <= least + 1e-9 * (alarm + missed)))
     edges = np.concatenate([[ranked[0] - 2], ranked, [ranked[-1] + 2]])
@@ -350,23 +376,24 @@ def least_cost_threshold(
 def sensitive_threshold(
     logits: np.ndarray, labels: np.ndarray, sensitivity: float, weights: np.ndarray | None = None
 ) -> float:
-    """Returns the highest logit from which on at least so large a part of the positives lies.
+    """Returns the highest threshold of the logit that reaches a sensitivity.
 
     Args:
         logits: float [n].
-        labels: int [n], 0 or 1, at least one 1.
-        sensitivity: in (0, 1].
-        weights: float [n], of the images; equal when None.
+        labels: int [n], 0 or 1, with at least one positive.
+        sensitivity: smallest sensitivity, in (0, 1].
+        weights: float [n], weights of the images; None for equal weights.
 
     Returns:
-        Midway between a positive's logit and the next lower one.
+        The midpoint of a positive's logit and the next lower logit; the positive's logit itself if
+        there is no lower one.
     """
     logits = np.asarray(logits, np.float64)
     positive = np.asarray(labels) == 1
     order = np.argsort(logits[positive], kind="stable")
     positives = logits[positive][order]
     counts = np.ones(len(positives)) if weights is None else weights[positive][order]
-    below_each = np.cumsum(counts) - counts  # what lies below each positive
+    below_each = np.cumsum(counts) - counts  # weight of the positives below each one
     allowed = (1 - sensitivity) * counts.sum() * (1 + 1e-9)
     lowest = positives[np.searchsorted(below_each, allowed, side="right") - 1]
     below = logits[logits < lowest]
@@ -374,22 +401,23 @@ def sensitive_threshold(
 
 
 class Bin(NamedTuple):
-    """Images whose probabilities lie close together."""
+    """A bin of a reliability diagram."""
 
     predicted: float
-    """Mean probability."""
+    """Mean probability of its images."""
     observed: float
-    """Share of positives."""
+    """Proportion of positives among its images."""
     images: int
+    """Number of images."""
 
 
 def reliability(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> list[Bin]:
-    """Returns the filled ones of equally wide bins of the probability: a reliability diagram.
+    """Returns a reliability diagram: the bins of the probability that have images.
 
     Args:
         probabilities: float [n], in [0, 1].
         labels: int [n], 0 or 1.
-        bins: how many.
+        bins: number of bins of equal width, including empty ones.
     """
     at = np.minimum((np.asarray(probabilities) * bins).astype(int), bins - 1)
     found = []

@@ -1,7 +1,7 @@
-"""How parameters are updated: learning rates, optimizers, and what is left as it is.
+"""Optimizers, learning rate schedules and frozen parameters, all made of optax transformations.
 
-All of it is optax: a schedule, an optimizer that takes it, and transformations around that.
-Parameters are named by their path, `stem/kernel`, and a layer is an entry at the top of them.
+A parameter is named by its path, such as `stem/kernel`. A layer is a top-level entry of the
+parameters.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from cnnjax.errors import InputError
 PyTree = Any
 
 Factory = Callable[[optax.Schedule], optax.GradientTransformation]
-"""From a learning rate to an optimizer, as `optax.lion` or `functools.partial(optax.sgd,
-momentum=0.9)`."""
+"""A function from a learning rate schedule to an optimizer, such as `optax.lion` or
+`functools.partial(optax.sgd, momentum=0.9)`."""
 
 
 def make_optimizer(
@@ -30,14 +30,15 @@ def make_optimizer(
     factory: Factory | None = None,
     layers: Sequence[str] = (),
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """Returns the optimizer that the config describes, and its learning rate as of step.
+    """Returns the optimizer that the config describes, and its learning rate schedule.
 
     Args:
-        config: how the weights are fitted.
-        steps_per_epoch: how many steps an epoch has.
-        factory: makes the optimizer in place of the one that `config.optimizer` names; schedule,
-            clipping, frozen parameters and layer-wise learning rates are the config's still.
-        layers: of the network, from the input on, see `layers_of`; for `config.layer_decay`.
+        config: training config.
+        steps_per_epoch: number of steps of an epoch.
+        factory: makes the optimizer, instead of the one that `config.optimizer` names. Schedule,
+            clipping, frozen parameters and layer-wise learning rates still follow the config.
+        layers: names of the network's layers from input to output, see `layers_of`; needed for
+            `config.layer_decay` below 1.
     """
     rate = schedule_of(config, steps_per_epoch)
     return optimizer_at(rate, config, factory, layers), rate
@@ -49,21 +50,28 @@ def optimizer_at(
     factory: Factory | None = None,
     layers: Sequence[str] = (),
 ) -> optax.GradientTransformation:
-    """Returns the optimizer that the config describes, at a learning rate; see `make_optimizer`."""
+    """Returns the optimizer of the config with a given learning rate schedule.
+
+    Args:
+        rate: the schedule.
+        config: see `make_optimizer`.
+        factory: see `make_optimizer`.
+        layers: see `make_optimizer`.
+    """
     optimizer = (factory or _factory(config))(rate)
     if config.clip_norm:
         optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
     if config.layer_decay < 1:
         optimizer = optax.chain(optimizer, scale_layers(layers, config.layer_decay))
     if config.freeze:
-        # Outermost, so that the norm of a clipped gradient is that of what is trained.
+        # Outermost, so that clipping uses the norm over the trained parameters only.
         kinds = {"trained": optimizer, "frozen": optax.set_to_zero()}
         optimizer = optax.partition(kinds, lambda params: _kinds(params, config.freeze))
     return optimizer
 
 
 def schedule_of(config: TrainConfig, steps_per_epoch: int) -> optax.Schedule:
-    """Returns the learning rate as a function of the number of steps taken."""
+    """Returns the schedule: a function from the number of steps taken to the learning rate."""
     if config.schedule == "constant":
         return optax.constant_schedule(config.learning_rate)
 
@@ -80,13 +88,13 @@ def schedule_of(config: TrainConfig, steps_per_epoch: int) -> optax.Schedule:
 
 
 def scale_layers(layers: Sequence[str], decay: float) -> optax.GradientTransformation:
-    """Returns a transformation that multiplies updates by decay ** (layers above).
+    """Returns a transformation that multiplies updates by decay ** (number of later layers).
 
-    Discriminative fine-tuning of Howard and Ruder, "ULMFiT", ACL 2018 (arXiv:1801.06146), with the
-    layers' rates in a geometric series.
+    This is the discriminative fine-tuning of Howard and Ruder, "ULMFiT", ACL 2018
+    (arXiv:1801.06146), with the layers' learning rates in a geometric series.
 
     Args:
-        layers: from the input on; the parameters of the last one are updated in full.
+        layers: names of the layers from input to output; the last one has the factor 1.
         decay: in (0, 1].
     """
     factors = {name: decay**above for above, name in enumerate(reversed(layers))}
@@ -101,26 +109,30 @@ def scale_layers(layers: Sequence[str], decay: float) -> optax.GradientTransform
 
 
 def layers_of(network: Any, size: int) -> tuple[str, ...]:
-    """Returns the entries at the top of a network's parameters, in the order of their creation.
+    """Returns the top-level names of a network's parameters, in the order of their creation.
 
     Args:
         network: a Linen module.
-        size: side of its images, in pixels.
+        size: side length of its images, in pixels.
     """
     found: list[str] = []
 
     def init(key: jax.Array) -> None:
         variables = network.init(key, jnp.zeros((1, size, size, 1), jnp.float32))
-        found.extend(variables["params"])  # what JAX returns has sorted names, what Flax has not
+        found.extend(variables["params"])  # Flax keeps the order of creation; JAX sorts the names
 
     jax.eval_shape(init, jax.random.key(0))
     return tuple(found)
 
 
 def held(params: PyTree, freeze: str) -> PyTree:
-    """Returns parameters with no gradient through those that a pattern freezes.
+    """Returns the parameters, with gradients stopped at the frozen ones.
 
-    What lies below the lowest trained layer then needs no backward pass.
+    Layers before the first trained layer then need no backward pass.
+
+    Args:
+        params: parameters of a network.
+        freeze: regular expression that is searched in the parameters' paths; empty for none.
     """
     if not freeze:
         return params
@@ -130,7 +142,7 @@ def held(params: PyTree, freeze: str) -> PyTree:
 
 
 def expect_trainable(params: PyTree, freeze: str) -> None:
-    """Raises InputError where a pattern freezes nothing, or everything."""
+    """Raises InputError if the pattern `freeze` matches no parameter, or all of them."""
     names = [path_of(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     matched = sum(bool(re.search(freeze, name)) for name in names)
     if not 0 < matched < len(names):
@@ -142,12 +154,12 @@ def expect_trainable(params: PyTree, freeze: str) -> None:
 
 
 def path_of(path: Sequence[Any]) -> str:
-    """Returns the path of a leaf as text, `stem/kernel`."""
+    """Returns the path of a leaf as text, such as `stem/kernel`."""
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
 def _factory(config: TrainConfig) -> Factory:
-    """Returns the optimizer that the config names, but for its learning rate."""
+    """Returns the factory of the optimizer that the config names."""
     if config.optimizer == "adam":
         return lambda rate: optax.adam(rate, eps=1e-7)  # Keras's epsilon
     if config.optimizer == "adamw":
@@ -156,7 +168,7 @@ def _factory(config: TrainConfig) -> Factory:
 
 
 def _is_kernel(params: PyTree) -> PyTree:
-    """Marks what weight decay shrinks: kernels, not biases or batch norm's scales."""
+    """Returns the mask for weight decay: True for kernels, False for biases and norm scales."""
     return jax.tree.map(lambda p: p.ndim > 1, params)
 
 

@@ -1,7 +1,7 @@
-"""The recipes: the `Config` of each training that `cnnjax train NAME` knows by name.
+"""The recipes: one `Config` for each NAME of `cnnjax train NAME`.
 
-A recipe is a default: change it with flags, as in `cnnjax train pneumonia --train.epochs 40`, or in
-Python, as in `dataclasses.replace(cnnjax.recipes.pneumonia, seed=1)`.
+A recipe sets the defaults. Change them with flags, `cnnjax train pneumonia --train.epochs 40`, or
+in Python, `dataclasses.replace(cnnjax.recipes.pneumonia, seed=1)`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from pathlib import Path
 
 from cnnjax.config import AugmentConfig, Config, DataConfig, ModelConfig, TrainConfig
 
-# All else that the post sets are the defaults of cnnjax.config.
+# The other settings of the blog post are the defaults of cnnjax.config.
 baseline = Config(workdir=Path("runs/baseline"), model=ModelConfig("baseline", channels=3))
-"""The blog post to the letter: its network, its augmentation, its optimizer, its batches of 32."""
+"""The setup of the blog post: its network, augmentation, optimizer and batch size of 32."""
 
 pneumonia = Config(
     workdir=Path("runs/pneumonia"),
@@ -45,4 +45,4 @@ pneumonia = Config(
         auxiliary=0.3,
     ),
 )
-"""Our own: a small residual network on images that are cut to the lungs."""
+"""The project's own recipe: a small residual network on images cropped to the lungs."""

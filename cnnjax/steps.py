@@ -1,4 +1,4 @@
-"""The pure functions that training is made of, jitted: train_step and eval_step."""
+"""The jitted pure functions of training and evaluation: train_step and eval_step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _RNGS = 2**31 + 1  # folded into a step's key, as in `cnnjax.objectives`
 
 
 class TrainState(struct.PyTreeNode):
-    """All that a step changes: a pytree of arrays, and nothing else."""
+    """Everything that a step changes, as a pytree of arrays."""
 
     step: jax.Array
     """int32, the number of steps taken."""
@@ -30,30 +30,30 @@ class TrainState(struct.PyTreeNode):
     batch_stats: PyTree
     opt_state: PyTree
     ema: PyTree
-    """Moving average of `params`; None where the config has none."""
+    """Moving average of `params`; None if it is disabled."""
 
 
 class Metrics(NamedTuple):
-    """Sums over a batch, so that batches of any size add up."""
+    """Sums over a batch; the sums of several batches can be added."""
 
     loss: jax.Array
     """float32, sum of the loss that the objective reports."""
     correct: jax.Array
-    """int32, images whose output is right."""
+    """int32, number of images with a correct output."""
     images: jax.Array
-    """int32, images."""
+    """int32, number of images."""
     rejected: jax.Array
-    """bool, whether the step was not applied, because something in it is not finite."""
+    """bool, whether the step was not applied because a value in it is not finite."""
 
 
 TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]
 
 
 class EvalStep(Protocol):
-    """What `make_eval_step` returns."""
+    """The function that `make_eval_step` returns."""
 
     def __call__(self, state: TrainState, batch: Batch, draw: jax.Array | int = 0) -> jax.Array:
-        """Returns logits float32 [batch], or [batch, k] of a network with k outputs."""
+        """Returns logits float32 [batch], or [batch, k] for a network with k outputs."""
 
 
 def init_state(
@@ -64,21 +64,21 @@ def init_state(
     *,
     ema: bool = False,
 ) -> TrainState:
-    """Returns the state before the first step, for images of size x size pixels."""
+    """Returns a random state before the first step, for images of size x size pixels."""
     return state_of(model.init(key, jnp.zeros((1, size, size, 1), jnp.float32)), optimizer, ema=ema)
 
 
 def state_of(
     variables: PyTree, optimizer: optax.GradientTransformation, *, ema: bool = False
 ) -> TrainState:
-    """Returns the state before the first step from given initial variables of a network."""
+    """Returns the state before the first step, with the given initial variables."""
     params = variables["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=variables.get("batch_stats", {}),
         opt_state=optimizer.init(params),
-        # A copy: the step donates its state, and one buffer cannot be given away twice.
+        # A copy, because the step donates its state and one buffer cannot be donated twice.
         ema=jax.tree.map(jnp.copy, params) if ema else None,
     )
 
@@ -95,26 +95,27 @@ def make_train_step(
 ) -> TrainStep:
     """Returns the jitted pure step (state, batch, key) -> (state, metrics); `state` is donated.
 
-    One step augments the batch, takes the gradient of the objective's mean loss over it, each
-    image's multiplied by its weight if the batch has weights, and updates parameters, batch
-    statistics and moving average. Where the loss, a gradient or a batch statistic is not finite,
-    the state stays as it was, and the metrics say so. `key` is that of the
-    run: the step folds its own number into it.
+    One step augments the batch, computes the gradient of the objective's mean loss, and updates the
+    parameters, the batch statistics and the moving average. If the batch has weights, each image's
+    loss is multiplied by its weight. If the loss, a gradient or a batch statistic is not finite,
+    the state is returned unchanged and `Metrics.rejected` is true. `key` is the key of the run; the
+    step folds its number into it.
 
     Args:
         model: any Linen module that is called as `apply(variables, images, train=..., rngs=...)`
-            and returns what the objective takes.
+            and returns the outputs that the objective expects.
         optimizer: any optax transformation.
-        augment: as `cnnjax.augment.make_augment` returns it.
+        augment: a function as returned by `cnnjax.augment.make_augment`.
         objective: the task; see `cnnjax.objectives`.
-        ema_decay: of the moving average of the weights; 0 for none. It warms up as
-            min(decay, (1 + step) / (10 + step)), so that it is unbiased from early on.
-        freeze: pattern of the parameters that the optimizer leaves as they are, which then need no
-            gradient; see `cnnjax.optimizers.held`.
-        accumulate: into so many parts of equal size the batch is cut, which are computed one after
-            the other; their mean gradient makes one update. Batch norm normalizes each part by its
-            own statistics, and its running statistics see the parts in turn. The objective's
-            targets must then be arrays [batch, ...].
+        ema_decay: decay of the moving average of the weights; not used if `state.ema` is None. The
+            decay warms up as min(decay, (1 + step) / (10 + step)), which reduces the bias towards
+            the initial weights.
+        freeze: regular expression for the parameters that get no gradient; see
+            `cnnjax.optimizers.held`.
+        accumulate: number of equal parts that the batch is split into. The parts are computed one
+            after the other; their mean gradient makes one update. Batch norm uses the statistics of
+            each part, and its running statistics are updated once per part. If above 1, the
+            objective's targets must be arrays [batch, ...].
     """
 
     def train_step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
@@ -158,7 +159,7 @@ def make_train_step(
             parts = jnp.arange(accumulate), _cut(whole, accumulate)
             (total, batch_stats), losses = jax.lax.scan(add, (nothing, state.batch_stats), parts)
             gradient = jax.tree.map(lambda x: x / accumulate, total)
-        # Optax mixes its integer counts with floats, which strict promotion would refuse.
+        # Optax mixes its integer counts with floats, which strict promotion does not allow.
         with jax.numpy_dtype_promotion("standard"):
             updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -168,7 +169,7 @@ def make_train_step(
             decay = jnp.minimum(ema_decay, (1 + step) / (10 + step))
             ema = jax.tree.map(lambda mean, new: mean + (new - mean) * (1 - decay), ema, params)
         after = TrainState(state.step + 1, params, batch_stats, opt_state, ema)
-        # A gradient or statistic that is not finite would be in every later state.
+        # A value that is not finite would spread to all later states.
         leaves = jax.tree.leaves((losses.minimized, gradient, batch_stats))
         finite = jnp.isfinite(
             jnp.stack([jnp.abs(x).max().astype(jnp.float32) for x in leaves])
@@ -182,10 +183,10 @@ def make_train_step(
 
 
 def _cut(batch: PyTree, parts: int) -> PyTree:
-    """Cuts arrays [batch, ...] into [parts, batch / parts, ...].
+    """Reshapes arrays [batch, ...] to [parts, batch / parts, ...].
 
-    Part k has the images k, k + parts, and so on: of a batch that is divided among devices, each
-    device has equally many of every part, and none moves.
+    Part k has the images k, k + parts, and so on. If the batch is sharded over devices, each device
+    holds equally many images of every part, and no image moves between devices.
     """
     return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
@@ -193,12 +194,12 @@ def _cut(batch: PyTree, parts: int) -> PyTree:
 def make_eval_step(model: Any, views: Views = unchanged) -> EvalStep:
     """Returns the jitted pure step (state, batch, draw) -> logits float32 [batch].
 
-    It uses the moving average of the weights where the state has one.
+    It uses the moving average of the weights if the state has one.
 
     Args:
-        model: as for `make_train_step`.
-        views: what the network sees of an image; of several views, the logits are averaged. `draw`
-            is for them: another number gives others.
+        model: see `make_train_step`.
+        views: the function that makes the views of each image; the logits are averaged over them.
+            The step's argument `draw` is the random seed of the views.
     """
 
     def eval_step(state: TrainState, batch: Batch, draw: jax.Array | int = 0) -> jax.Array:
@@ -211,7 +212,7 @@ def make_eval_step(model: Any, views: Views = unchanged) -> EvalStep:
 
 
 def variables_of(state: TrainState) -> PyTree:
-    """Returns the Flax variables that a state is evaluated with, so without the second head."""
+    """Returns the Flax variables for evaluation: averaged weights if any, no auxiliary head."""
     params = state.params if state.ema is None else state.ema
     needed = {name: value for name, value in params.items() if name != AUXILIARY}
     return {"params": needed, "batch_stats": state.batch_stats}

@@ -1,8 +1,8 @@
 """Training, from a config to a run on disk: read `fit` from top to bottom.
 
-Everything that decides the outcome is a function of (config, data, seed), and of the parts that a
-caller may give beside the config. The loop holds no state but `state` and the history in
-`metrics.jsonl`, so that a run that is stopped and started again goes on as if it had never stopped.
+The result is a function of (config, data, seed) and of the optional parts that a caller passes to
+`fit`. The loop has no state besides `state` and the history in `metrics.jsonl`. A run that is
+stopped and resumed therefore gives the same result as one that was never stopped.
 """
 
 from __future__ import annotations
@@ -64,47 +64,52 @@ from cnnjax.steps import (
 PyTree = Any
 
 OnEpoch = Callable[[int, dict[str, float]], bool | None]
-"""(epoch, figures) -> whether to stop."""
+"""(epoch, figures) -> whether to stop training."""
 
-# One key each; a new purpose takes the next number and never a used one.
+# Each purpose has its own random key. A new purpose takes the next number, never a used one.
 _INIT, _ORDER, _STEP = range(3)
 
-_NAMED = 10  # images named in an error
+_NAMED = 10  # largest number of images named in an error
 
-_ADVICE = (
-    "begin another run (--workdir) with a lower --train.learning-rate or with --train.clip-norm"
-)
+_ADVICE = "start a new run (--workdir) with a lower --train.learning-rate or with --train.clip-norm"
 
 _NOTHING_GIVEN = Parts()
 
-_LOOK = 16  # steps between looks at the loss, each of which waits for the step of the last look
+_LOOK = 16  # steps between two reads of the loss; each read waits for the step of the previous one
 
 
 @dataclass(frozen=True)
 class Result:
-    """Results of a finished run; `summary.json` holds the same."""
+    """Results of a finished run, as in its `summary.json`."""
 
     classes: tuple[str, ...]
-    """Names of the labels, 0 and up."""
+    """Names of the classes, in the order of their labels from 0."""
     summary: dict[str, Any]
+    """The content of `summary.json`."""
     evaluations: dict[str, metrics.Evaluation]
-    """Of the `best` and the `latest` checkpoint; empty for objectives other than
-    `cnnjax.objectives.Binary` and `Softmax`, whose figures are in `summary`."""
+    """Evaluations of the checkpoints `best` and `latest`. Empty for objectives other than
+    `cnnjax.objectives.Binary` and `Softmax`; their figures are in `summary`."""
 
     @property
     def best(self) -> metrics.Evaluation:
-        """The best checkpoint at its operating point, on the images that chose both, so a little
-        optimistic."""
+        """Evaluation of the best checkpoint at its operating point.
+
+        It is slightly optimistic: the same held-out images selected the checkpoint and the
+        operating point.
+        """
         return self.evaluations["best"]
 
     @property
     def last(self) -> metrics.Evaluation:
-        """The last epoch on the same images, which did not choose it (but for --train.patience);
-        they did choose its operating point."""
+        """Evaluation of the last epoch at its operating point, on the same held-out images.
+
+        These images selected the operating point, but not the epoch (except with early stopping,
+        --train.patience).
+        """
         return self.evaluations["latest"]
 
     def _repr_html_(self) -> str:
-        """Returns the last epoch's metrics as a table, which notebooks show."""
+        """Returns the last epoch's metrics as an HTML table, for notebooks."""
         told = f"{' / '.join(self.classes)}: the last of {self.summary['epochs']} epochs"
         figures = self.last._repr_html_() if self.evaluations else str(self.summary["last"])
         return f"<p>{html.escape(told)}</p>{figures}"
@@ -121,36 +126,40 @@ def fit(
     init: PyTree = None,
     on_epoch: OnEpoch | None = None,
 ) -> Result:
-    """Trains a network, or goes on where the run in the config's workdir stopped.
+    """Trains a network, or resumes the run in the config's workdir.
 
-    Prints what it uses and a line for each epoch; leaves in the workdir what
-    `cnnjax.run.workdir.Workdir` lists.
+    Prints the data, network and devices that it uses and one line per epoch. Writes the files that
+    `cnnjax.run.workdir.Workdir` lists to the workdir.
 
     Args:
-        config: all that decides the run, but for the parts below.
-        data: the images and what they are for; by default as `config.data` says.
+        config: configuration of the run, except for the parts below.
+        data: the images, with their split; by default read as `config.data` describes.
         network: any Linen module that is called as `apply(variables, images, train=..., rngs=...)`
-            with float32 images [batch, size, size, 1] in [0, 1] and returns what the objective
-            takes; by default the one that `config.model` describes.
-        objective: the loss and what an epoch reports, see `cnnjax.objectives.Objective`; by default
-            `Binary` for two classes and `Softmax` for more, as `config.train` says.
-        optimizer: from the learning rate, an optax schedule, to an optax transformation, as
-            `optax.lion`; by default what `config.train.optimizer` names. The schedule and the other
-            flags of `config.train` are in force.
-        augment: a pure function (key, images) -> images, float32 [batch, size, size, 1] in [0, 1],
-            in place of the changes that `config.augment` describes.
-        init: Flax variables to start from; by default as `config.train.init` says.
-        on_epoch: called after each epoch that is trained, with its number and its figures, such as
-            `train/loss` and `validation/auc` (`cnnjax.run.events.figures_of`). Where it returns
-            True, the run is concluded as after its last epoch; what it raises leaves the run to be
-            resumed. Of several processes, the main one calls it.
+            with float32 images [batch, size, size, 1] in [0, 1] and returns the outputs that the
+            objective expects; by default the network that `config.model` describes.
+        objective: the loss and the figures that an epoch reports, see
+            `cnnjax.objectives.Objective`; by default `Binary` for two classes and `Softmax` for
+            more, configured by `config.train`.
+        optimizer: a function from an optax schedule (the learning rate) to an optax transformation,
+            such as `optax.lion`; by default the optimizer that `config.train.optimizer` names. The
+            schedule and the other fields of `config.train` still apply.
+        augment: a pure function (key, images) -> images on float32 [batch, size, size, 1] in
+            [0, 1]; it replaces the augmentation that `config.augment` describes.
+        init: initial Flax variables; by default those that `config.train.init` describes.
+        on_epoch: called after each trained epoch with its number and its figures, such as
+            `train/loss` and `validation/auc` (`cnnjax.run.events.figures_of`). If it returns True,
+            training ends and the run is finished as after its last epoch. If it raises, the run can
+            be resumed. With several processes, only the main process calls it.
+
+    Returns:
+        The results of the finished run.
 
     Raises:
-        InputError: the data, the devices or the workdir cannot serve, or a run in the workdir was
-            given other parts.
+        InputError: the data, the devices or the workdir cannot be used, or the run in the workdir
+            was started with other parts.
         TrainingError: a loss, a gradient or a batch statistic is not finite.
-        KeyboardInterrupt: a signal asked the process to end; the state is saved
-            (`cnnjax.run.signals.Ended` says which).
+        KeyboardInterrupt: a signal asked the process to end; the state was saved first
+            (`cnnjax.run.signals.Ended` names the signal).
     """
     with open_run(config, data, Parts(network, objective, optimizer, augment, init)) as run:
         config, data, mesh = run.config, run.data, run.mesh
@@ -188,27 +197,27 @@ def fit(
                 bar.write(run.record(state, trained, outputs, seconds))
                 held.end()
                 if on_epoch is not None and run.asked_to_stop(on_epoch):
-                    bar.write(f"stopped after epoch {epoch}, as on_epoch asked")
+                    bar.write(f"on_epoch requested a stop after epoch {epoch}")
                     break
         return run.conclude()
 
 
 class Run:
-    """A run while it is trained: its parts, the epochs so far, and the folder that keeps them.
+    """A run during training: its parts, its history and its workdir.
 
     Attributes:
-        config: of the run, with its precision settled.
-        data: the images and what they are for.
-        workdir: where everything is kept.
-        mesh: the devices: as many as divide a batch.
-        auxiliary: weight of the second head's loss; 0 where the classes leave it nothing to learn.
+        config: config of the run; its precision is float32 or bfloat16, not `auto`.
+        data: the images, with their split.
+        workdir: the folder of the run.
+        mesh: the devices; their number divides the batch size.
+        auxiliary: weight of the auxiliary head's loss; 0 if the classes leave it nothing to learn.
         network: a Linen module.
-        objective: the loss and what an epoch reports.
-        steps_per_epoch: how many batches the training images fill, rounded up.
+        objective: the loss and the figures that an epoch reports.
+        steps_per_epoch: number of batches of the training images, rounded up.
         train_step: (state, batch, (key, objective)) -> (state, metrics), for `compile_steps`.
-        done: the number of epochs behind it.
-        steps_done: the number of steps behind it, some of an unfinished epoch among them.
-        history: the lines of `metrics.jsonl`, one for each of them.
+        done: number of finished epochs.
+        steps_done: number of finished steps, including those of an unfinished epoch.
+        history: the lines of `metrics.jsonl`, one per finished epoch.
     """
 
     def __init__(
@@ -234,8 +243,8 @@ class Run:
         def train_step(
             state: TrainState, batch: Batch, given: tuple[jax.Array, Objective]
         ) -> tuple[TrainState, Metrics]:
-            # The objective is an argument, so that class weights are no constants: other folds and
-            # seeds find the program compiled.
+            # The objective is an argument. Its class weights are therefore not constants of the
+            # program, and other folds and seeds reuse the compiled program.
             key, objective = given
             step = make_train_step(
                 self.network,
@@ -252,9 +261,9 @@ class Run:
         self._given_init, self._weights = given.init, weights
         self._checkpoints = Checkpoints(workdir.checkpoints)
         self.done = self._checkpoints.epoch("latest") or 0
-        self._shown = False  # whether a line of the epochs' table is on the screen
+        self._shown = False  # whether the head of the table of epochs has been printed
         self.history = processes.on_main(lambda: workdir.read_history(self.done))
-        # A checkpoint within an epoch counts where that epoch is the next.
+        # A checkpoint within an epoch is used only if that epoch is the next one.
         within = (self._checkpoints.epoch("within") or 0) - self.done * self.steps_per_epoch
         self._within = within if 0 < within <= self.steps_per_epoch else 0
         self.steps_done = self.done * self.steps_per_epoch + self._within
@@ -263,23 +272,23 @@ class Run:
         self._events = Events(workdir.events, self.history) if logs else None
 
     def key(self, purpose: int) -> jax.Array:
-        """Returns the run's key for a purpose."""
+        """Returns the run's random key for a purpose, such as `_INIT`."""
         return jax.random.fold_in(jax.random.key(self.config.seed), purpose)
 
     def order(self, epoch: int) -> np.ndarray:
-        """Returns int32 [steps, batch], the rows of each step of an epoch."""
+        """Returns int32 [steps, batch], the rows of the data set for each step of an epoch."""
         last = epoch * self.steps_per_epoch
         steps = range(last - self.steps_per_epoch, last)
         return step_rows(self.key(_ORDER), steps, self.data.train, self.config.train.batch)
 
     @property
     def resident(self) -> bool:
-        """Whether the images live on the device."""
+        """Whether the images are kept in device memory."""
         held = resident_bytes(self.data.decoded.images, self.mesh)
         return held <= self.config.data.resident_mib * 2**20
 
     def feeder(self) -> Feeder:
-        """Returns what brings the images to the devices."""
+        """Returns the feeder, which copies the images to the devices."""
         decoded, limit = self.data.decoded, self.config.data.resident_mib
         auxiliary = decoded.viral if self.auxiliary else None
         return Feeder(
@@ -287,17 +296,20 @@ class Run:
         )
 
     def new_state(self, key: jax.Array) -> TrainState:
-        """Returns the state before the first step, drawn at random; pure, for jit."""
+        """Returns a random state before the first step; a pure function, for jit."""
         ema, size = bool(self.config.train.ema), self.config.data.size
         return init_state(self.network, self._optimizer, key, size, ema=ema)
 
     @property
     def is_new(self) -> bool:
-        """Whether no step is behind it."""
+        """Whether the run has taken no step yet."""
         return not self.steps_done
 
     def restored_latest(self) -> tuple[TrainState, Metrics | None]:
-        """Returns the latest state, and the sums of the steps of an unfinished epoch behind it."""
+        """Returns the latest state, and the metrics of the finished steps of an unfinished epoch.
+
+        The metrics are None if the latest state is the end of an epoch.
+        """
         if not self._within:
             return self.restored("latest"), None
         kept = self._checkpoints.beside("within")
@@ -310,10 +322,10 @@ class Run:
         return self.restored("within"), Metrics(**each)
 
     def saver(self, held: signals.Held) -> Callable[[TrainState, list[Metrics]], None]:
-        """Returns what saves the state within an epoch, for `take_epoch`.
+        """Returns the function that saves the state within an epoch, for `take_epoch`.
 
-        It does so when a signal asks the process to end, which it then raises, and every
-        `--train.save-every` minutes.
+        The function saves every `--train.save-every` minutes, and when a signal asks the process to
+        end. In the second case it then raises `cnnjax.run.signals.Ended`.
         """
         saved, pause = time.monotonic(), 60 * self.config.train.save_every
         agreed = processes.Agreement(self.mesh)
@@ -340,7 +352,7 @@ class Run:
         """Returns the state before the first step, on the devices.
 
         Raises:
-            InputError: the variables to start from are of another network.
+            InputError: the initial variables do not fit the network.
         """
         init = self._given_init
         placed: Any = {
@@ -361,7 +373,7 @@ class Run:
         return jax.jit(lambda v: state_of(v, self._optimizer, ema=ema), **placed)(given), None
 
     def _started(self, drawn: TrainState) -> PyTree:
-        """Returns the variables of `--train.init`, drawn ones where it has none."""
+        """Returns the variables of `--train.init`; those that it lacks are taken from `drawn`."""
         config = self.config
         weights = self._weights or initial.read(config.train.init, config.data.fold)
         variables = {"params": drawn.params, "batch_stats": drawn.batch_stats}
@@ -371,12 +383,12 @@ class Run:
         return variables
 
     def template(self) -> TrainState:
-        """Returns shapes, dtypes and placement of the state."""
+        """Returns the shapes, dtypes and shardings of the state."""
         return template_of(self._shapes, self.placement)
 
     @functools.cached_property
     def placement(self) -> NamedSharding | TrainState:
-        """The sharding of the state: one for all arrays, or for its parts."""
+        """The sharding of the state: one for all arrays, or one for each part of the state."""
         everywhere = devices.replicated(self.mesh)
         if not self.config.train.shard_optimizer:
             return everywhere
@@ -401,7 +413,7 @@ class Run:
 
     @property
     def out_of_patience(self) -> bool:
-        """Whether it has gone on for too long without a better checkpoint."""
+        """Whether early stopping applies: no better checkpoint in `--train.patience` epochs."""
         patience = self.config.train.patience
         return bool(patience and self.done - self.best >= patience)
 
@@ -411,12 +423,12 @@ class Run:
         return self.done >= self.config.train.all_epochs or self.out_of_patience
 
     def asked_to_stop(self, on_epoch: OnEpoch) -> bool:
-        """Calls the hook of `fit` for the last epoch; returns whether it asks for the end."""
+        """Calls `on_epoch` of `fit` for the last epoch; returns whether training should stop."""
         figures = figures_of(self.history[-1])
         return processes.on_main(lambda: bool(on_epoch(self.done, figures)))
 
     def mend(self) -> None:
-        """Writes the best state where the process died when it had written it as the latest."""
+        """Writes the missing `best` checkpoint if the process died between `latest` and `best`."""
         if self.done and self.best == self.done != self._checkpoints.epoch("best"):
             self._checkpoints.save(("best",), self.done, _fetched(self.restored("latest")))
 
@@ -427,19 +439,19 @@ class Run:
         outputs: np.ndarray,
         seconds: tuple[float, float],
     ) -> str:
-        """Writes down an epoch, begins to write its state, and returns the line to show.
+        """Records an epoch, starts to write its checkpoints, and returns the line to print.
 
         Args:
-            state: after the epoch; on the devices, or fetched.
-            trained: what `take_epoch` returned.
-            outputs: of the network for the held-out images.
-            seconds: what training and validation took.
+            state: the state after the epoch, on the devices or on the host.
+            trained: mean loss and accuracy, from `take_epoch`.
+            outputs: outputs of the network for the held-out images.
+            seconds: time for training and time for validation.
 
         Raises:
             TrainingError: an output is not finite.
         """
         epoch, config, rows = self.done + 1, self.config.train, self.data.validation
-        if not np.isfinite(outputs).all():  # the last step may have been the first to break it
+        if not np.isfinite(outputs).all():  # the weights of the last step may have overflowed
             raise TrainingError(
                 f"{self.workdir.root}: outputs of the network are not finite after epoch {epoch};"
                 f" {_ADVICE}"
@@ -455,7 +467,7 @@ class Run:
             "best": all(score > _score(past["validation"], config) for past in self.history),
         }
         self.history.append(line)
-        # First the line, then the states: a line without its state is dropped on a resume.
+        # The line is written before the states: a resume drops a line without its state.
         append_line(self.workdir.metrics, line)
         kinds: tuple[Kind, ...] = ("latest", "best") if line["best"] else ("latest",)
         self._checkpoints.save(kinds, epoch, _fetched(state))
@@ -469,7 +481,7 @@ class Run:
         return _epoch_line(line, config, speed, first=first)
 
     def conclude(self) -> Result:
-        """Evaluates the best and the last state, and writes what remains of the run."""
+        """Evaluates the best and the last state, and writes the remaining files of the run."""
         config, data, workdir = self.config, self.data, self.workdir
         labels, feeder = data.labels[data.validation], self.feeder()
         states = {kind: self.restored(kind) for kind in KINDS}
@@ -530,16 +542,16 @@ class Run:
             "rules": rules,
         }
         if not several:
-            # At the network's own probability 0.5, before calibration, as in metrics.jsonl.
+            # At probability 0.5 of the uncalibrated network, as in metrics.jsonl.
             summary["at_0.5"] = {"best": undecided["best"], "last": undecided["latest"]}
         found = undecided["latest"]
         if found["accuracy"] <= rules["majority_accuracy"]:
             summary["notes"].append(
                 f"on the held-out images the last epoch (accuracy {found['accuracy']:.4f}"
                 f"{'' if several else ' at its probability 0.5'}, AUC {found['auc']:.4f}) is no"
-                " better than calling them all what most are (accuracy"
-                f" {rules['majority_accuracy']:.4f}): training was too short, or diverged; begin"
-                " another run (--workdir) with more --train.epochs, or a lower"
+                " better than always predicting the most frequent class (accuracy"
+                f" {rules['majority_accuracy']:.4f}): training was too short, or diverged; start"
+                " a new run (--workdir) with more --train.epochs, or a lower"
                 " --train.learning-rate"
             )
         for note in summary["notes"]:
@@ -550,12 +562,12 @@ class Run:
 
     @property
     def parameters(self) -> int:
-        """The number of parameters that an evaluation takes, so without an auxiliary head's."""
+        """The number of parameters used in evaluation, without those of an auxiliary head."""
         return sum(p.size for p in jax.tree.leaves(variables_of(self.template())["params"]))
 
     @contextlib.contextmanager
     def profiled(self, epoch: int) -> Iterator[None]:
-        """Writes a trace of the run's second epoch in this process, if `--profile` asks for it."""
+        """Writes a profiler trace of the second epoch in this process, if `--profile` is set."""
         folder = self.config.profile
         if folder is None or epoch != self._profiled_epoch or not processes.is_main():
             yield
@@ -573,7 +585,7 @@ class Run:
 
     @contextlib.contextmanager
     def named(self, epoch: int) -> Iterator[None]:
-        """Says of a step of the block that came to nothing finite which step and images it had."""
+        """Adds the step and its images to the error of a step that is not finite in this block."""
         try:
             yield
         except _NotFinite as error:
@@ -587,7 +599,7 @@ class Run:
             ) from None
 
     def describe(self) -> None:
-        """Prints what is trained on what."""
+        """Prints the split, the images, the network and the state of the run."""
         config, data = self.config, self.data
         size = config.data.size
         place = "on the device" if self.resident else "streamed from the cache"
@@ -597,25 +609,25 @@ class Run:
             shown = (f"{n:,} {c}" for n, c in zip(counts, data.classes, strict=True))
             print(f"  {name:<8} {', '.join(shown)}")
         if config.train.auxiliary and not self.auxiliary:
-            print(f"  no second head: --train.auxiliary is left out for {', '.join(data.classes)}")
+            print(f"  --train.auxiliary has no effect for the classes {', '.join(data.classes)}")
         if self.auxiliary:
             viral = data.decoded.viral[data.train]
             known = f"{(viral == 0).sum():,} bacterial, {(viral == 1).sum():,} viral"
             both = {0, 1} <= set(viral)
-            idle = "" if both else ": --train.auxiliary has nothing to tell apart"
+            idle = "" if both else ": --train.auxiliary needs images of both causes"
             print(f"  by name  {known}{idle}")
         print(f"images    {size} x {size}, {data.decoded.images.nbytes / 2**20:,.0f} MiB, {place}")
         name = type(self.network).__name__
         print(f"network   {name}, {self.parameters:,} parameters")
         print(f"workdir   {config.workdir}")
-        at = "at the network's own probability 0.5; " if isinstance(self.objective, Binary) else ""
+        at = "at probability 0.5, uncalibrated; " if isinstance(self.objective, Binary) else ""
         print(f"validate  {at}* new best by {config.train.best}")
         if self.steps_done:
             within = f" and {self._within} steps" if self._within else ""
             print(f"resuming after epoch {self.done}{within}")
 
     def close(self) -> None:
-        """Releases the files that it writes to."""
+        """Closes the files that the run writes to."""
         self._checkpoints.close()
         if self._events:
             self._events.close()
@@ -627,7 +639,7 @@ def open_run(
     data: TrainingData | None = None,
     given: Parts = _NOTHING_GIVEN,
 ) -> Iterator[Run]:
-    """Claims a workdir, reads the data, writes down what is trained on what; see `fit`."""
+    """Claims the workdir, reads the data and yields the run, ready to train; see `fit`."""
     expect_together(given, config)
     _expect_writable(config.profile)
     mesh = devices.make_mesh(config.device, config.distributed)
@@ -638,13 +650,13 @@ def open_run(
         found = versions()
         print(f"cnnjax    {found['cnnjax']} on jax {found['jax']}, flax {found['flax']}")
         begins = config.train.init != "random" and not processes.on_main(lambda: workdir.begun)
-        # Before the images are: what is wrong with a flag is said at once.
+        # Read before the images, which take longer: errors in the flags are reported at once.
         weights = initial.read(config.train.init, config.data.fold) if begins else None
         part, flag = config.train.batch, "--train.batch"
         if config.train.accumulate > 1:
             part, flag = part // config.train.accumulate, f"{flag} / --train.accumulate"
         mesh, whole = devices.dividing(mesh, part, flag), mesh
-        some = f", of {whole.size}: a batch is divided evenly" if mesh.size < whole.size else ""
+        some = f", of {whole.size}: it must divide a batch evenly" if mesh.size < whole.size else ""
         print(f"devices   {devices.describe(mesh)}{some}")
         drawn = data is None and is_drawn(config.data.root)
         if data is None:
@@ -656,7 +668,7 @@ def open_run(
             network = model_of(config, data.classes)
         if objective is None:
             objective = objective_of(config.train, data)
-        # Before the workdir is this run's: what does not fit can be mended with other flags.
+        # Checked before the workdir is claimed: the user can correct the flags and try again.
         if given.network or given.objective or ":" in config.model.name:
             _expect_outputs(network, objective, config.data.size, len(data.classes))
         if isinstance(objective, Softmax):
@@ -675,7 +687,7 @@ def open_run(
 
 
 def _claim_rest(workdir: Workdir, data: TrainingData, given: Parts) -> None:
-    """Notes, or checks, the parts and the split of a run, and writes the tables of its images."""
+    """Records or checks the parts and the split of a run, and writes the tables of its images."""
     workdir.claim_parts(given.described())
     workdir.expect_split([e.name for e in data.decoded.examples], data.held_out)
     write_split(workdir.split, data.decoded.examples, data.held_out)
@@ -687,9 +699,11 @@ class Steps(NamedTuple):
     """The compiled train step, (state, data, feed, given) -> (state, metrics)."""
 
     one: Any
+    """Takes one step."""
     many: Any
-    """The same for a feed of `together` steps at once."""
+    """Takes `together` steps in one call."""
     together: int
+    """Number of steps of one call of `many`."""
 
 
 def compile_steps(
@@ -697,13 +711,13 @@ def compile_steps(
     train_step: Callable[[TrainState, Batch, Any], tuple[TrainState, Metrics]],
     placement: NamedSharding | TrainState | None = None,
 ) -> Steps:
-    """Returns what the loop calls: the step on a mesh, with the batch fetched inside it.
+    """Returns the compiled train step on a mesh; it reads the batch from the data set itself.
 
     Args:
         mesh: the devices.
-        train_step: (state, batch, given) -> (state, metrics); `given`, the same at each step, may
-            be any arrays.
-        placement: the sharding of the state; by default all of it is on each device.
+        train_step: (state, batch, given) -> (state, metrics). `given` is any pytree of arrays, the
+            same for all steps.
+        placement: sharding of the state; by default the state is replicated on all devices.
     """
 
     def one(
@@ -733,27 +747,30 @@ def take_epoch(
     before: Metrics | None = None,
     after_step: Callable[[TrainState, list[Metrics]], None] | None = None,
 ) -> tuple[TrainState, dict[str, float]]:
-    """Takes the steps of one epoch; returns the state and the mean loss and accuracy over it.
+    """Takes the steps of one epoch.
 
     Args:
-        state: before the epoch; its buffers are given away.
-        steps: of `compile_steps`.
-        feeder: of the images.
+        state: the state before the epoch; its buffers are donated.
+        steps: from `compile_steps`.
+        feeder: provides the images.
         order: int32 [steps, batch], see `cnnjax.data.batches.step_rows`.
-        given: what the train step takes beside state and batch.
-        bar: is moved on by the images seen.
-        before: the sums of the epoch's first steps, where those are behind the state.
-        after_step: called with the state and the sums so far after each call of a step.
+        given: the third argument of the train step.
+        bar: progress bar, advanced by the number of images.
+        before: metrics of the epoch's first steps, if the state already includes these steps.
+        after_step: called with the state and the list of metrics so far after each call of a step.
+
+    Returns:
+        The state after the epoch, and its mean loss and accuracy.
 
     Raises:
-        TrainingError: a step came to something that is not finite.
+        TrainingError: a loss, a gradient or a batch statistic is not finite.
     """
     sums: list[Metrics] = [] if before is None else [before]
     taken = looked = shown = sum(x.loss.size for x in sums)
     waiting: Metrics | None = None
 
     def show(last: Metrics, until: int) -> None:
-        """Moves the bar on, with the loss of the last call; waits for that."""
+        """Advances the bar and shows the loss of the last call; waits until it is computed."""
         found = jax.device_get(last)
         _expect_finite(jax.device_get(sums) if np.any(found.rejected) else [], order)
         loss = np.sum(found.loss) / np.sum(found.images)
@@ -765,7 +782,7 @@ def take_epoch(
         sums.append(step_sums)
         taken += step_sums.loss.size
         if taken - looked >= _LOOK:
-            # What the device came to a look ago: it has work while this is fetched.
+            # Fetch the metrics of the previous read: the device has newer steps to work on.
             if waiting is not None:
                 show(waiting, looked)
                 shown = looked
@@ -779,7 +796,7 @@ def take_epoch(
 
 
 class _NotFinite(TrainingError):
-    """A step was rejected: its number in the epoch, and the rows of its images."""
+    """A step was rejected; holds its number in the epoch and the rows of its images."""
 
     def __init__(self, step: int, rows: np.ndarray) -> None:
         super().__init__(f"step {step} of the epoch is not finite")
@@ -797,11 +814,13 @@ def _expect_finite(sums: Sequence[Metrics], order: np.ndarray) -> None:
 def calls(
     steps: Steps, feeder: Feeder, order: np.ndarray
 ) -> Iterator[tuple[Any, Batch | jax.Array]]:
-    """Yields what to call for the steps of an order, and each call's feed: many at once, if any.
+    """Yields (function to call, its feed) for the steps of an order.
+
+    If the images are on the device, `steps.many` is used for as many steps as possible.
 
     Args:
-        steps: of `compile_steps`.
-        feeder: of the images.
+        steps: from `compile_steps`.
+        feeder: provides the images.
         order: int32 [steps, batch], see `cnnjax.data.batches.step_rows`.
     """
     resident = feeder.data is not None and steps.together > 1
@@ -813,8 +832,8 @@ def calls(
 
 
 def means(sums: Sequence[Metrics]) -> dict[str, float]:
-    """Returns mean loss and accuracy over the images of many steps' sums."""
-    # Exactly rounded sums: the same however the steps were called, and where they were resumed.
+    """Returns the mean loss and accuracy over all images of the steps."""
+    # Exactly rounded sums do not depend on how the steps were grouped or where a run was resumed.
     loss, correct, images, _ = (
         math.fsum(np.concatenate([np.ravel(x) for x in part])) for part in zip(*sums, strict=True)
     )
@@ -822,13 +841,17 @@ def means(sums: Sequence[Metrics]) -> dict[str, float]:
 
 
 def class_weights_of(labels: np.ndarray) -> tuple[float, ...]:
-    """Returns n / (K n_c) for each label c of K, so that all classes weigh the same in sum."""
+    """Returns n / (K n_c) for each label c of K; each class then has the same total weight.
+
+    Args:
+        labels: int [n], with n_c images of label c.
+    """
     counts = np.bincount(labels).tolist()
     return tuple(len(labels) / (len(counts) * count) for count in counts)
 
 
 def objective_of(train: TrainConfig, data: TrainingData) -> Objective:
-    """Returns the objective of a config: one logit for two classes, one for each of more."""
+    """Returns the objective of a config: `Binary` for two classes, `Softmax` for more."""
     weights = (1.0,) * len(data.classes)
     if train.class_weights:
         weights = class_weights_of(data.labels[data.train])
@@ -838,19 +861,22 @@ def objective_of(train: TrainConfig, data: TrainingData) -> Objective:
 
 
 def _expect_outputs(network: Any, objective: Objective, size: int, classes: int) -> None:
-    """Raises InputError where the network does not return what the objective takes."""
+    """Raises InputError if the network's outputs do not have the shape the objective expects."""
     if isinstance(objective, Binary):
         if classes > 2:
-            raise InputError(f"Binary is for two classes, not {classes}; give Softmax, or none")
+            raise InputError(
+                f"Binary is for two classes, not {classes}; give Softmax, or no objective"
+            )
         expect_logits(network, size, classes, outputs=1)
     elif isinstance(objective, Softmax):
         expect_logits(network, size, classes, outputs=classes)
 
 
 def _fetched(state: TrainState) -> TrainState:
-    """Returns a copy on the host: the next step is given the buffers, which a CPU fetches as is.
+    """Returns a copy of the state on the host.
 
-    A state on several processes, of which this one holds a part, is written as it is.
+    The copy is needed because the next step donates the buffers, and on a CPU fetched arrays share
+    them. With several processes each holds only a part, so the state is returned unchanged.
     """
     if processes.are_several():
         return state
@@ -859,7 +885,7 @@ def _fetched(state: TrainState) -> TrainState:
 
 
 def _with_precision(config: Config, mesh: Mesh) -> Config:
-    """Settles `--train.precision auto`: a run keeps what it began with, on whatever device."""
+    """Replaces `--train.precision auto`; a resumed run keeps its precision on any device."""
     if config.train.precision != "auto":
         return config
     workdir = Workdir(config.workdir)
@@ -869,7 +895,7 @@ def _with_precision(config: Config, mesh: Mesh) -> Config:
 
 
 def _expect_writable(folder: Path | None) -> None:
-    """Raises InputError where a trace could not be written, before anything is trained."""
+    """Raises InputError if the folder for the trace is not writable, before training starts."""
     if folder is not None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -880,7 +906,7 @@ def _expect_writable(folder: Path | None) -> None:
 
 
 def _expect_fit(given: PyTree, wanted: PyTree) -> None:
-    """Raises InputError where variables to start from are not those of the network."""
+    """Raises InputError if the initial variables differ from the network's in names or shapes."""
     shapes = [
         {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
         for leaves in map(jax.tree_util.tree_leaves_with_path, (given, wanted))
@@ -890,20 +916,20 @@ def _expect_fit(given: PyTree, wanted: PyTree) -> None:
         if ours.get(name) != theirs.get(name):
             raise InputError(
                 f"init does not fit the network: {name} has shape"
-                f" {ours.get(name, 'none')}, the network's has {theirs.get(name, 'none')}"
+                f" {ours.get(name, 'none')} in init and {theirs.get(name, 'none')} in the network"
             )
 
 
 def _score(figures: dict[str, float], config: TrainConfig) -> float:
-    """Returns the number that is highest at the best epoch."""
+    """Returns the score that selects the best epoch; higher is better."""
     chosen = config.best if config.best in figures else "loss"
     return -figures["loss"] if chosen == "loss" else figures[chosen]
 
 
 def _trivial_rules(data: TrainingData) -> dict[str, float]:
-    """Returns what needs no network: accuracy of the largest class, AUC of mean brightness.
+    """Returns baselines without a network: accuracy of the largest class, AUC of mean brightness.
 
-    Of three and more classes that is the mean over the classes, each against the rest.
+    With three or more classes the AUC is the mean over the classes, each against the rest.
     """
     labels = data.labels
     brightness = np.array([image.mean() for image in data.decoded.images])
@@ -913,7 +939,7 @@ def _trivial_rules(data: TrainingData) -> dict[str, float]:
 
     areas = []
     for label in (1,) if len(data.classes) == 2 else range(len(data.classes)):
-        # Whether brighter means positive is for the training images to say.
+        # The training images decide whether brighter means positive.
         validated = area(label, data.validation)
         areas.append(validated if area(label, data.train) >= 0.5 else 1 - validated)
     largest = np.bincount(labels[data.train]).argmax()
@@ -924,16 +950,16 @@ def _trivial_rules(data: TrainingData) -> dict[str, float]:
 
 
 def _epoch_line(line: dict[str, Any], config: TrainConfig, speed: float, *, first: bool) -> str:
-    """Returns an epoch as the row of a table of at most 80 columns, as far as names allow.
+    """Returns an epoch as a row of a table, at most 80 columns wide unless names are long.
 
     Args:
-        line: of `metrics.jsonl`.
-        config: the run's.
-        speed: of training, in images/s.
-        first: whether to put the table's head above it.
+        line: the epoch's line of `metrics.jsonl`.
+        config: config of the run.
+        speed: training speed in images/s.
+        first: whether to add the head of the table above the row.
     """
     figures = line["validation"]
-    # Validation has a loss too: the first one is training's.
+    # "loss" is the training loss; the validation loss is "val loss".
     heads = ["epoch", "loss", *(f"val {name}" if name == "loss" else name for name in figures)]
     heads.append("images/s")
     cells = [

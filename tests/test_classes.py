@@ -161,7 +161,7 @@ def test_evaluate(
         np.square(given - np.eye(3)[truth]).sum(1).mean()
     )
     assert [one["confusion"]["tp"] + one["confusion"]["fn"] for one in found["each"]] == [6, 8, 6]
-    assert "decided for the most probable class; 20 images" in screen
+    assert "predicted: the most probable class; 20 images" in screen
     for name, row in zip(CLASSES, found["confusion"], strict=True):
         assert any(line.split() == [name, *map(str, row)] for line in screen.splitlines())
 
@@ -353,7 +353,7 @@ def test_calibration_finds_temperature_and_biases() -> None:
         for x in (point.calibrated(spoilt), spoilt)
     )
     assert ece < 0.03 < before
-    with pytest.raises(InputError, match=r"--operating\.criterion cost is of a positive class"):
+    with pytest.raises(InputError, match=r"--operating\.criterion cost needs a positive class"):
         fit_operating_point(spoilt, labels, OperatingConfig("cost"))
 
 

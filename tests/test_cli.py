@@ -561,7 +561,7 @@ def test_a_recipe_from_the_shell(tree: Path, tmp_path: Path) -> None:
         value = found["best"][name]["value"]  # one figure on the screen, in the file, on the page
         assert re.search(rf"^{name} +{value:.4f}  ", whole.stdout, re.MULTILINE), name
         assert f"<td>{value:.3f}</td>" in page, name
-    assert "at the network's own probability 0.5; * new best by auc" in whole.stdout
+    assert "at probability 0.5, uncalibrated; * new best by auc" in whole.stdout
     threshold = f"from probability {found['best']['threshold']:.3f} on"
     assert threshold in whole.stdout
     assert threshold in page

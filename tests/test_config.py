@@ -82,7 +82,7 @@ def test_the_config_of_a_run_of_version_0_2_can_be_read() -> None:
         (lambda: DeviceConfig(count=-1), "--device.count"),
         (lambda: Config(seed=-1), "--seed"),
         (lambda: OperatingConfig(cost=math.inf), "--operating.cost must be a finite number"),
-        (lambda: Config(workdir=Path("~/runs/a")), "--workdir ~/runs/a is not expanded"),
+        (lambda: Config(workdir=Path("~/runs/a")), "--workdir ~/runs/a begins with ~"),
         (lambda: TrainConfig(optimizer="rmsprop"), "--train.optimizer must be adam | adamw | sgd"),
         (
             lambda: ModelConfig("Baseline"),

@@ -173,7 +173,7 @@ def test_what_cannot_serve_is_refused(data: TrainingData, trained: Path, tmp_pat
     refused("--train.init-without needs --train.init", init_without="head")
     refused(r"--train\.freeze 'nothing' matches none of", freeze="nothing")
     refused(r"--train\.freeze '\.' matches all of", freeze=".")
-    with pytest.raises(InputError, match=r"--train\.freeze '\(' is no regular expression"):
+    with pytest.raises(InputError, match=r"--train\.freeze '\(' is not a valid regular expression"):
         TrainConfig(freeze="(")
     with pytest.raises(InputError, match=r"--train\.layer-decay must be in \(0, 1\]"):
         TrainConfig(layer_decay=0)

@@ -299,10 +299,10 @@ def test_evaluate_counts_films_without_lungs(
 
 def test_a_damaged_finder_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "lungs.npz"
-    with pytest.raises(InputError, match="holds no lung finder"):
+    with pytest.raises(InputError, match="holds no valid lung finder"):
         lungs.read(path)
     path.write_bytes(lungs.SHIPPED.read_bytes()[:1000])
-    with pytest.raises(InputError, match="holds no lung finder"):
+    with pytest.raises(InputError, match="holds no valid lung finder"):
         lungs.read(path)
 
 

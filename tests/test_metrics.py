@@ -191,7 +191,7 @@ def test_sigmoid_of_large_logits() -> None:
 
 @pytest.mark.parametrize("n", [0, 2])
 def test_lengths_must_agree(n: int) -> None:
-    with pytest.raises(ValueError, match="as many logits, labels, patients"):
+    with pytest.raises(ValueError, match="logits, labels, patients must have the same length"):
         metrics.evaluate(np.zeros(n), np.zeros(3 if n else 0), ["a"] * n)
 
 
@@ -217,13 +217,13 @@ def test_what_another_share_of_positives_would_give() -> None:
     said = metrics.evaluate(logits, labels, [str(i) for i in range(10)]).elsewhere(0.1)
     right, false = 0.1 * 3 / 4, 0.9 / 6
     assert said == (
-        "the figures above are of a share of positives of 0.4; where 0.1 are, accuracy is"
+        "the figures above are for a prevalence of 0.4; at 0.1, accuracy is"
         f" {right + 0.9 - false:.4f} and precision {right / (right + false):.4f}"
     )
     none = metrics.evaluate(-np.abs(logits), labels, [str(i) for i in range(10)]).elsewhere(0.1)
-    assert none.endswith("where 0.1 are, accuracy is 0.9000")  # no precision: nothing is positive
+    assert none.endswith("at 0.1, accuracy is 0.9000")  # no precision: nothing is positive
     alone = metrics.evaluate(logits[:4], labels[:4], list("abcd")).elsewhere(0.1)
-    assert alone == "the figures above are of a share of positives of 1"
+    assert alone == "the figures above are for a prevalence of 1"
 
 
 def test_the_report_says_how_it_decided() -> None:
@@ -234,7 +234,7 @@ def test_the_report_says_how_it_decided() -> None:
     assert lines[1].endswith("(recall)")
     assert lines[9].split() == ["precision", "recall", "f1", "images"]
     assert text.endswith(
-        "positive from probability 0.700 on: 1 true and 1 false positives,\n"
+        "positive at probability >= 0.700: 1 true and 1 false positives,\n"
         "  1 true and 1 false negatives; 4 images of 3 patients"
     )
 

@@ -167,9 +167,9 @@ def test_criteria_are_told() -> None:
         return fit_operating_point(logits, labels, OperatingConfig(**asked)).criterion  # type: ignore[arg-type]
 
     assert criterion(criterion="sensitivity", sensitivity=0.975) == "sensitivity 0.975"
-    cost = "least cost, a miss 3 times a false alarm, of"
-    assert criterion(criterion="cost", cost=3.0) == f"{cost} 0.5 ill"
-    assert criterion(criterion="cost", cost=3.0, prevalence=0.0625) == f"{cost} 0.0625 ill"
+    cost = "least cost, a false negative costs 3 false positives, prevalence"
+    assert criterion(criterion="cost", cost=3.0) == f"{cost} 0.5"
+    assert criterion(criterion="cost", cost=3.0, prevalence=0.0625) == f"{cost} 0.0625"
     told = criterion(criterion="youden")
     assert told == "highest sensitivity + specificity (Youden)"
 

@@ -321,7 +321,7 @@ def test_a_diverging_run_says_where(tree: Path, tmp_path: Path) -> None:
         TrainingError,
         match=r"run: loss, gradient or batch statistics are not finite at step \d \(epoch 1\),"
         r" which was not applied; its images: train/.*\. The checkpoint of epoch 0 is kept;"
-        r" begin another run \(--workdir\) with a lower --train\.learning-rate",
+        r" start a new run \(--workdir\) with a lower --train\.learning-rate",
     ):
         fit(config)
 
@@ -411,7 +411,7 @@ def test_a_second_head_says_what_it_learns_from(
         path.rename(path.with_name(f"film{i}.jpeg"))
     config = replace(config, workdir=tmp_path / "untold", data=replace(config.data, root=str(root)))
     fit(config)
-    idle = "0 bacterial, 0 viral: --train.auxiliary has nothing to tell apart"
+    idle = "0 bacterial, 0 viral: --train.auxiliary needs images of both causes"
     assert idle in capsys.readouterr().out
 
 

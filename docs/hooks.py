@@ -1,6 +1,6 @@
-"""Hook of MkDocs: brings the pages that stand outside of `docs/` into the site, and their links.
+"""MkDocs hook: adds pages from outside of `docs/` to the site, and adapts links.
 
-Links to source files, which the site does not hold, become plain text; in a checkout they work.
+Links to source files, which are not part of the site, become plain text.
 """
 
 import posixpath
@@ -17,11 +17,11 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "benchmarks/README.md": "benchmarks-all.md",
 }
-"""Name in the site by path from the root of the repository."""
+"""Names in the site, by path relative to the root of the repository."""
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Adds the pages to the site, and the plots of the benchmarks."""
+    """Adds the pages and the plots of the benchmarks to the site."""
     for path, name in PAGES.items():
         files.append(File.generated(config, name, abs_src_path=str(ROOT / path)))
     for plot in sorted((ROOT / "benchmarks" / "results").glob("*.svg")):
@@ -30,7 +30,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Returns a page with its links as the site has them."""
+    """Returns the text of a page with links adapted to the site."""
     homes = {name: path for path, name in PAGES.items()}
     home = posixpath.dirname(homes.get(page.file.src_uri, f"docs/{page.file.src_uri}"))
 
@@ -43,5 +43,5 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
             return text
         return f"[{text}]({name}{'#' if anchor else ''}{anchor})"
 
-    # Neither images nor links to other hosts, nor to a place on the same page.
+    # All links but images, links to other hosts and anchors on the same page.
     return re.sub(r"(?<!!)\[([^\]]+)\]\((?![a-z]+:|#)([^)\s]+)\)", linked, markdown)

@@ -152,7 +152,7 @@ def test_a_peer_is_proven_to_be_the_same_network_and_timed(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("name", "flags", "message"),
     [
-        ("step_time", "--device gpu", "--device.platform gpu: JAX finds none here"),
+        ("step_time", "--device gpu", "--device.platform gpu: JAX finds no such device"),
         ("step_time", "--rounds 0", "--rounds must be at least 1, got 0"),
         ("peers.__main__", "--batches 0", "--batches must be numbers of at least 1"),
         ("input", "--data nowhere", "nowhere does not exist"),

@@ -477,7 +477,10 @@ def test_folders_are_judged_whole(
             "~no-one-of-this-name/x does not exist",
         ),
         (["phantom", "EMPTY", "--seed", "-1"], "the seed must be at least 0, got -1"),
-        (["devices", "--device.platform", "gpu"], "--device.platform gpu: JAX finds none here"),
+        (
+            ["devices", "--device.platform", "gpu"],
+            "--device.platform gpu: JAX finds no such device",
+        ),
         (["devices", "--device.count", "99"], "--device.count 99: there are only 4 cpu devices"),
     ],
 )

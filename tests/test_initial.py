@@ -127,7 +127,7 @@ def test_a_new_head_leaves_the_backbone(
     np.testing.assert_array_equal(after["params/stem/kernel"], before["params/stem/kernel"])
     assert (after["params/head/kernel"] != before["params/head/kernel"]).any()
     shown = capsys.readouterr().out
-    assert "drawn anew: head\n" in shown
+    assert "initialized randomly: head\n" in shown
     assert "left out: head\n" in shown
     assert "note: these weights were trained with --model.no-standardize" in shown
 

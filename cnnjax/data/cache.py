@@ -165,7 +165,7 @@ class _Kept(NamedTuple):
     pixels: str
     """The checksum of the images."""
     final: bool
-    """Whether a later attempt would not decode more of the files."""
+    """Whether the files that cannot be decoded would fail again."""
 
 
 def _read(home: Path) -> _Kept | None:

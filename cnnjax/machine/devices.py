@@ -64,7 +64,7 @@ def make_mesh(config: DeviceConfig, distributed: DistributedConfig | None = None
             ) from None
         hint = "" if config.platform == "tpu" else ' with pip install "cnnjax[cuda13]"'
         raise InputError(
-            f"--device.platform {config.platform}: JAX finds none here; drop the flag,"
+            f"--device.platform {config.platform}: JAX finds no such device; drop the flag,"
             f" or install JAX for it{hint} ({first_line(error)})"
         ) from None
     if config.count > len(found):

@@ -187,7 +187,7 @@ def _copied(wanted: PyTree, weights: Weights, config: Config) -> set[str]:
 def describe(told: dict[str, Any], weights: Weights, config: Config) -> str:
     """Returns lines that say which layers were copied, for the screen."""
     lines = [f"init      {len(told['copied'])} layers of {weights.about}"]
-    for name, label in (("drawn", "drawn anew"), ("left_out", "left out")):
+    for name, label in (("drawn", "initialized randomly"), ("left_out", "left out")):
         if told[name]:
             lines.append(f"  {label}: {_named(told[name])}")
     if weights.config is not None:

@@ -193,7 +193,7 @@ def test_a_network_named_on_the_command_line_is_found_again(
         ("mynets:ViT(depth=3)", "ViT has no field depth; its fields are blocks, dropout, heads"),
         ("subprocess:Popen(args='false')", r"is no flax\.linen\.Module"),
         ("mynets:ConvNeXtBlock", "cannot be made: .* 'width'"),
-        (f"{__name__}:TwoColumns", r"shape \(2, 1\) for two images.*take the only column"),
+        (f"{__name__}:TwoColumns", r"shape \(2, 1\) for two images.*return the only column"),
     ],
 )
 def test_a_name_that_cannot_serve_is_refused(
@@ -204,7 +204,7 @@ def test_a_name_that_cannot_serve_is_refused(
         fit(config, data=make_data(2))
     # The workdir is not taken.
     second = replace(config, train=replace(config.train, auxiliary=0.3))
-    with pytest.raises(InputError, match="needs a network with a second head"):
+    with pytest.raises(InputError, match="needs a network with an auxiliary head"):
         fit(second, data=make_data(2), network=Plain())
 
 

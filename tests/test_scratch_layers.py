@@ -440,7 +440,7 @@ BAD = {
     ),
     "window larger than the image": (
         lambda: layers.conv_forward(x4, np.zeros((9, 3, 3, 4)), padding="VALID"),
-        r"no smaller than the window \[9, 3\], got \[2, 8, 8, 3\]",
+        r"at least as large as the window \[9, 3\], got \[2, 8, 8, 3\]",
     ),
     "negative padding": (
         lambda: layers.conv_forward(x4, kernel4, padding=((0, -1), (0, 0))),

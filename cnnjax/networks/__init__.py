@@ -1,11 +1,11 @@
-"""The networks. The only package that imports Flax's layers.
+"""The networks. This is the only package that imports Flax's layers.
 
 A network is any Linen module that is called as `apply(variables, images, train=..., rngs=...)` with
-float32 images [batch, height, width, 1] in [0, 1]. It returns what its objective takes: logits
-[batch] for `cnnjax.objectives.Binary`, [batch, K] for `Softmax`, maps for `Segmentation`. `rngs`
-has a key for dropout in training. Batch statistics stand in the collection `batch_stats`. Feature
-maps that heat maps are made of are named `FINAL` and `FINE`, by `sow` into `intermediates` and by
-`perturb`.
+float32 images [batch, height, width, 1] in [0, 1]. It returns the outputs that its objective
+expects: logits [batch] for `cnnjax.objectives.Binary`, logits [batch, K] for `Softmax`, maps of
+logits for `Segmentation`. In training `rngs` has a key for dropout. Batch statistics are in the
+collection `batch_stats`. The feature maps for heat maps are exposed under the names `FINAL` and
+`FINE`, with `sow` into `intermediates` and with `perturb`.
 """
 
 from cnnjax.networks.classifiers import (

@@ -1,4 +1,4 @@
-"""The networks that tell classes apart."""
+"""The classification networks."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from cnnjax.ops import layers
 from cnnjax.ops.layers import Dtype
 
 AUXILIARY = "auxiliary"
-"""The second head, and the collection in which a network made with one leaves its logits."""
+"""Name of the auxiliary head, and of the variable collection to which its logits are written."""
 
 FINAL, FINE = "final", "fine"
-"""The last feature maps; and those of the stage before, twice as fine, where there is one."""
+"""Names of the last feature maps, and of those of the stage before, with twice the resolution. If
+there is no stage before, both names have the same maps."""
 
-SMALLEST = 10  # pixels: side of the smallest image that leaves BaselineCNN's pools something
+SMALLEST = 10  # smallest side length in pixels that BaselineCNN accepts
 
-STEM_SIZES = {2: 3, 4: 7}  # side of the ResNet's first kernel, by its stride
+STEM_SIZES = {2: 3, 4: 7}  # side length of the ResNet's first kernel, by its stride
 
 
 def make_model(
@@ -34,18 +35,22 @@ def make_model(
     auxiliary: bool = False,
     remat: bool = False,
 ) -> nn.Module:
-    """Returns the network that the config names; its parameters come from `model.init`.
+    """Returns the network that the config names; `init` of the network draws its parameters.
 
     Args:
-        config: which network, and its size.
-        dtype: what it computes in, float32 or bfloat16. Parameters and the statistics of batch norm
-            are float32 in any case, and so are the logits.
-        classes: how many to tell apart: two have one logit, [batch]; K of them K, [batch, K].
-        auxiliary: with a second head on the last features, whose logits [batch] `apply` leaves in
-            the collection `AUXILIARY` in training, where that is mutable. Else it is not needed,
-            nor are its parameters.
-        remat: the ResNet keeps no activations inside its blocks for the backward pass, which
-            computes them again (`jax.checkpoint`).
+        config: the network and its size.
+        dtype: dtype of the computation, float32 or bfloat16. Parameters, batch norm statistics and
+            logits are always float32.
+        classes: number of classes. Two classes have one logit, [batch]; K > 2 classes have logits
+            [batch, K].
+        auxiliary: whether to add an auxiliary head on the last features. In training, `apply`
+            writes its logits [batch] to the collection `AUXILIARY`, if that is mutable. Evaluation
+            needs neither the head nor its parameters.
+        remat: ResNet only: recompute the activations inside the blocks in the backward pass instead
+            of storing them (`jax.checkpoint`).
+
+    Raises:
+        InputError: `config.name` is an import path that does not give a suitable network.
     """
     outputs = 1 if classes == 2 else classes
     if ":" in config.name:
@@ -73,11 +78,11 @@ def make_model(
 
 
 def model_of(config: Config, classes: Sequence[str]) -> nn.Module:
-    """Returns the network that a run of the config trains, in the precision that it settled on.
+    """Returns the network of a run.
 
     Args:
-        config: of the run.
-        classes: names of the labels that it tells apart.
+        config: config of the run; its precision must not be `auto`.
+        classes: names of the classes, in the order of their labels.
     """
     precision = jnp.dtype(config.train.precision)
     second = bool(second_head(config.train, classes))
@@ -91,16 +96,17 @@ def model_of(config: Config, classes: Sequence[str]) -> nn.Module:
 
 
 def second_head(train: TrainConfig, classes: Sequence[str]) -> float:
-    """Returns the weight of the auxiliary head's loss: 0 where it has nothing to add to classes.
+    """Returns the weight of the auxiliary head's loss, or 0 if the head does not apply.
 
-    It tells the causes of one of two classes apart.
+    The head tells bacterial from viral pneumonia. It applies if there are two classes and neither
+    of them is one of these causes.
     """
     causes = {"BACTERIA", "VIRUS"} & {name.upper() for name in classes}
     return train.auxiliary if len(classes) == 2 and not causes else 0.0
 
 
 def _prepared(images: jax.Array, network: BaselineCNN | ResNet) -> jax.Array:
-    """Returns what the first convolution sees: [batch, height, width, 1 or 2]."""
+    """Returns the input of the first convolution, [batch, height, width, 1 or 2]."""
     if network.standardize:
         images = standardized(images)
     if network.local_contrast:
@@ -109,11 +115,19 @@ def _prepared(images: jax.Array, network: BaselineCNN | ResNet) -> jax.Array:
 
 
 class BaselineCNN(nn.Module):
-    """The blog post's Keras network, layer by layer.
+    """The Keras network of the blog post, layer by layer.
 
-    Convolution 3x3 x 32, relu, max-pool 2; the same again; dense 128, relu; dense 1. Convolutions
-    do not pad and kernels start Glorot-uniform, as Keras has it. With `channels=3` on 64x64 it has
-    the post's 813,217 parameters.
+    Convolution 3x3 with 32 filters, relu, max-pool 2; the same again; dense 128, relu; dense 1. As
+    in Keras, convolutions have no padding and kernels are initialized Glorot-uniform. With
+    `channels=3` on 64 x 64 pixels it has 813,217 parameters, as in the post.
+
+    Attributes:
+        channels: number of input channels (the gray image is repeated).
+        standardize: whether to standardize each image first.
+        local_contrast: whether to add the local contrast as another input channel.
+        dtype: dtype of the computation.
+        auxiliary: whether there is an auxiliary head.
+        outputs: number of logits per image.
     """
 
     channels: int = 1
@@ -130,13 +144,13 @@ class BaselineCNN(nn.Module):
         *,
         train: bool = False,
     ) -> jax.Array:
-        """Returns logits of images [batch, height, width, 1]; see the module.
+        """Returns the logits of images [batch, height, width, 1]; see `cnnjax.networks`.
 
         Returns:
-            float32 [batch] of one output, else [batch, outputs].
+            float32 [batch] for one output, else [batch, outputs].
 
         Raises:
-            InputError: they have fewer than 10 rows or columns.
+            InputError: the images have fewer than 10 rows or columns.
         """
         if min(images.shape[1:3]) < SMALLEST:
             raise InputError(
@@ -159,9 +173,9 @@ class BaselineCNN(nn.Module):
 class ResidualBlock(nn.Module):
     """relu(x + BN(conv(relu(BN(conv(x)))))) of He et al., CVPR 2016 (arXiv:1512.03385), figure 2.
 
-    Where the shape changes, x passes a 1x1 convolution with the same stride and batch norm. The
-    last scale starts at zero, so that a block starts as the identity (Goyal et al.,
-    arXiv:1706.02677).
+    If the shape changes, the shortcut applies a 1x1 convolution with the same stride and batch norm
+    to x. The scale of the last batch norm is initialized to zero, so the block starts as the
+    identity (Goyal et al., arXiv:1706.02677).
     """
 
     features: int
@@ -184,8 +198,21 @@ class ResidualBlock(nn.Module):
 class ResNet(nn.Module):
     """A small residual network: stem, stages of `depth` blocks, global average pool, dense 1.
 
-    The stem is a convolution, 3x3 with stride 2 or 7x7 with stride 4, batch norm and relu. Stage k
-    has width * 2**k channels; each stage after the first halves the resolution.
+    The stem is a convolution (3x3 with stride 2, or 7x7 with stride 4), batch norm and relu. Stage
+    k, from 0, has width * 2**k channels; each stage after the first halves the resolution.
+
+    Attributes:
+        channels: number of input channels (the gray image is repeated).
+        width: number of channels of the first stage.
+        depth: number of residual blocks per stage.
+        stages: number of stages.
+        stem: stride of the first convolution, 2 or 4.
+        standardize: whether to standardize each image first.
+        local_contrast: whether to add the local contrast as another input channel.
+        dtype: dtype of the computation.
+        auxiliary: whether there is an auxiliary head.
+        outputs: number of logits per image.
+        remat: whether to recompute activations in the backward pass.
     """
 
     channels: int = 1
@@ -207,10 +234,10 @@ class ResNet(nn.Module):
         *,
         train: bool = False,
     ) -> jax.Array:
-        """Returns logits of images [batch, height, width, 1]; see the module.
+        """Returns the logits of images [batch, height, width, 1]; see `cnnjax.networks`.
 
         Returns:
-            float32 [batch] of one output, else [batch, outputs].
+            float32 [batch] for one output, else [batch, outputs].
         """
         x = Conv(
             self.width,
@@ -240,8 +267,8 @@ class ResNet(nn.Module):
 
 
 def _exposed(network: nn.Module, name: str, maps: jax.Array) -> jax.Array:
-    """Lets `cnnjax.evaluation.explain` see feature maps, and take gradients by them."""
-    if network.is_initializing():  # they are no variables of the network
+    """Exposes feature maps to `cnnjax.evaluation.explain`, for their values and gradients."""
+    if network.is_initializing():  # the maps are not variables of the network
         return maps
     network.sow("intermediates", name, maps)
     perturbed: jax.Array = network.perturb(name, maps)
@@ -249,7 +276,10 @@ def _exposed(network: nn.Module, name: str, maps: jax.Array) -> jax.Array:
 
 
 def _second_head(network: BaselineCNN | ResNet, features: jax.Array, train: bool) -> None:
-    """Leaves logits of features [batch, n] for `cnnjax.steps`, if the network is to have them."""
+    """Writes the auxiliary head's logits of features [batch, n] to the collection `AUXILIARY`.
+
+    Does nothing if the network has no auxiliary head, or in evaluation.
+    """
     if network.auxiliary and (train or network.is_initializing()):
         logits = nn.Dense(1, dtype=jnp.float32, name=AUXILIARY)(features)[:, 0]
         if not network.is_initializing():

@@ -1,4 +1,4 @@
-"""Networks of the user's own, by their import path."""
+"""The user's own networks, given by their import path."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from cnnjax.errors import InputError
 
 
 def imported(path: str) -> Any:
-    """Returns what an import path `package.module:Name` names.
+    """Returns the object at an import path `package.module:Name`.
 
-    Modules are looked for where Python finds them, and last in the working directory.
+    Modules are searched on Python's path, and finally in the working directory.
 
     Raises:
-        ImportError: there is no such module, or no such name in it.
+        ImportError: the module does not exist, or does not have the name.
     """
     here = str(Path.cwd())
     if here not in sys.path and "" not in sys.path:
@@ -40,12 +40,12 @@ def make_imported(name: str, **settled: Any) -> nn.Module:
     """Returns the Linen module of an import path, `package.module:Name(width=64)`.
 
     Args:
-        name: the path, with the fields that are not to have their defaults, as Python literals.
-        settled: fields that the run settles; given to a module that has fields of these names, and
-            where `name` says nothing of them.
+        name: the import path, optionally with values of fields as Python literals.
+        settled: values of fields that the run determines. They are used if the module has the field
+            and `name` does not set it.
 
     Raises:
-        InputError: it cannot be imported, is no Linen module, or has no such fields.
+        InputError: the module cannot be imported, is not a Linen module, or lacks a field.
     """
     path, _, rest = name.partition("(")
     try:
@@ -57,7 +57,9 @@ def make_imported(name: str, **settled: Any) -> nn.Module:
             " package.module:Name(width=64), importable from here"
         ) from None
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise InputError(f"--model.name {name} is no flax.linen.Module; name a subclass of that")
+        raise InputError(
+            f"--model.name {name} is not a subclass of flax.linen.Module; give a subclass"
+        )
     known = {field.name for field in dataclasses.fields(cls) if field.init} - {"parent", "name"}
     if unknown := sorted(fields.keys() - known):
         raise InputError(
@@ -71,23 +73,23 @@ def make_imported(name: str, **settled: Any) -> nn.Module:
 
 
 def expect_second_head(network: nn.Module) -> None:
-    """Raises InputError where a network has no auxiliary head, for `--train.auxiliary`."""
+    """Raises InputError if a network lacks the auxiliary head that `--train.auxiliary` needs."""
     if not getattr(network, "auxiliary", False):
         raise InputError(
-            "--train.auxiliary needs a network with a second head, and"
+            "--train.auxiliary needs a network with an auxiliary head, and"
             f" {type(network).__name__} has no field `auxiliary` that is true; give"
             " --train.auxiliary 0"
         )
 
 
 def expect_logits(network: nn.Module, size: int, classes: int, outputs: int) -> None:
-    """Raises InputError where a network does not return logits of this shape.
+    """Raises InputError if a network does not return logits of the expected shape.
 
     Args:
-        network: to be looked at.
-        size: side of its images, in pixels.
-        classes: how many it is to tell apart.
-        outputs: 1 for [batch], more for [batch, outputs].
+        network: the network.
+        size: side length of its images, in pixels.
+        classes: number of classes, for the error message.
+        outputs: 1 for logits [batch], more for logits [batch, outputs].
     """
     images = jax.ShapeDtypeStruct((2, size, size, 1), jnp.float32)
     key = jax.eval_shape(lambda: jax.random.key(0))
@@ -98,9 +100,9 @@ def expect_logits(network: nn.Module, size: int, classes: int, outputs: int) -> 
     shape = getattr(logits, "shape", None)
     if shape != wanted:
         raise InputError(
-            f"{type(network).__name__} returns an array of shape {shape} for two images, where"
+            f"{type(network).__name__} returns an array of shape {shape} for two images, but"
             f" {classes} classes need logits of shape {wanted}"
-            + ("; take the only column of the last layer, [:, 0]" if shape == (2, 1) else "")
+            + ("; return the only column of the last layer, [:, 0]" if shape == (2, 1) else "")
         )
 
 

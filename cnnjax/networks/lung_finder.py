@@ -1,4 +1,4 @@
-"""The network that finds the lungs."""
+"""The segmentation network that finds the lungs."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from cnnjax.networks.modules import BatchNorm, Conv, local_contrast, standardize
 
 
 class LungFinder(nn.Module):
-    """A small U-Net from a radiograph to logits of "this place is lung", the heart included.
+    """A small U-Net from a radiograph to a map of logits: lung (including the heart) or not.
 
-    Convolution, batch norm and relu at each step; four halvings of the resolution on the way down,
-    nearest-neighbour enlargement and the maps of the same size beside it on the way up (Ronneberger
-    et al., MICCAI 2015, arXiv:1505.04597). It works at half the image's resolution at most, and
-    sees each image standardized, with its local contrast beside it.
+    Each block is convolution, batch norm and relu. The encoder halves the resolution four times.
+    The decoder uses nearest-neighbour upsampling, concatenated with the encoder's maps of the same
+    size (Ronneberger et al., MICCAI 2015, arXiv:1505.04597). The output has half the resolution of
+    the image. The input of the first block is the standardized image and its local contrast.
+
+    Attributes:
+        width: number of channels at the highest resolution.
     """
 
     width: int = 16
@@ -24,7 +27,7 @@ class LungFinder(nn.Module):
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
         """Returns logits [batch, height / 2, width / 2] of images [batch, height, width, 1].
 
-        Height and width are multiples of 16.
+        Height and width must be multiples of 16.
         """
 
         def block(x: jax.Array, features: int, name: str, stride: int = 1) -> jax.Array:
@@ -47,7 +50,7 @@ class LungFinder(nn.Module):
 
 
 def _enlarged(x: jax.Array) -> jax.Array:
-    """Repeats each place of [batch, height, width, channels] twice along both sides."""
+    """Doubles height and width of [batch, height, width, channels] by repeating each pixel."""
     batch, height, width, channels = x.shape
     shape = (batch, height, 2, width, 2, channels)
     return jnp.broadcast_to(x[:, :, None, :, None], shape).reshape(

@@ -13,16 +13,16 @@ from cnnjax.ops import layers
 from cnnjax.ops.layers import Dtype
 
 SURROUND = 1 / 12
-"""What lies around a pixel for `local_contrast`: a Gaussian's deviation, as a part of the side."""
+"""Standard deviation of the Gaussian window of `local_contrast`, as a fraction of the side."""
 
 Initializer = Callable[..., jax.Array]
 
 
 def standardized(images: jax.Array) -> jax.Array:
-    """Brings each image to mean 0 and standard deviation 1 over its pixels.
+    """Standardizes each image to mean 0 and standard deviation 1 over its pixels.
 
     Args:
-        images: float32 [batch, height, width, 1]; an image of one gray level becomes zero.
+        images: float32 [batch, height, width, 1]. A constant image becomes zero.
     """
     centred = images - images.mean((1, 2, 3), keepdims=True)
     variance = jnp.square(centred).mean((1, 2, 3), keepdims=True)
@@ -30,13 +30,13 @@ def standardized(images: jax.Array) -> jax.Array:
 
 
 def local_contrast(images: jax.Array) -> jax.Array:
-    """Takes off each pixel the mean around it, and divides by the deviation around it.
+    """Subtracts the local mean from each pixel and divides by the local standard deviation.
 
-    This is local contrast normalization: c / sqrt(G(c^2) + 0.01) of c = z - G(z), where G is the
-    mean under a Gaussian around the pixel, with a deviation of `SURROUND` of the side; what lies
-    beyond the edge does not count. After Jarrett et al., "What is the best multi-stage architecture
-    for object recognition?", ICCV 2009, who divide by no less than the image's mean deviation,
-    where this adds 0.1^2 to the variance.
+    This is local contrast normalization: c / sqrt(G(c^2) + 0.01) with c = z - G(z). G is a Gaussian
+    weighted mean around the pixel; its standard deviation is `SURROUND` times the side, and pixels
+    beyond the edge have no weight. It follows Jarrett et al., "What is the best multi-stage
+    architecture for object recognition?", ICCV 2009, with one difference: they limit the divisor
+    from below by the image's mean deviation; here 0.1^2 is added to the variance.
 
     Args:
         images: z, float32 [batch, height, width, 1], as `standardized` returns them.
@@ -50,9 +50,17 @@ def local_contrast(images: jax.Array) -> jax.Array:
 
 
 class Conv(nn.Module):
-    """A convolution's kernel around `layers.conv`.
+    """A convolution, `layers.conv`, with its kernel as a parameter.
 
-    `repeat` says how many times the kernel has the channels of x, one set after the other.
+    With `repeat`, the kernel is that of an input whose channels are repeated so many times.
+
+    Attributes:
+        features: number of output channels.
+        size: side length of the kernel.
+        stride: stride in both directions.
+        padding: see `layers.conv`.
+        repeat: number of repetitions of the input channels.
+        dtype: dtype of the computation.
     """
 
     features: int
@@ -77,10 +85,15 @@ class Conv(nn.Module):
 
 
 class ConvPool(nn.Module):
-    """Convolution, bias, relu and 2x2 max-pool, the last three in the order that costs least.
+    """3x3 convolution, bias, relu and 2x2 max-pool.
 
-    Bias and relu are monotonic, so relu(pool(x) + b) = pool(relu(x + b)), with the same gradient
-    and a quarter of the elementwise work. `repeat` is that of `Conv`.
+    It pools before bias and relu. Both are monotonic, so relu(pool(x) + b) = pool(relu(x + b)),
+    with the same gradient and a quarter of the elementwise work.
+
+    Attributes:
+        features: number of output channels.
+        repeat: see `Conv`.
+        dtype: dtype of the computation.
     """
 
     features: int
@@ -101,17 +114,17 @@ class ConvPool(nn.Module):
 class BatchNorm(nn.Module):
     """Batch norm (Ioffe and Szegedy, arXiv:1502.03167).
 
-    Variables and variance, E[x^2] - E[x]^2, are those of `flax.linen.BatchNorm` with momentum 0.9.
-    As a x + b, with two numbers for each channel, it takes two sums over the batch forward and two
-    backward. It computes in float32 and returns that: rounded only after what follows, it costs one
-    pass over the maps fewer.
+    Variables and the formula of the variance, E[x^2] - E[x]^2, are those of `flax.linen.BatchNorm`
+    with momentum 0.9. It is computed as a x + b, with two numbers per channel; this needs two sums
+    over the batch in the forward pass and two in the backward pass. It computes in float32 and
+    returns float32: rounding after the following operation saves one pass over the maps.
     """
 
     scale_init: Initializer = nn.initializers.ones
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Maps [batch, height, width, channels] to the same in float32."""
+        """Maps [batch, height, width, channels] to float32 of the same shape."""
         channels = x.shape[3:]
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
         running_variance = self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32)
@@ -131,13 +144,13 @@ class BatchNorm(nn.Module):
 
 
 def _he_normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Draws a kernel: as a matrix, which has the same fan-in and is compiled in half the time."""
+    """Draws a kernel as a matrix: the same fan-in, compiled in half the time."""
     matrix = (math.prod(shape[:-1]), shape[-1])
     return nn.initializers.he_normal()(key, matrix).reshape(shape)
 
 
 def _merge_equal(kernel: jax.Array, repeat: int) -> jax.Array:
-    """Adds up filters over equal channels: they see what their sum sees in one of each kind."""
+    """Sums the filters over repeated channels: equal to filtering the repeated input."""
     if repeat == 1:
         return kernel
     height, width, channels, features = kernel.shape

@@ -1,4 +1,4 @@
-"""Trees of variables by the paths of their leaves."""
+"""Conversion between nested dicts of variables and flat dicts by path."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns the leaves of nested dicts by their path, `params/stem/kernel`."""
+    """Returns the leaves of nested dicts by their paths, such as `params/stem/kernel`."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):
@@ -18,7 +18,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the nested dicts that `flatten` made flat."""
+    """Returns nested dicts from a flat dict; the inverse of `flatten`."""
     tree: dict[str, Any] = {}
     for name in flat:
         *where, last = name.split("/")

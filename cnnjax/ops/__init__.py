@@ -1,1 +1,1 @@
-"""What the networks compute with: layers, and the binding to oneDNN."""
+"""Operations of the networks: convolution and pooling, and the binding to oneDNN."""

@@ -1,9 +1,9 @@
-"""oneDNN's convolutions as calls that XLA makes from within its programs, on one CPU device.
+"""oneDNN's convolutions as foreign function calls in XLA programs, on one CPU device.
 
-XLA calls a foreign function with the address of a call frame, which names the arrays
-(https://docs.jax.dev/en/latest/ffi.html; `xla/ffi/api/c_api.h` in jaxlib). The function here is
-Python's: it waits for the interpreter's lock, and takes 8 microseconds beside the convolution
-(measured on a Sapphire Rapids Xeon). Programs with such calls can be kept in JAX's compilation
+XLA calls a foreign function with the address of a call frame, which describes the arrays
+(https://docs.jax.dev/en/latest/ffi.html; `xla/ffi/api/c_api.h` in jaxlib). The function here is a
+Python function: it needs the interpreter lock, and adds 8 microseconds to each convolution
+(measured on a Sapphire Rapids Xeon). Programs with such calls can be stored in JAX's compilation
 cache.
 """
 
@@ -28,14 +28,14 @@ import numpy as np
 from cnnjax.ops import onednn
 
 _TARGET = "cnnjax_convolution"
-_PLACES = "places"  # the one array that is not of numbers
+_PLACES = "places"  # the only array that does not have the dtype of the call
 
 
 @functools.cache
 def available() -> bool:
-    """Tells whether this process computes on one CPU device whose programs can call oneDNN.
+    """Returns whether this process computes on one CPU device and oneDNN works on it.
 
-    XLA would not divide the calls among several devices.
+    With several devices oneDNN is not used, because XLA cannot shard the calls over devices.
     """
     if onednn.library() is None or jax.default_backend() != "cpu" or jax.device_count() > 1:
         return False
@@ -43,18 +43,18 @@ def available() -> bool:
 
 
 def takes(dtype: Any) -> bool:
-    """Tells whether oneDNN computes in a type here."""
+    """Returns whether oneDNN supports a dtype on this CPU."""
     return bool(dtype == jnp.float32) or (dtype == jnp.bfloat16 and onednn.has_bfloat16())
 
 
 def convolution(x: jax.Array, kernel: jax.Array, pads: onednn.Pads, stride: int) -> jax.Array:
-    """Returns the cross-correlation of images with filters; no gradients of its own.
+    """Returns the cross-correlation of images with filters; JAX cannot differentiate it.
 
     Args:
         x: float32 or bfloat16 [batch, height, width, in].
-        kernel: [kernel height, kernel width, in, out], of x's dtype.
-        pads: rows of zeros (above, below) and columns of zeros (left, right).
-        stride: step of the filters in both directions, in pixels.
+        kernel: [kernel height, kernel width, in, out], of the dtype of x.
+        pads: number of zero rows (above, below) and zero columns (left, right).
+        stride: stride of the filters in both directions, in pixels.
 
     Returns:
         float32 [batch, height', width', out].
@@ -68,13 +68,19 @@ def convolution(x: jax.Array, kernel: jax.Array, pads: onednn.Pads, stride: int)
 def pooled_convolution(
     x: jax.Array, kernel: jax.Array, pads: onednn.Pads, stride: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the maxima of the 2x2 squares of a `convolution`, and of which pixel each is.
+    """Returns the maxima of the 2x2 squares of a `convolution`, and their positions.
 
-    Of a square of nothing but NaN or -inf, the maximum is the least float32 there is; else a NaN is
-    passed over.
+    NaN is ignored; the maximum of a square of only NaN or -inf is the lowest finite float32.
+
+    Args:
+        x: see `convolution`.
+        kernel: see `convolution`.
+        pads: see `convolution`.
+        stride: see `convolution`.
 
     Returns:
-        float32 [batch, height' // 2, width' // 2, out], and as many bytes, for the gradients.
+        The maxima, float32 [batch, height' // 2, width' // 2, out], and the positions in the
+        squares, uint8 of the same shape, for `gradients`.
     """
     maps = maps_of(x, kernel, pads, stride)
     pooled = onednn.pooled_sizes(maps)
@@ -94,21 +100,25 @@ def gradients(
     *,
     wanted: Sequence[Literal["gx", "gkernel"]] = ("gx", "gkernel"),
 ) -> tuple[jax.Array | None, jax.Array | None]:
-    """Returns those of `convolution` by images and by filters, from that by its result.
+    """Returns the gradients with respect to images and filters of a (pooled) `convolution`.
 
-    In one call: with another program's threads in between, g would leave the cores' caches.
+    Both are computed in one call, which keeps g in the caches of the cores.
 
     Args:
-        x: as `convolution` has it.
-        kernel: likewise.
-        g: gradient by what `convolution` returned, or `pooled_convolution`; of x's dtype.
-        pads: as `convolution` has them.
-        stride: likewise.
-        places: what `pooled_convolution` returned beside that.
-        wanted: which of the two to compute; the other is None.
+        x: see `convolution`.
+        kernel: see `convolution`.
+        g: gradient with respect to the result of `convolution`, or to the maxima of
+            `pooled_convolution`; of the dtype of x.
+        pads: see `convolution`.
+        stride: see `convolution`.
+        places: the positions that `pooled_convolution` returned; None without a pool.
+        wanted: names of the gradients to compute; the other one is None.
 
     Returns:
-        float32, of the shapes of x and of the kernel.
+        The gradients (gx, gkernel), float32, of the shapes of x and kernel.
+
+    Raises:
+        TypeError: the arrays differ in dtype, or the shapes of g and places do not fit.
     """
     maps = g.shape
     given = {"x": x, "kernel": kernel, "g": g}
@@ -119,7 +129,10 @@ def gradients(
     if places is not None:
         maps, given = maps_of(x, kernel, pads, stride), given | {_PLACES: places}
         if not g.shape == places.shape == onednn.pooled_sizes(maps):
-            raise TypeError(f"{maps} do not pool to {g.shape} and {places.shape}")
+            raise TypeError(
+                f"g and places have shapes {g.shape} and {places.shape}, which do not fit pooled"
+                f" maps of shape {maps}"
+            )
     shapes = {"gx": x.shape, "gkernel": kernel.shape}
     results = {name: shapes[name] for name in wanted}
     sizes = x.shape, kernel.shape, maps
@@ -130,7 +143,7 @@ def gradients(
 def maps_of(
     x: jax.Array, kernel: jax.Array, pads: onednn.Pads, stride: int
 ) -> tuple[int, int, int, int]:
-    """Returns the shape of what `convolution` returns."""
+    """Returns the shape of the result of `convolution`."""
     sides = zip(x.shape[1:3], pads, kernel.shape[:2], strict=True)
     height, width = ((side + sum(pad) - window) // stride + 1 for side, pad, window in sides)
     return x.shape[0], height, width, kernel.shape[3]
@@ -139,11 +152,13 @@ def maps_of(
 def _call(
     given: Mapping[str, jax.Array], results: Mapping[Any, tuple[int, ...]], *sizes: Any
 ) -> Sequence[jax.Array]:
-    """Calls `onednn.Call`, whose roles are the names of the arrays."""
+    """Calls `onednn.Call`; its roles are the names of the arrays."""
     dtype, *others = (array.dtype for name, array in given.items() if name != _PLACES)
     for other in others:
         if other != dtype:
-            raise TypeError(f"a convolution needs arrays of one type, got {dtype} and {other}")
+            raise TypeError(
+                f"a convolution needs arrays of the same dtype, got {dtype} and {other}"
+            )
     _register()
     like = [
         jax.ShapeDtypeStruct(shape, jnp.uint8 if name == _PLACES else jnp.float32)
@@ -258,7 +273,7 @@ _METADATA, _INTERNAL = 1, 13  # of XLA_FFI_Extension_Type and XLA_FFI_Error_Code
 
 @ctypes.CFUNCTYPE(c_void_p, POINTER(_CallFrame))
 def _handler(frame: Any) -> int | None:
-    """Serves XLA: returns None, or the address of an error of XLA's."""
+    """Handles a call from XLA; returns None, or the address of an XLA error."""
     try:
         _keep_thread()
         _serve(frame.contents)
@@ -268,8 +283,8 @@ def _handler(frame: Any) -> int | None:
         failure = _Failure(ctypes.sizeof(_Failure), None, message, _INTERNAL)
         address: int = frame.contents.api.contents.create_error(ctypes.byref(failure))
         if isinstance(error, KeyboardInterrupt):
-            # XLA knows errors alone; whom it was for hears of it a little later, once XLA has
-            # returned: here it would end this function without an answer to XLA.
+            # XLA only knows errors, and this function must return to XLA. The interrupt is sent to
+            # the main thread again a little later, after XLA has returned.
             passed_on = threading.main_thread().ident, signal.SIGINT
             timer = threading.Timer(0.1, signal.pthread_kill, passed_on)
             timer.daemon = True
@@ -281,19 +296,19 @@ _thread_local = threading.local()
 
 
 def _keep_thread() -> None:
-    """Lets Python know XLA's thread for good; making it known takes as long as all else here."""
+    """Registers XLA's thread with Python permanently; registration at each call would be slow."""
     if not hasattr(_thread_local, "known"):
         _thread_local.known = ctypes.pythonapi.PyGILState_Ensure()  # never released
 
 
 def _serve(frame: _CallFrame) -> None:
     if frame.extension and frame.extension.contents.type == _METADATA:
-        # XLA asks which version of the interface this is made for: its own, since within a major
-        # version structures only grow at their ends.
+        # XLA asks for the version of the interface that this code supports. The answer is XLA's own
+        # version: within a major version, structures only grow at their ends.
         version = frame.extension.contents.metadata.contents.version
         runtime = frame.api.contents.version
         if runtime.major != 0:
-            raise RuntimeError(f"XLA's interface has version {runtime.major}")
+            raise RuntimeError(f"XLA's FFI has the unsupported major version {runtime.major}")
         version.major, version.minor = runtime.major, runtime.minor
         return
     text = frame.attributes.texts[0].contents
@@ -307,13 +322,13 @@ def _serve(frame: _CallFrame) -> None:
         compute(dict(zip(roles, addresses, strict=True)))
 
 
-# One call uses all cores; and a primitive holds the addresses of one call.
+# One call uses all cores, and a primitive holds the addresses of one call.
 _one_at_a_time = threading.Lock()
 
 
 @functools.cache
 def _computation(text: bytes) -> tuple[list[str], onednn.Call]:
-    """Returns the names of a call's arrays and its kernels; kept, for each size that there is."""
+    """Returns the names of a call's arrays and its kernels, cached by shapes and dtype."""
     roles, *sizes = json.loads(text)
     return roles, onednn.Call(roles, *sizes)
 
@@ -325,10 +340,10 @@ def _register() -> None:
 
 
 def _finish() -> None:
-    """Waits for what XLA still computes: once Python ends, it would wait for Python forever."""
+    """Waits for running XLA programs at exit: without Python, their calls would hang forever."""
     with contextlib.suppress(Exception):
         jax.block_until_ready(jax.live_arrays())
-        # What has no name any more is done before what the same thread asks for later.
+        # Programs whose results were dropped finish before a program that is started later.
         jax.block_until_ready(_all_three(*_example()))
 
 
@@ -336,7 +351,7 @@ _PADS, _STRIDE = ((1, 0), (0, 1)), 2
 
 
 def _example() -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns images, filters and a gradient of the maps."""
+    """Returns example images, filters and a gradient with respect to the maps."""
     rng = np.random.default_rng(0)
     shapes = (2, 6, 5, 4), (3, 3, 4, 8), (2, 3, 2, 8)
     x, kernel, g = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
@@ -353,7 +368,7 @@ def _all_three(x: jax.Array, kernel: jax.Array, g: jax.Array) -> tuple[jax.Array
 
 
 def _works() -> bool:
-    """Compares what all three calls give with XLA's own convolution."""
+    """Returns whether the results of all three calls agree with XLA's own convolution."""
 
     def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
         return jax.lax.conv_general_dilated(
@@ -361,11 +376,11 @@ def _works() -> bool:
         )
 
     try:
-        with jax.ensure_compile_time_eval():  # also when asked while a program is traced
+        with jax.ensure_compile_time_eval():  # works while a program is traced
             x, kernel, g = _example()
             y, pull = jax.vjp(plain, x, kernel)
             pairs = zip(_all_three(x, kernel, g), (y, *pull(g)), strict=True)
             return all(bool(jnp.allclose(a, b, rtol=1e-4, atol=1e-3)) for a, b in pairs)
     except Exception as error:
-        warnings.warn(f"oneDNN does not serve here: {error}", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"oneDNN is not used, as it failed: {error}", RuntimeWarning, stacklevel=2)
         return False

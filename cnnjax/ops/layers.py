@@ -1,8 +1,7 @@
 """Convolution and pooling in the forms that XLA compiles well.
 
-Each has the plain form's meaning, values and first gradients, in reverse mode; the tests hold it
-against that form.
-Images are NHWC and kernels HWIO throughout.
+Each function has the same values and the same first reverse-mode gradients as the plain form; the
+tests compare the two. Images are NHWC and kernels HWIO throughout.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ from cnnjax.ops import ffi, onednn
 Padding = Literal["SAME", "VALID"]
 Dtype = Any
 
-# Bytes of maps from which on they had better not be written down. On 2 cores of a Xeon, with 2 MiB
-# of second-level cache each, the post's network takes a step 8 % faster then at batch 32 (15 MiB),
-# twice as fast at 128; at 8 (4 MiB), it would be slower by a third.
+# Feature maps of at least this size in bytes are pooled without storing them whole. On 2 cores of a
+# Xeon, with 2 MiB of L2 cache each, a step of the blog post's network is then 8 % faster at batch
+# size 32 (15 MiB) and twice as fast at 128. At batch size 8 (4 MiB) it would be a third slower.
 _LARGE = 2**23
 
 _portable: ContextVar[bool] = ContextVar("portable", default=False)
@@ -36,9 +35,9 @@ _portable: ContextVar[bool] = ContextVar("portable", default=False)
 
 @contextlib.contextmanager
 def portable() -> Iterator[None]:
-    """Keeps what is traced in the block to forms that every platform has.
+    """Uses only operations of all platforms in functions traced inside this block.
 
-    JAX traces a function once: one that it has traced before stays as it was.
+    JAX traces a function once per signature: a function traced before the block is not changed.
     """
     token = _portable.set(True)
     try:
@@ -55,22 +54,23 @@ def conv(
     padding: Padding = "SAME",
     dtype: Dtype = None,
 ) -> jax.Array:
-    """Convolves images with a bank of filters (cross-correlation, as the field has it).
+    """Convolves images with a bank of filters (without flipping them: cross-correlation).
 
     Args:
         x: float [batch, height, width, in].
         kernel: float [kernel height, kernel width, in, out].
-        stride: step of the filters in both directions, in pixels.
+        stride: stride of the filters in both directions, in pixels.
         padding: `SAME` pads with zeros to ceil(size / stride), `VALID` does not pad.
-        dtype: what both are rounded to, and what products are taken in; by default x's. Where
-            oneDNN serves, float32 in place of bfloat16 for images of one channel: it is faster.
+        dtype: dtype to which x and the kernel are rounded before they are multiplied; by default
+            the dtype of x. If oneDNN is used, images of one channel use float32 instead of
+            bfloat16, which is faster.
 
     Returns:
-        [batch, height', width', out], of `dtype`, or of float32 where the sums are at hand in that.
+        [batch, height', width', out] of `dtype`, or of float32 if oneDNN is used.
     """
     dtype = x.dtype if dtype is None else jnp.dtype(dtype)
     if (taken := _onednn_takes(x, dtype)) is not None:
-        if kernel.shape[:2] == (1, 1):  # it sees no other pixels, and oneDNN is faster without them
+        if kernel.shape[:2] == (1, 1):  # needs no other pixels; oneDNN is faster without stride
             x, stride = x[:, ::stride, ::stride], 1
         both = (a.astype(jnp.float32) for a in (x, kernel))
         return conv_onednn(*both, stride, padding, taken)
@@ -80,20 +80,20 @@ def conv(
 def conv_pool(
     x: jax.Array, kernel: jax.Array, *, padding: Padding = "SAME", dtype: Dtype = None
 ) -> jax.Array:
-    """Convolves with stride 1 and takes the maximum of each 2x2 square: `max_pool` of `conv`.
+    """Convolves with stride 1 and takes the maximum of each 2x2 square: `max_pool(conv(...))`.
 
-    Where oneDNN serves, a few images at a time pass both if the maps between them are large, which
-    then need no memory. A NaN among numbers is passed over there; a square of nothing but NaN or
-    -inf is NaN.
+    If oneDNN is used and the maps before the pool are large, both operations are applied to a few
+    images at a time, and the maps are not stored. In this case a square with numbers and NaN has
+    the maximum of the numbers; a square of only NaN or -inf is NaN.
 
     Args:
         x: float [batch, height, width, in].
         kernel: float [kernel height, kernel width, in, out].
-        padding: as `conv` has it.
-        dtype: likewise.
+        padding: see `conv`.
+        dtype: see `conv`.
 
     Returns:
-        [batch, height' // 2, width' // 2, out], of the dtype that `conv` has.
+        [batch, height' // 2, width' // 2, out], of the same dtype as the result of `conv`.
     """
     dtype = x.dtype if dtype is None else jnp.dtype(dtype)
     maps = ffi.maps_of(x, kernel, _pads(x, kernel, 1, padding), 1)
@@ -105,11 +105,11 @@ def conv_pool(
 
 
 def dense_dtype(dtype: Dtype) -> Dtype:
-    """Returns what a dense layer had better compute in, instead of a dtype.
+    """Returns the dtype in which a dense layer should compute.
 
-    For bfloat16 that is float32 on a CPU: XLA multiplies in float32 there, having rounded the
-    weights to bfloat16 and back. Without that the post's network takes a step of batch 32 a fifth
-    faster, one of batch 8 almost twice as fast (2 cores of a Xeon).
+    It is `dtype`, except float32 for bfloat16 on a CPU. There XLA multiplies in float32 anyway,
+    after rounding the weights to bfloat16. Without the rounding a step of the blog post's network
+    is a fifth faster at batch size 32 and almost twice as fast at 8 (2 cores of a Xeon).
     """
     if dtype == jnp.bfloat16 and not _portable.get() and jax.default_backend() == "cpu":
         return jnp.dtype(jnp.float32)
@@ -117,7 +117,7 @@ def dense_dtype(dtype: Dtype) -> Dtype:
 
 
 def _onednn_takes(x: jax.Array, dtype: Dtype) -> Dtype:
-    """Returns what oneDNN is to take products of images in; None where it does not serve."""
+    """Returns the dtype in which oneDNN convolves the images x; None if oneDNN is not used."""
     if _portable.get() or not ffi.available():
         return None
     if x.shape[3] == 1 and dtype == jnp.bfloat16:
@@ -126,7 +126,7 @@ def _onednn_takes(x: jax.Array, dtype: Dtype) -> Dtype:
 
 
 def conv_plain(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> jax.Array:
-    """XLA's own convolution: `conv` where nothing is faster, and what the tests hold it against."""
+    """XLA's convolution: used by `conv` if oneDNN is not available, and the reference in tests."""
     return lax.conv_general_dilated(
         x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
@@ -141,9 +141,10 @@ def conv_onednn(
     dtype: Dtype = jnp.float32,
     pooled: bool = False,
 ) -> jax.Array:
-    """`conv` of float32 by oneDNN, or `conv_pool`, and so its gradients, all float32.
+    """`conv`, or `conv_pool` if `pooled`, of float32 arrays by oneDNN, with float32 gradients.
 
-    None is rounded to `dtype` on its way out: XLA would convert it back, pixel by pixel.
+    The inputs are rounded to `dtype`. Results and gradients are not, because XLA would only convert
+    them back to float32.
     """
     y, _ = _computed(x.astype(dtype), kernel.astype(dtype), stride, padding, pooled)
     return y
@@ -152,7 +153,7 @@ def conv_onednn(
 def _computed(
     x: jax.Array, kernel: jax.Array, stride: int, padding: Padding, pooled: bool
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Returns the result, and what the gradients of a pool want to know of it."""
+    """Returns the result, and the positions of the maxima for the gradients (None without pool)."""
     pads = _pads(x, kernel, stride, padding)
     if not pooled:
         return ffi.convolution(x, kernel, pads, stride), None
@@ -177,7 +178,7 @@ def _conv_onednn_forward(
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array | None, Partial]]:
     both = x.value.astype(dtype), kernel.value.astype(dtype)
     y, places = _computed(*both, stride, padding, pooled)
-    # XLA cannot leave out that half of a call which nothing needs, as the gradient by the images.
+    # XLA cannot remove half of a call, such as an unused gradient with respect to the images.
     needed = _GRADIENTS[x.perturbed, kernel.perturbed]
     return y, (*both, places, Partial(needed))
 
@@ -190,7 +191,7 @@ def _conv_onednn_backward(
     saved: tuple[jax.Array, jax.Array, jax.Array | None, Partial],
     g: jax.Array | SymbolicZero,
 ) -> tuple[jax.Array | None, jax.Array | None]:
-    if isinstance(g, SymbolicZero):  # nothing comes of the result
+    if isinstance(g, SymbolicZero):  # the loss does not depend on the result
         return None, None
     x, kernel, places, gradients = saved
     pads = _pads(x, kernel, stride, padding)
@@ -224,7 +225,7 @@ def max_pool(x: jax.Array) -> jax.Array:
 
 
 def max_pool_plain(x: jax.Array) -> jax.Array:
-    """XLA's own pool; its gradient is a select-and-scatter, which is slow on a CPU."""
+    """XLA's max-pool; its gradient is a select-and-scatter, which is slow on a CPU."""
     window = (1, 2, 2, 1)
     y: jax.Array = lax.reduce_window(x, -jnp.inf, lax.max, window, window, "VALID")
     return y
@@ -232,10 +233,10 @@ def max_pool_plain(x: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def max_pool_by_corners(x: jax.Array) -> jax.Array:
-    """The same from the four corners of each square; its gradient compares, and selects.
+    """`max_pool` as a maximum of four strided slices; its gradient uses comparisons and selects.
 
-    That is one pass over memory, except on a TPU: it lays out pixels in tiles, and XLA copies the
-    corners from layout to layout there.
+    This is one pass over memory, except on a TPU: pixels are laid out in tiles there, and XLA
+    copies the slices between layouts.
     """
     a, b, c, d = _corners(x)
     return jnp.maximum(jnp.maximum(a, b), jnp.maximum(c, d))
@@ -273,14 +274,14 @@ def _corners(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
 
 
 def mean_around(x: jax.Array, deviation: float) -> jax.Array:
-    """Takes the mean around each pixel, under a Gaussian; what lies beyond the edge has no weight.
+    """Returns the Gaussian weighted mean around each pixel; padding has no weight.
 
     Args:
         x: float [batch, height, width, channels].
-        deviation: the Gaussian's, as a part of the side.
+        deviation: standard deviation of the Gaussian, as a fraction of the side.
 
     Returns:
-        The same shape.
+        An array of the same shape.
     """
     if _portable.get():
         return mean_around_by_products(x, deviation)
@@ -290,19 +291,20 @@ def mean_around(x: jax.Array, deviation: float) -> jax.Array:
 
 
 def mean_around_by_products(x: jax.Array, deviation: float) -> jax.Array:
-    """The same by a matrix for the rows and one for the columns: an accelerator's form.
+    """`mean_around` as a matrix product for the rows and one for the columns, for accelerators.
 
-    A convolution with filters as wide would cost far more.
+    A convolution with filters of the same width would be far slower.
     """
     rows, columns = (_gaussian(side, deviation) for side in x.shape[1:3])
     return _by_rows_and_columns(rows, x, columns)
 
 
 def mean_around_by_thin_products(x: jax.Array, deviation: float) -> jax.Array:
-    """The same by matrices of which each is two thin ones: at 96 pixels a third of the operations.
+    """`mean_around` by low-rank matrices: at 96 pixels a third of the operations, for CPUs.
 
-    A Gaussian passes few frequencies: of one with a deviation of a twelfth of the side, whatever
-    that is, 24 singular values are what float32 can tell from nothing beside the first.
+    Each Gaussian matrix is factored into two thin matrices. A Gaussian is a low-pass filter: with a
+    deviation of 1/12 of the side, only 24 singular values are above float32 precision relative to
+    the first, at any image size.
     """
     thin = (_thin_gaussian(side, deviation) for side in x.shape[1:3])
     for rows, columns in zip(*thin, strict=True):
@@ -311,7 +313,7 @@ def mean_around_by_thin_products(x: jax.Array, deviation: float) -> jax.Array:
 
 
 def _by_rows_and_columns(rows: np.ndarray, x: jax.Array, columns: np.ndarray) -> jax.Array:
-    # In full on accelerators too: what is near this mean is told apart from it by subtraction.
+    # Full float32 precision on accelerators too, because the mean is subtracted from close values.
     return jnp.einsum(
         "ij,bjkc,lk->bilc",
         rows.astype(x.dtype),
@@ -323,14 +325,14 @@ def _by_rows_and_columns(rows: np.ndarray, x: jax.Array, columns: np.ndarray) ->
 
 @functools.cache
 def _thin_gaussian(side: int, deviation: float) -> tuple[np.ndarray, np.ndarray]:
-    """Returns [rank, side] and [side, rank]: `_gaussian` is the second times the first."""
+    """Returns matrices [rank, side] and [side, rank]; second @ first equals `_gaussian`."""
     left, values, right = np.linalg.svd(_gaussian(side, deviation))
     told = values > 2**-22 * values[0]
     return right[told], (left * values)[:, told]
 
 
 def _gaussian(side: int, deviation: float) -> np.ndarray:
-    """Returns [side, side]: row i weighs the pixels around pixel i, and sums to 1."""
+    """Returns [side, side]; row i has the weights of the pixels around pixel i, with sum 1."""
     at = np.arange(side)
     weights = np.exp(-0.5 * np.square((at[:, None] - at) / (deviation * side)))
     return weights / weights.sum(1, keepdims=True)

@@ -1,11 +1,13 @@
-"""oneDNN's convolutions, and the max-pool after one, on an x86 CPU, by its C API.
+"""Convolution, and convolution with max-pool, by the C API of oneDNN on an x86 CPU.
 
-XLA's own convolution on a CPU is Eigen's, and its gradients are several times slower than oneDNN's
-(https://uxlfoundation.github.io/oneDNN). The package onednn-cpu-gomp brings that library, on Linux,
-and OpenMP's threads come from the system's libgomp. `cnnjax.ops.ffi` lets XLA call what is here.
+XLA's own convolution on a CPU is Eigen's; its gradients are several times slower than oneDNN's
+(https://uxlfoundation.github.io/oneDNN). The package onednn-cpu-gomp provides the library on Linux,
+with OpenMP threads from the system's libgomp. `cnnjax.ops.ffi` makes these functions callable from
+XLA.
 
-Images are NHWC and filters HWIO in memory. A primitive, in oneDNN's words, is a kernel made for
-given sizes; it is found once a process and keeps the filters' order in memory that is fastest.
+Images are NHWC and filters HWIO in memory. A primitive is oneDNN's term for a kernel that is
+compiled for given sizes. It is made once per process and uses the fastest memory layout of the
+filters.
 """
 
 from __future__ import annotations
@@ -31,25 +33,26 @@ Kind = Literal["forward", "input gradient", "filter gradient"]
 # From oneDNN's dnnl_types.h and dnnl_common_types.h, version 3.
 _CPU, _IN_ORDER, _DIRECT, _TRAINING, _ANY = 1, 1, 1, 64, 1
 _TYPES = {"bfloat16": 2, "float32": 3, "uint8": 6}
-_MAX = 0x1FF  # of a pool
+_MAX = 0x1FF  # the max-pool algorithm
 _SRC, _DST, _WEIGHTS, _WORKSPACE, _SCRATCHPAD = 1, 17, 33, 64, 80
 _DIFF_SRC, _DIFF_DST, _DIFF_WEIGHTS = 129, 145, 161
 _WEIGHTS_MD, _DIFF_WEIGHTS_MD, _WORKSPACE_MD, _SCRATCHPAD_MD = 131, 132, 135, 136
-_USER = 1  # whose scratchpad
-_AVX2, _AVX512 = 0x7, 0x27  # the latter with its instructions for bytes, words and short vectors
-_ALLOCATE = c_void_p(2**64 - 1)  # in place of an address: memory of oneDNN's own
+_USER = 1  # scratchpad mode: memory of the user
+_AVX2, _AVX512 = 0x7, 0x27  # the latter is AVX-512 with the BW, VL and DQ extensions
+_ALLOCATE = c_void_p(2**64 - 1)  # as an address: oneDNN allocates the memory
 _Dims = c_int64 * 12
 
 _BYTES = {"bfloat16": 2, "float32": 4}
 
-# OpenMP starts so many for each of XLA's threads that calls; small networks have no use for more.
+# OpenMP starts this number of threads for each calling thread of XLA. Small networks gain nothing
+# from more.
 _THREADS = 16
 
-# Bytes of maps for each thread that go from a convolution to its pool at once: what stays in a
-# core's cache until then.
+# Bytes of maps per thread that are computed before they are pooled: few enough to stay in the cache
+# of a core.
 _PIECE = 2**20
 
-# The arrays of each kind of convolution, with oneDNN's numbers for them; the last is the result.
+# The arrays of each kind of convolution, with oneDNN's numbers; the last array is the result.
 _ROLES: dict[Kind, dict[str, int]] = {
     "forward": {"x": _SRC, "kernel": _WEIGHTS, "y": _DST},
     "input gradient": {"g": _DIFF_DST, "kernel": _WEIGHTS, "gx": _DIFF_SRC},
@@ -58,15 +61,15 @@ _ROLES: dict[Kind, dict[str, int]] = {
 
 
 class Convolution(NamedTuple):
-    """A convolution of images, and all that its kernels are made for.
+    """Dtype, shapes, stride and padding of a convolution.
 
     Attributes:
-        dtype: of the arrays that are given, float32 or bfloat16; results are float32.
-        images: [batch, height, width, in].
-        filters: [kernel height, kernel width, in, out].
-        maps: [batch, height', width', out].
-        stride: step of the filters in both directions, in pixels.
-        pads: rows of zeros (above, below) and columns of zeros (left, right).
+        dtype: dtype of the input arrays, float32 or bfloat16; results are float32.
+        images: shape [batch, height, width, in].
+        filters: shape [kernel height, kernel width, in, out].
+        maps: shape [batch, height', width', out] of the result.
+        stride: stride of the filters in both directions, in pixels.
+        pads: number of zero rows (above, below) and zero columns (left, right).
     """
 
     dtype: str
@@ -77,15 +80,15 @@ class Convolution(NamedTuple):
     pads: Pads
 
     def of(self, count: int) -> Convolution:
-        """Returns that of so many images."""
+        """Returns the same convolution for another number of images."""
         return self._replace(images=(count, *self.images[1:]), maps=(count, *self.maps[1:]))
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """Returns the library; None where it is not installed, does not load, or finds no AVX2.
+    """Returns the oneDNN library, or None if it is missing, fails to load, or the CPU lacks AVX2.
 
-    CNNJAX_ONEDNN=0 in the environment has the same effect.
+    It is also None if the environment variable CNNJAX_ONEDNN is 0.
     """
     if (
         os.environ.get("CNNJAX_ONEDNN") == "0"
@@ -105,14 +108,15 @@ def library() -> ctypes.CDLL | None:
 
 @contextlib.contextmanager
 def _staying_awake() -> Iterator[None]:
-    """Has libgomp, if it is loaded in the block, spin longer before its threads sleep.
+    """Makes libgomp's threads spin longer before they sleep, if it is loaded in this block.
 
-    Where it counts more threads than cores, as each of XLA's that calls has its own, they spin a
-    hundred times by default: too short to bridge the time between two calls. Other waits stay as
-    they are by default (https://gcc.gnu.org/onlinedocs/libgomp/GOMP_005fSPINCOUNT.html).
+    Each calling thread of XLA has its own OpenMP threads. If libgomp counts more threads than
+    cores, they spin only a hundred times by default, which is shorter than the time between two
+    calls. The other waits keep their defaults
+    (https://gcc.gnu.org/onlinedocs/libgomp/GOMP_005fSPINCOUNT.html).
     """
     wanted = {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "300000"}
-    if wanted.keys() & os.environ.keys():  # the user's own
+    if wanted.keys() & os.environ.keys():  # settings of the user have priority
         yield
         return
     os.environ.update(wanted)
@@ -124,44 +128,44 @@ def _staying_awake() -> Iterator[None]:
 
 
 def has_bfloat16() -> bool:
-    """Tells whether this CPU has AVX-512, without which oneDNN has no kernels for bfloat16."""
+    """Returns whether this CPU has AVX-512, which oneDNN's bfloat16 kernels need."""
     found = library()
     return found is not None and found.dnnl_get_effective_cpu_isa() & _AVX512 == _AVX512
 
 
 def pooled_sizes(maps: Sequence[int]) -> tuple[int, int, int, int]:
-    """Returns what a pool of 2x2 squares leaves of [batch, height, width, channels]."""
+    """Returns the shape of maps [batch, height, width, channels] after a 2x2 pool."""
     batch, height, width, channels = maps
     return batch, height // 2, width // 2, channels
 
 
 class Call:
-    """A convolution or its gradients, or those of one with a max-pool: kernels, one after another.
+    """A convolution or its gradients, with or without a max-pool, as a sequence of kernels.
 
-    The pool is of squares of 2x2; a last odd row or column is dropped. The maps between the two,
-    the largest arrays of a network that pools, are never whole: a few images at a time pass both,
-    in memory that stays in the cores' caches.
+    The pool takes squares of 2x2; a last odd row or column is dropped. The maps between convolution
+    and pool would be the largest arrays of the network. They are never stored whole: both
+    operations are applied to a few images at a time, in memory that stays in the cores' caches.
     """
 
     def __init__(self, roles: Sequence[str], *sizes: Any) -> None:
-        """Makes the kernels.
+        """Creates the kernels.
 
         Args:
-            roles: what arrays there are. Given are x, images, kernel, filters, and g, the maps'
-                gradient; results are y, maps, and gx and gkernel, gradients. With a pool, y and g
-                are of the maxima, and there are places: which of its four pixels each maximum was,
-                in a byte.
-            sizes: what `Convolution` holds; maps are those before a pool.
+            roles: names of the arrays. Inputs are x (images), kernel (filters) and g (gradient with
+                respect to the maps); results are y (maps), gx and gkernel (gradients). With a pool,
+                y and g belong to the maxima, and there is an array `places` of bytes: the position
+                of each maximum among its four pixels.
+            sizes: the fields of `Convolution`; its maps are those before a pool.
 
         Raises:
-            RuntimeError: oneDNN has no such kernels.
+            RuntimeError: oneDNN has no kernels for these sizes.
         """
         whole = Convolution(*sizes)
         batch, pieces = whole.images[0], 1
-        self._arrays: list[tuple[c_void_p, str, int]] = []  # each with its role and first byte
+        self._arrays: list[tuple[c_void_p, str, int]] = []  # (memory, role, offset in bytes)
         self._kernels: list[_Kernel] = []
-        self._filters: dict[tuple[Kind, int], c_void_p] = {}  # in the order that is fastest
-        self._between: c_void_p | None = None  # the maps, where they are pooled at once
+        self._filters: dict[tuple[Kind, int], c_void_p] = {}  # in the fastest layout
+        self._between: c_void_p | None = None  # address of the maps before a pool
         if "places" in roles:
             threads = min(_THREADS, _openmp().omp_get_max_threads())
             of_image = math.prod(whole.maps[1:]) * _BYTES["float32"]
@@ -181,14 +185,16 @@ class Call:
                     self._pool("y", part, start)
 
     def __call__(self, addresses: Mapping[str, int]) -> None:
-        """Computes, from and to the arrays at these addresses, by role.
+        """Runs the kernels on arrays in memory. Must not be called by two threads at once.
 
-        Not to be called by two threads at once.
+        Args:
+            addresses: the address of each array, by role.
 
         Raises:
             RuntimeError: oneDNN failed.
         """
-        # All before the first kernel: OpenMP's threads stay awake for microseconds between two.
+        # All addresses are set before the first kernel: between two kernels, OpenMP's threads stay
+        # awake for microseconds only.
         handle = _api().dnnl_memory_set_data_handle
         for memory, role, offset in self._arrays:
             _check("dnnl_memory_set_data_handle", handle(memory, addresses[role] + offset))
@@ -196,18 +202,18 @@ class Call:
             kernel()
 
     def _array(self, role: str, description: c_void_p, offset: int = 0) -> c_void_p:
-        """Returns the memory of an array, which each call places."""
+        """Returns a memory object for an array; each call sets its address."""
         memory = _memory(description, None)
         self._arrays.append((memory, role, offset))
         return memory
 
     def _images(self, role: str, sizes: Sequence[int], dtype: str, start: int) -> c_void_p:
-        """Returns the memory of images, or of what belongs to each, from a number on."""
+        """Returns a memory object for a part of images or maps, starting at image `start`."""
         offset = start * math.prod(sizes[1:]) * _BYTES[dtype]
         return self._array(role, _channels_last(sizes, dtype), offset)
 
     def _convolve(self, kind: Kind, part: Convolution, start: int) -> None:
-        """Adds the kernels of a part of the images."""
+        """Adds the kernels of the convolution for a part of the images."""
         kernel = _convolution(kind, part)
         *_, result = _ROLES[kind]
         arguments = []
@@ -231,7 +237,7 @@ class Call:
             self._kernels.append(_reorder(theirs, ordered, ours, found, add=start > 0))
 
     def _ordered(self, kind: Kind, part: Convolution, kernel: c_void_p) -> c_void_p:
-        """Returns memory for filters in a kernel's order; given ones are written there first."""
+        """Returns memory for the filters in a kernel's layout; input filters are copied to it."""
         key = kind, part.images[0]
         if key not in self._filters:
             gradient = kind == "filter gradient"
@@ -244,7 +250,7 @@ class Call:
         return self._filters[key]
 
     def _pool(self, role: str, part: Convolution, start: int) -> None:
-        """Adds the pool of a part's maps, y, or what spreads their gradient, g, over pixels."""
+        """Adds the pool of a part of the maps (role y), or the gradient of the pool (role g)."""
         forward = role == "y"
         dtype = "float32" if forward else part.dtype
         pooled = pooled_sizes(part.maps)
@@ -262,7 +268,9 @@ class Call:
         theirs = _queried(kernel, _WORKSPACE_MD)
         size = _api().dnnl_memory_desc_get_size(theirs)
         if size != math.prod(pooled):
-            raise RuntimeError(f"places of {math.prod(pooled)} maxima take {size} bytes")
+            raise RuntimeError(
+                f"the workspace of {math.prod(pooled)} maxima has {size} bytes, expected one each"
+            )
         places = self._array("places", theirs, start * math.prod(pooled[1:]))
         numbers = (_SRC, _DST) if forward else (_DIFF_SRC, _DIFF_DST)
         whole, less = _memory(sides[0], self._between), self._images(role, pooled, dtype, start)
@@ -300,7 +308,7 @@ def _convolution(kind: Kind, sizes: Convolution) -> c_void_p:
     def filters(dtype: str) -> c_void_p:
         return _described((features, channels, height, width), dtype, None)
 
-    # The gradients' kernels want that of a convolution of given arrays for a hint.
+    # The kernels of the gradients need a forward convolution of the same inputs as a hint.
     forward = _new(
         "dnnl_convolution_forward_primitive_desc_create",
         _engine(), _TRAINING, _DIRECT, _channels_last(sizes.images, given), filters(given), None,
@@ -325,8 +333,8 @@ def _convolution(kind: Kind, sizes: Convolution) -> c_void_p:
 def _reorder(
     before: c_void_p, given: c_void_p, after: c_void_p, result: c_void_p, *, add: bool = False
 ) -> _Kernel:
-    """Returns the kernel that writes filters in another order, or adds them to what is there."""
-    with _at_most(1):  # filters are small: waking a second thread takes longer
+    """Returns the kernel that copies filters to another layout, or adds them to the result."""
+    with _at_most(1):  # filters are small: waking a second thread would take longer
         description = _new(
             "dnnl_reorder_primitive_desc_create",
             before, _engine(), after, _engine(), _attributes(add=add),
@@ -338,7 +346,7 @@ def _reorder(
 def _api() -> ctypes.CDLL:
     found = library()
     if found is None:
-        raise RuntimeError(f"no {PACKAGE} here")
+        raise RuntimeError(f"the package {PACKAGE} is not installed or not usable")
     found.dnnl_primitive_desc_query_md.restype = c_void_p
     found.dnnl_primitive_desc_query_md.argtypes = (c_void_p, c_int, c_int)
     found.dnnl_memory_set_data_handle.argtypes = (c_void_p, c_void_p)
@@ -355,10 +363,12 @@ def _engine() -> c_void_p:
 
 @functools.cache
 def _attributes(*, add: bool = False) -> c_void_p:
-    """Returns the wish for scratch memory of our own; oneDNN's may be of the thread that calls.
+    """Returns attributes of a primitive: scratch memory is provided by the caller.
+
+    oneDNN's own scratch memory may belong to the calling thread.
 
     Args:
-        add: and that the result is added to what is there.
+        add: whether the result is added to the existing values.
     """
     created = _new("dnnl_primitive_attr_create")
     name = "dnnl_primitive_attr_set_scratchpad_mode"
@@ -378,7 +388,13 @@ def _stream() -> c_void_p:
 
 
 def _described(sizes: Sequence[int], dtype: str, order: Sequence[int] | None) -> c_void_p:
-    """Returns the description of an array: its axes from the outermost in memory; None for any."""
+    """Returns the description of an array.
+
+    Args:
+        sizes: size of each axis.
+        dtype: `float32`, `bfloat16` or `uint8`.
+        order: the axes, from the outermost to the innermost in memory; None lets oneDNN choose.
+    """
     number, dims = len(sizes), _Dims(*sizes)
     if order is None:
         name = "dnnl_memory_desc_create_with_tag"
@@ -407,7 +423,7 @@ def _memory(description: c_void_p, address: c_void_p | None) -> c_void_p:
 
 
 def _address(memory: c_void_p) -> c_void_p:
-    """Returns the place of memory that has one."""
+    """Returns the address of a memory object."""
     found = c_void_p()
     name = "dnnl_memory_get_data_handle"
     _check(name, _api().dnnl_memory_get_data_handle(memory, byref(found)))
@@ -415,12 +431,12 @@ def _address(memory: c_void_p) -> c_void_p:
 
 
 def _queried(kernel: c_void_p, what: int) -> c_void_p:
-    """Returns what a kernel wants an array to be like."""
+    """Returns the description of an array that a kernel expects."""
     return c_void_p(_api().dnnl_primitive_desc_query_md(kernel, what, 0))
 
 
 def _new(name: str, *arguments: Any) -> c_void_p:
-    """Calls a function that creates something; kept as long as the process lives."""
+    """Calls a function that creates an object; the object is never freed."""
     created = c_void_p()
     _check(name, getattr(_api(), name)(byref(created), *arguments))
     return created
@@ -433,7 +449,7 @@ def _check(name: str, status: int) -> None:
 
 @contextlib.contextmanager
 def _at_most(threads: int) -> Iterator[None]:
-    """Limits the threads of the kernels that are made in the block."""
+    """Limits the number of threads of the kernels that are created in this block."""
     before = _openmp().omp_get_max_threads()
     _openmp().omp_set_num_threads(min(threads, before))
     try:

@@ -1,7 +1,7 @@
-"""Parameters and batch statistics to Flax and back.
+"""Conversion of parameters and batch statistics from Flax and to Flax.
 
-The networks here keep Flax's nested dicts of the same names and shapes, so there is nothing to
-rename or transpose: to convert is to copy the leaves into NumPy's arrays and back into one dict.
+The networks of `cnnjax.scratch` use nested dicts with the same names and shapes as Flax. A
+conversion therefore only copies the leaves; it renames and transposes nothing.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from cnnjax.scratch.trees import Tree, map_tree
 
 
 def from_flax(variables: Mapping[str, Any], dtype: DTypeLike | None = None) -> tuple[Tree, Tree]:
-    """Returns (params, batch_stats), copied, of what a Flax network's `init` returned.
+    """Returns copies (params, batch_stats) of the variables of a Flax network.
 
     Args:
-        variables: {"params": ..., "batch_stats": ...}, the latter only where there are any. Leaves
-            may be of any kind that NumPy can copy, JAX's arrays included.
-        dtype: of the copies; by default each leaf keeps its own.
+        variables: {"params": ..., "batch_stats": ...}, as returned by `init`; `batch_stats` is
+            optional. Leaves are any arrays that NumPy can copy, such as JAX arrays.
+        dtype: dtype of the copies; by default the dtype of each leaf.
 
     Raises:
-        ValueError: there are no params, or there are collections of another kind.
+        ValueError: `params` is missing, or there are other collections.
     """
     if "params" not in variables or not variables.keys() <= {"params", "batch_stats"}:
         raise ValueError(
@@ -40,7 +40,7 @@ def from_flax(variables: Mapping[str, Any], dtype: DTypeLike | None = None) -> t
 
 
 def to_flax(params: Tree, batch_stats: Tree) -> dict[str, Tree]:
-    """Returns the variables, copied, for a Flax network's `apply`: the inverse of `from_flax`."""
+    """Returns a copy of the variables for `apply` of a Flax network; the inverse of `from_flax`."""
     variables = {"params": map_tree(np.copy, params)}
     if batch_stats:
         variables["batch_stats"] = map_tree(np.copy, batch_stats)

@@ -1,10 +1,11 @@
-"""Kernels to start from: (rng, shape, dtype) -> array.
+"""Initializers of kernels: (rng, shape, dtype) -> array.
 
-The variance keeps a signal's size through a layer. Each output is a sum of `fan_in` products of an
-input and a weight, independent and of mean zero, so Var(y) = fan_in Var(w) E[x^2]. After a linear
-layer E[x^2] is kept if Var(w) = 1 / fan_in (LeCun); relu sets half of the signal to zero, which
-2 / fan_in makes up for (He); backwards each input takes part in `fan_out` sums, and
-2 / (fan_in + fan_out) keeps the middle between the two directions (Glorot).
+The variance of the weights is chosen to preserve the variance of the signal in a layer. Each output
+is a sum of `fan_in` products of an input and a weight, which are independent and have mean zero, so
+Var(y) = fan_in Var(w) E[x^2]. A linear layer preserves E[x^2] if Var(w) = 1 / fan_in (LeCun). Relu
+sets half of the signal to zero, which Var(w) = 2 / fan_in compensates (He). In the backward pass
+each input is in `fan_out` sums; Var(w) = 2 / (fan_in + fan_out) is a compromise between both
+directions (Glorot).
 """
 
 from __future__ import annotations
@@ -14,21 +15,21 @@ import math
 import numpy as np
 from numpy.typing import DTypeLike
 
-# The standard deviation of a standard normal cut off at -2 and 2.
+# The standard deviation of a standard normal distribution truncated to [-2, 2].
 _CUT_DEVIATION = 0.87962566103423978
 
 
 def he_normal(
     rng: np.random.Generator, shape: tuple[int, ...], dtype: DTypeLike = np.float32
 ) -> np.ndarray:
-    """Draws from a cut-off normal of variance 2 / fan_in (He et al., arXiv:1502.01852)."""
+    """Draws from a truncated normal of variance 2 / fan_in (He et al., arXiv:1502.01852)."""
     return _cut_normal(rng, shape, 2 / fans(shape)[0], dtype)
 
 
 def lecun_normal(
     rng: np.random.Generator, shape: tuple[int, ...], dtype: DTypeLike = np.float32
 ) -> np.ndarray:
-    """Draws from a cut-off normal of variance 1 / fan_in (LeCun et al., Efficient BackProp)."""
+    """Draws from a truncated normal of variance 1 / fan_in (LeCun et al., Efficient BackProp)."""
     return _cut_normal(rng, shape, 1 / fans(shape)[0], dtype)
 
 
@@ -42,7 +43,7 @@ def glorot_uniform(
 
 
 def fans(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Returns how many inputs make an output, and how many outputs an input takes part in.
+    """Returns (fan_in, fan_out): inputs per output and outputs per input.
 
     Args:
         shape: [in, out] or [kernel height, kernel width, in, out].
@@ -59,7 +60,10 @@ def fans(shape: tuple[int, ...]) -> tuple[int, int]:
 def _cut_normal(
     rng: np.random.Generator, shape: tuple[int, ...], variance: float, dtype: DTypeLike
 ) -> np.ndarray:
-    """Draws again whatever fell outside two standard deviations, then restores the variance."""
+    """Draws from a normal distribution truncated at two standard deviations.
+
+    Values outside are drawn again; the result is scaled to the given variance.
+    """
     draws = rng.standard_normal(shape)
     while (outside := np.abs(draws) > 2).any():
         draws[outside] = rng.standard_normal(int(outside.sum()))

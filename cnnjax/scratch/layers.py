@@ -1,9 +1,9 @@
-"""The layers, each as a forward function and a backward function with its derivation.
+"""The layers, each with a forward function and a backward function, and its derivation.
 
-`y, cache = <layer>_forward(x, ...)` and then `dx, ... = <layer>_backward(dy, cache)`, where dy is
-delta = dL/dy. Every derivation is the chain rule, dL/dx_j = sum_i dL/dy_i dy_i/dx_j, applied to the
-formula of the forward pass. Indices: n image, h and w place, i and j place in a window, c input
-channel, o output channel.
+The calls are `y, cache = <layer>_forward(x, ...)` and `dx, ... = <layer>_backward(dy, cache)`,
+where dy is delta = dL/dy. Every derivation applies the chain rule, dL/dx_j = sum_i dL/dy_i
+dy_i/dx_j, to the formula of the forward pass. Indices: n is the image, (h, w) the position in the
+output, (i, j) the position in a window, c the input channel, o the output channel.
 
 Images are float [batch, height, width, channels]. All functions are pure; the result has x's dtype.
 """
@@ -28,7 +28,7 @@ class ConvCache(NamedTuple):
     """What the backward pass of a convolution needs."""
 
     columns: np.ndarray
-    """[batch * height' * width', kernel height * kernel width * in], each row a window."""
+    """[batch * height' * width', kernel height * kernel width * in]; each row is a window."""
     kernel: np.ndarray
     x_shape: tuple[int, ...]
     y_shape: tuple[int, ...]
@@ -39,23 +39,23 @@ class ConvCache(NamedTuple):
 def conv_forward(
     x: np.ndarray, kernel: np.ndarray, *, stride: int | Pair = 1, padding: Padding = "SAME"
 ) -> tuple[np.ndarray, ConvCache]:
-    """Convolves images with a bank of filters (cross-correlation, as the field has it).
+    """Convolves images with a bank of filters (without flipping them: cross-correlation).
 
-    With x padded by zeros and strides s and t,
+    With zero-padded x and strides s and t,
 
         y[n, h, w, o] = sum_ijc x[n, s h + i, t w + j, c] K[i, j, c, o].
 
-    Written out, each window of x is a row of a matrix X, [windows, kernel height * kernel width *
-    in], and each filter a column of K, [kernel height * kernel width * in, out]; then Y = X K. This
-    copies every pixel as often as windows see it (im2col), but what remains is one product of large
-    matrices, which is what a processor is best at.
+    As a matrix product: each window of x is a row of a matrix X, [windows, kernel height * kernel
+    width * in], and each filter is a column of a matrix K, [kernel height * kernel width * in,
+    out]; then Y = X K. This copies each pixel once for every window that contains it (im2col). The
+    remaining work is one product of large matrices, which processors compute most efficiently.
 
     Args:
         x: [batch, height, width, in].
         kernel: [kernel height, kernel width, in, out].
-        stride: step of the filters in pixels, for both directions or as (rows, columns).
-        padding: `SAME` pads with zeros to ceil(size / stride), the odd one below and right; `VALID`
-            does not pad; ((top, bottom), (left, right)) pads by that.
+        stride: stride of the filters in pixels, one number or (rows, columns).
+        padding: `SAME` pads with zeros to ceil(size / stride), with an odd row or column at the
+            bottom or right; `VALID` does not pad; ((top, bottom), (left, right)) gives the amounts.
 
     Returns:
         [batch, height', width', out], and the cache.
@@ -80,18 +80,18 @@ def conv_forward(
 
 
 def conv_backward(dy: np.ndarray, cache: ConvCache) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (dL/dx, dL/dK) of dL/dy, [batch, height', width', out]."""
+    """Returns (dL/dx, dL/dK) for dy = dL/dy, [batch, height', width', out]."""
     return conv_input_gradient(dy, cache), conv_kernel_gradient(dy, cache)
 
 
 def conv_kernel_gradient(dy: np.ndarray, cache: ConvCache) -> np.ndarray:
     """Returns dL/dK, [kernel height, kernel width, in, out].
 
-    Every place uses the same K, so each adds its share:
+    Every position uses the same K, so the derivative is a sum over positions:
 
-        dL/dK[i, j, c, o] = sum_nhw x[n, s h + i, t w + j, c] delta[n, h, w, o],
+        dL/dK[i, j, c, o] = sum_nhw x[n, s h + i, t w + j, c] delta[n, h, w, o].
 
-    which in the matrices of the forward pass is dL/dK = X^T delta.
+    With the matrices of the forward pass this is dL/dK = X^T delta.
     """
     expect("dy", dy.shape, cache.y_shape, "like the convolution's output")
     flat = cache.columns.T @ dy.reshape(-1, dy.shape[-1])
@@ -101,14 +101,14 @@ def conv_kernel_gradient(dy: np.ndarray, cache: ConvCache) -> np.ndarray:
 def conv_input_gradient(dy: np.ndarray, cache: ConvCache) -> np.ndarray:
     """Returns dL/dx, [batch, height, width, in].
 
-    By the matrices, dL/dX = delta K^T. A pixel of x stands in X once for each window that sees it,
-    and the chain rule sums over those:
+    With the matrices of the forward pass, dL/dX = delta K^T. A pixel of x is in X once for each
+    window that contains it, and the chain rule sums over these windows:
 
         dL/dx[n, h', w', c] = sum of (delta K^T)[n, h, w, i, j, c] where s h + i = h', t w + j = w'.
 
-    At one place (i, j) of the window no pixel occurs twice, so that the sum is one addition of
-    arrays for each (i, j) (col2im). It is a convolution of delta with the kernel turned by 180
-    degrees.
+    For one position (i, j) in the window, no pixel occurs twice. The sum is therefore one addition
+    of arrays for each (i, j) (col2im). It equals a convolution of delta with the kernel rotated by
+    180 degrees.
     """
     expect("dy", dy.shape, cache.y_shape, "like the convolution's output")
     kernel, (top, bottom), (left, right) = cache.kernel, *cache.padding
@@ -138,15 +138,15 @@ def max_pool_forward(
 
     Args:
         x: [batch, height, width, channels].
-        size: of the windows in pixels, for both directions or as (rows, columns).
-        stride: step of the windows; by default their size, so that they do not overlap. Rows and
-            columns that fill no window are dropped.
+        size: size of the windows in pixels, one number or (rows, columns).
+        stride: stride of the windows; by default their size, so they do not overlap. Rows and
+            columns that do not fill a window are dropped.
 
     Returns:
         [batch, height', width', channels], and the cache.
 
     Raises:
-        ValueError: x has no four axes, or no window fits into it.
+        ValueError: x does not have four axes, or is smaller than a window.
     """
     window, step = _pool(x, size, stride)
     first, *rest = (seen for _, _, seen in _seen_at(x, window, step))
@@ -159,13 +159,13 @@ def max_pool_forward(
 def max_pool_backward(dy: np.ndarray, cache: PoolCache) -> np.ndarray:
     """Returns dL/dx, [batch, height, width, channels].
 
-    y is a copy of one pixel of its window, the maximum: dy/dx is 1 there and 0 elsewhere, and delta
-    passes to that pixel alone. Where several are the maximum y has no derivative; the first in row
-    order gets all, as in `cnnjax.ops.layers.max_pool`. Windows that overlap add up.
+    y is a copy of the maximum of its window. Hence dy/dx is 1 at that pixel and 0 elsewhere, and
+    that pixel gets delta. If several pixels have the maximum, y is not differentiable; the first of
+    them in row order gets delta, as in `cnnjax.ops.layers.max_pool`. Overlapping windows add up.
     """
     expect("dy", dy.shape, cache.y.shape, "like the pool's output")
     dx = np.zeros(cache.x.shape, dy.dtype)
-    waiting = np.ones(dy.shape, bool)  # whose maximum has not been found yet
+    waiting = np.ones(dy.shape, bool)  # windows whose maximum has not been found yet
     pixels = _seen_at(cache.x, cache.window, cache.stride)
     targets = _seen_at(dx, cache.window, cache.stride)
     for (_, _, seen), (_, _, target) in zip(pixels, targets, strict=True):
@@ -181,7 +181,8 @@ def average_pool_forward(
 ) -> tuple[np.ndarray, PoolCache]:
     """Takes the mean of each window, y[n, h, w, c] = sum_ij x[n, s h + i, t w + j, c] / k.
 
-    k is the number of pixels in a window. Args, results and errors are those of `max_pool_forward`.
+    k is the number of pixels in a window. Arguments, results and errors are those of
+    `max_pool_forward`.
     """
     window, step = _pool(x, size, stride)
     first, *rest = (seen for _, _, seen in _seen_at(x, window, step))
@@ -193,7 +194,7 @@ def average_pool_forward(
 
 
 def average_pool_backward(dy: np.ndarray, cache: PoolCache) -> np.ndarray:
-    """Returns dL/dx: each pixel gets delta / k of every window of k pixels that it is in."""
+    """Returns dL/dx: each pixel gets delta / k from every window of k pixels that contains it."""
     expect("dy", dy.shape, cache.y.shape, "like the pool's output")
     dx = np.zeros(cache.x.shape, dy.dtype)
     share = dy / (cache.window[0] * cache.window[1])
@@ -203,7 +204,7 @@ def average_pool_backward(dy: np.ndarray, cache: PoolCache) -> np.ndarray:
 
 
 def global_average_pool_forward(x: np.ndarray) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Takes each channel's mean over the k pixels of its image, [batch, channels]."""
+    """Returns the mean of each channel over the k pixels of an image, [batch, channels]."""
     expect("x", x.shape, IMAGES)
     return x.mean((1, 2)), x.shape
 
@@ -216,7 +217,7 @@ def global_average_pool_backward(dy: np.ndarray, x_shape: tuple[int, ...]) -> np
 
 
 def flatten_forward(x: np.ndarray) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Lays out each image as a vector, [batch, height * width * channels], channels fastest."""
+    """Reshapes each image to a vector, [batch, height * width * channels], in row-major order."""
     return x.reshape(x.shape[0], -1), x.shape
 
 
@@ -236,7 +237,7 @@ class DenseCache(NamedTuple):
 def dense_forward(
     x: np.ndarray, kernel: np.ndarray, bias: np.ndarray
 ) -> tuple[np.ndarray, DenseCache]:
-    """Connects every input with every output, Y = X K + b.
+    """Applies a dense layer, Y = X K + b.
 
     Args:
         x: [batch, in].
@@ -258,7 +259,7 @@ def dense_forward(
 def dense_backward(dy: np.ndarray, cache: DenseCache) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns (dL/dx, dL/dK, dL/db).
 
-    From y[n, o] = sum_c x[n, c] K[c, o] + b[o], with sums over the index that the result lacks:
+    The derivatives of y[n, o] = sum_c x[n, c] K[c, o] + b[o] give:
 
         dL/dx[n, c] = sum_o delta[n, o] K[c, o],    dL/dX = delta K^T,
         dL/dK[c, o] = sum_n x[n, c] delta[n, o],    dL/dK = X^T delta,
@@ -270,13 +271,13 @@ def dense_backward(dy: np.ndarray, cache: DenseCache) -> tuple[np.ndarray, np.nd
 
 
 def bias_forward(x: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    """Adds a number to each channel, the last axis: y = x + b."""
+    """Adds a bias to each channel (the last axis): y = x + b."""
     expect("bias", bias.shape, x.shape[-1:], f"for x of shape {show(x.shape)}")
     return x + bias
 
 
 def bias_backward(dy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (dL/dx, dL/db): delta, and its sum over all places, since each uses the same b."""
+    """Returns (dL/dx, dL/db): delta, and its sum over all positions, which share the bias b."""
     return dy, _sum_channels(dy)
 
 
@@ -287,35 +288,35 @@ def relu_forward(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def relu_backward(dy: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Returns dL/dx: delta where x > 0, which is where y > 0, and 0 elsewhere, at x = 0 too."""
+    """Returns dL/dx: delta where y > 0, which is where x > 0, and 0 elsewhere, including x = 0."""
     expect("dy", dy.shape, y.shape, "like the relu's output")
     return dy * (y > 0)
 
 
 def residual_forward(x: np.ndarray, branch: np.ndarray) -> np.ndarray:
-    """Adds what a branch of layers made of x, or of a shortcut's x: y = x + branch."""
+    """Adds the output of a branch to the shortcut: y = x + branch."""
     expect("branch", branch.shape, x.shape, "like the shortcut")
     return x + branch
 
 
 def residual_backward(dy: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (dL/dx, dL/dbranch), both delta: the shortcut passes it on undiminished."""
+    """Returns (dL/dx, dL/dbranch); both are delta."""
     return dy, dy
 
 
 def dropout_forward(
     x: np.ndarray, rate: float, keep: np.ndarray | np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Sets a random part of x to zero and scales up the rest (inverted dropout), for training only.
+    """Sets random values of x to zero and scales up the others (inverted dropout), in training.
 
-    With m = 1 on what is kept and p the rate, y = x m / (1 - p). Since E[m] = 1 - p, E[y] = x: the
-    layer is left out in evaluation, and nothing has to be scaled there (Srivastava et al., JMLR
-    2014).
+    With the mask m, 1 for kept values and 0 for dropped ones, and the rate p, y = x m / (1 - p).
+    Since E[m] = 1 - p, E[y] = x. Evaluation therefore leaves out the layer, without any scaling
+    (Srivastava et al., JMLR 2014).
 
     Args:
         x: any shape.
-        rate: p, the probability that a number is dropped, in [0, 1).
-        keep: m, bool of x's shape, or a generator to draw it from.
+        rate: p, the probability that a value is dropped, in [0, 1).
+        keep: m, bool of the shape of x, or a generator that draws it.
 
     Returns:
         y, and the cache m / (1 - p).
@@ -333,7 +334,7 @@ def dropout_forward(
 
 
 def dropout_backward(dy: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Returns dL/dx = delta m / (1 - p), the same mask as on the way forward."""
+    """Returns dL/dx = delta m / (1 - p), with the mask m of the forward pass."""
     expect("dy", dy.shape, scale.shape, "like the dropout's output")
     return dy * scale
 
@@ -342,11 +343,11 @@ class BatchNormCache(NamedTuple):
     """What the backward pass of batch norm needs."""
 
     normal: np.ndarray
-    """x^, the input less the mean in units of the standard deviation."""
+    """x^, the normalized input: (x - mean) / standard deviation."""
     gain: np.ndarray
     """[channels], gamma / sqrt(var + epsilon)."""
     train: bool
-    """Whether the statistics were those of this batch."""
+    """Whether the statistics of the batch were used."""
 
 
 def batch_norm_forward(
@@ -360,16 +361,16 @@ def batch_norm_forward(
     momentum: float = 0.9,
     epsilon: float = 1e-5,
 ) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray], BatchNormCache]:
-    """Brings each channel to mean 0 and variance 1, then to a learned mean and deviation.
+    """Normalizes each channel to mean 0 and variance 1, then applies a learned scale and bias.
 
-    With mu and v the mean and the (biased) variance of the channel,
+    With the mean mu and the (biased) variance v of the channel,
 
         x^ = (x - mu) / sqrt(v + epsilon),    y = gamma x^ + beta.
 
-    In training mu and v are those of this batch, over the m pixels of all its images, and the
-    running ones follow, running <- momentum running + (1 - momentum) batch. In evaluation the
-    running ones are used, and an image's result does not depend on its neighbours (Ioffe and
-    Szegedy, arXiv:1502.03167).
+    In training mu and v are the statistics of the batch, over the m pixels of all its images. The
+    running statistics are updated as running <- momentum running + (1 - momentum) batch. In
+    evaluation mu and v are the running statistics, so the result for an image does not depend on
+    the other images (Ioffe and Szegedy, arXiv:1502.03167).
 
     Args:
         x: [batch, ..., channels].
@@ -377,9 +378,9 @@ def batch_norm_forward(
         bias: beta, [channels].
         mean: running mean, [channels].
         var: running variance, [channels].
-        train: whether to use and to follow this batch's statistics.
-        momentum: of the running statistics.
-        epsilon: keeps a channel of no variance from a division by zero.
+        train: whether to use the statistics of the batch and to update the running ones.
+        momentum: momentum of the running statistics.
+        epsilon: added to the variance, against division by zero.
 
     Returns:
         y, the running (mean, var) after this batch, and the cache.
@@ -412,26 +413,26 @@ def batch_norm_backward(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns (dL/dx, dL/dgamma, dL/dbeta).
 
-    From y = gamma x^ + beta, summed over all pixels p of the channel:
+    From y = gamma x^ + beta, with sums over all pixels p of the channel:
 
         dL/dgamma = sum_p delta_p x^_p,    dL/dbeta = sum_p delta_p.
 
-    In evaluation mu and v are constants and dL/dx = gamma delta / sqrt(v + epsilon). In training a
-    pixel q also moves mu = sum_p x_p / m and v = sum_p (x_p - mu)^2 / m, by
+    In evaluation mu and v are constants, and dL/dx = gamma delta / sqrt(v + epsilon). In training
+    mu = sum_p x_p / m and v = sum_p (x_p - mu)^2 / m also depend on a pixel q, with derivatives
 
         dmu/dx_q = 1 / m,    dv/dx_q = 2 (x_q - mu) / m
 
-    (mu's own change does not move v, as sum_p (x_p - mu) = 0), and those move every x^_p, by
+    (the change of mu does not affect v, because sum_p (x_p - mu) = 0). Every x^_p depends on both:
 
         dx^_p/dmu = -1 / sqrt(v + epsilon),
         dx^_p/dv = -(x_p - mu) / 2 (v + epsilon)^(3/2) = -x^_p / 2 (v + epsilon).
 
-    The three ways from x_q to L, with 1 / sqrt(v + epsilon) taken out, add up to
+    The three paths from x_q to L add up to
 
-        dL/dx_q = gamma / sqrt(v + epsilon) [delta_q - dL/dbeta / m - x^_q dL/dgamma / m]:
+        dL/dx_q = gamma / sqrt(v + epsilon) [delta_q - dL/dbeta / m - x^_q dL/dgamma / m].
 
-    what is left of delta once its mean and its part along x^ are taken away, because a shift or a
-    scaling of the whole batch does not change y.
+    This removes from delta its mean and its component along x^, because a shift or a scaling of the
+    whole batch does not change y.
     """
     normal, gain, train = cache
     expect("dy", dy.shape, normal.shape, "like batch norm's output")
@@ -444,8 +445,8 @@ def batch_norm_backward(
 def _seen_at(x: np.ndarray, window: Pair, stride: Pair) -> Iterator[tuple[int, int, np.ndarray]]:
     """Yields i, j and the view x[n, s h + i, t w + j, c] [batch, height', width', channels].
 
-    It is what all windows see at their place (i, j), in row order of those places. The views share
-    x's memory: adding to one adds to x.
+    The view holds the pixel at position (i, j) of every window. Positions are in row order. The
+    views share the memory of x: adding to a view adds to x.
     """
     height, width = _places(x.shape, window, stride)
     for i in range(window[0]):
@@ -456,17 +457,17 @@ def _seen_at(x: np.ndarray, window: Pair, stride: Pair) -> Iterator[tuple[int, i
 
 
 def _places(shape: tuple[int, ...], window: Pair, stride: Pair) -> Pair:
-    """Returns how many windows lie below and beside each other in images of this shape."""
+    """Returns the number of windows in the vertical and horizontal direction."""
     if window[0] > shape[1] or window[1] > shape[2]:
         raise ValueError(
-            f"expected images no smaller than the window {show(window)},"
-            f" got {show(shape)} with padding"
+            f"expected images at least as large as the window {show(window)},"
+            f" got {show(shape)} including padding"
         )
     return (shape[1] - window[0]) // stride[0] + 1, (shape[2] - window[1]) // stride[1] + 1
 
 
 def _amounts(padding: Padding, size: Pair, window: Pair, stride: Pair) -> tuple[Pair, Pair]:
-    """Returns the pixels to pad with: ((top, bottom), (left, right))."""
+    """Returns the number of padding pixels: ((top, bottom), (left, right))."""
     if padding == "VALID":
         return (0, 0), (0, 0)
     if padding == "SAME":
@@ -492,10 +493,13 @@ def _pool(x: np.ndarray, size: int | Pair, stride: int | Pair | None) -> tuple[P
 def _pair(value: int | Pair) -> Pair:
     pair = (value, value) if isinstance(value, int) else value
     if len(pair) != 2 or min(pair) < 1:
-        raise ValueError(f"expected one or two whole numbers from 1 on, got {value!r}")
+        raise ValueError(f"expected one or two positive integers, got {value!r}")
     return pair
 
 
 def _sum_channels(x: np.ndarray) -> np.ndarray:
-    """Sums over all axes but the last, first within images: short sums round less in float32."""
+    """Sums over all axes except the last.
+
+    It sums within images first, because shorter sums have smaller rounding errors in float32.
+    """
     return x.sum(tuple(range(1, x.ndim - 1))).sum(0)

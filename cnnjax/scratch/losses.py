@@ -1,4 +1,4 @@
-"""The loss: sigmoid and binary cross-entropy in one, because together they are stable."""
+"""The loss: sigmoid and binary cross-entropy in one function, for numerical stability."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def cross_entropy_forward(
 ) -> tuple[np.ndarray, CrossEntropyCache]:
     """Returns each image's weighted binary cross-entropy, in nats; stable for large logits.
 
-    With p = sigma(z) = 1 / (1 + exp(-z)) the probability of label 1, t the target and w the weight
+    With the probability of label 1, p = sigma(z) = 1 / (1 + exp(-z)), the target t and the weight w
     of the image's class,
 
         l = -w [t log p + (1 - t) log(1 - p)].
@@ -34,13 +34,13 @@ def cross_entropy_forward(
 
         l = w [log(1 + e^z) - t z] = w [max(z, 0) - t z + log(1 + e^-|z|)].
 
-    In the last form no exponential can overflow, and a loss near 0 keeps its digits.
+    In the last form no exponential can overflow, and a loss near 0 keeps its precision.
 
     Args:
         logits: z, float [batch].
         labels: int [batch], 0 or 1.
-        class_weights: of labels 0 and 1.
-        label_smoothing: s turns labels into targets s / 2 and 1 - s / 2.
+        class_weights: weights of labels 0 and 1.
+        label_smoothing: s; the targets of labels 0 and 1 are s / 2 and 1 - s / 2.
 
     Returns:
         float [batch], and the cache.
@@ -58,13 +58,14 @@ def cross_entropy_forward(
 
 
 def cross_entropy_backward(dlosses: np.ndarray, cache: CrossEntropyCache) -> np.ndarray:
-    """Returns dL/dz, float [batch], of dL/dl, float [batch].
+    """Returns dL/dz, float [batch], from dlosses = dL/dl, float [batch].
 
-    The derivative of log(1 + e^z) is e^z / (1 + e^z) = sigma(z), so that
+    The derivative of log(1 + e^z) is e^z / (1 + e^z) = sigma(z). Hence
 
-        dl/dz = w [sigma(z) - t] = w [(1 - t) sigma(z) - t sigma(-z)],
+        dl/dz = w [sigma(z) - t] = w [(1 - t) sigma(z) - t sigma(-z)].
 
-    the second because 1 = sigma(z) + sigma(-z). It does not cancel where sigma(z) is close to 1.
+    The second form uses 1 = sigma(z) + sigma(-z). It has no cancellation where sigma(z) is close
+    to 1.
     """
     z, target, weight = cache
     expect("dlosses", dlosses.shape, z.shape, "like the logits")

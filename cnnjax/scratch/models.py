@@ -1,8 +1,8 @@
-"""The networks of `cnnjax.networks`: layers chained, and the chain walked back.
+"""The networks of `cnnjax.networks` as chains of layers, with forward and backward passes.
 
-Parameters and running statistics are nested dicts with Flax's names and shapes, so that those of
-one serve the other (see `convert`). A network has no state: `forward` gives back what `backward`
-needs.
+Parameters and running statistics are nested dicts with the names and shapes of Flax and can be
+exchanged with Flax (see `convert`). A network has no state: `forward` returns a cache with the
+values that `backward` needs.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from cnnjax.scratch.initializers import glorot_uniform, he_normal, lecun_normal
 from cnnjax.scratch.shapes import expect
 from cnnjax.scratch.trees import Tree
 
-_STEM_SIZES = {2: (3, 3), 4: (7, 7)}  # of the ResNet's first kernel, by its stride
+_STEM_SIZES = {2: (3, 3), 4: (7, 7)}  # size of the ResNet's first kernel, by its stride
 
 
 class Network(Protocol):
-    """What `cnnjax.scratch.steps` asks of a network."""
+    """The interface of a network for `cnnjax.scratch.steps`."""
 
     def init(
         self, rng: np.random.Generator, size: int, dtype: DTypeLike = np.float32
     ) -> tuple[Tree, Tree]:
-        """Returns new (params, batch_stats) for images of size x size pixels."""
+        """Returns initial (params, batch_stats) for images of size x size pixels."""
 
     def forward(
         self,
@@ -38,20 +38,20 @@ class Network(Protocol):
         *,
         train: bool = False,
     ) -> tuple[np.ndarray, Any, Tree]:
-        """Returns logits [batch] of images [batch, height, width, 1], cache and statistics.
+        """Returns logits [batch] of images [batch, height, width, 1], the cache and batch_stats.
 
         Args:
-            params: as `init` has them.
-            batch_stats: likewise.
+            params: parameters, as returned by `init`.
+            batch_stats: running statistics, as returned by `init`.
             images: float in [0, 1].
-            train: whether batch norm uses and follows this batch's statistics.
+            train: whether batch norm uses the statistics of the batch and updates the running ones.
 
         Raises:
             ValueError: shapes or names do not fit.
         """
 
     def backward(self, dlogits: np.ndarray, cache: Any) -> Tree:
-        """Returns dL/dparams, a tree like params, of dL/dlogits [batch]."""
+        """Returns dL/dparams, a tree like params, from dL/dlogits [batch]."""
 
 
 class ConvPoolCache(NamedTuple):
@@ -75,15 +75,16 @@ class BaselineCache(NamedTuple):
 
 @dataclass(frozen=True)
 class BaselineCNN:
-    """The blog post's Keras network, as `cnnjax.networks.BaselineCNN`.
+    """The Keras network of the blog post, like `cnnjax.networks.BaselineCNN`.
 
-    Convolution 3x3 x 32, relu, max-pool 2; the same again; dense 128, relu; dense 1. Pooling comes
-    before bias and relu, which costs a quarter and is the same, as both are monotonic.
+    Convolution 3x3 with 32 filters, relu, max-pool 2; the same again; dense 128, relu; dense 1.
+    Pooling comes before bias and relu. Both are monotonic, so the result is the same, for a quarter
+    of the work.
 
     Attributes:
-        channels: how often it sees the gray image, 3 times as the post did.
-        standardize: bring each image to mean 0 and standard deviation 1 first.
-        local_contrast: give its local contrast beside it, as channels after the image's.
+        channels: number of input channels (the gray image is repeated), 3 in the blog post.
+        standardize: whether to standardize each image first.
+        local_contrast: whether to add the local contrast as another input channel.
     """
 
     channels: int = 1
@@ -93,7 +94,7 @@ class BaselineCNN:
     def init(
         self, rng: np.random.Generator, size: int, dtype: DTypeLike = np.float32
     ) -> tuple[Tree, Tree]:
-        """Draws the kernels Glorot-uniform, as Keras has it; see `Network`."""
+        """Draws Glorot-uniform kernels, as Keras does; see `Network`."""
         side = ((size - 2) // 2 - 2) // 2
         if side < 1:
             raise ValueError(f"expected images of at least 10 x 10 pixels, got {size} x {size}")
@@ -133,7 +134,7 @@ class BaselineCNN:
         return x[:, 0], cache, batch_stats
 
     def backward(self, dlogits: np.ndarray, cache: BaselineCache) -> Tree:
-        """Returns the gradient by each parameter; see `Network`."""
+        """Returns the gradient with respect to each parameter; see `Network`."""
         gradients: Tree = {}
         dy, dkernel, dbias = layers.dense_backward(dlogits[:, None], cache.dense2)
         gradients["dense2"] = {"kernel": dkernel, "bias": dbias}
@@ -143,7 +144,7 @@ class BaselineCNN:
         dy = layers.flatten_backward(dy, cache.flatten)
         dy, gradients["conv2"] = _conv_pool_backward(dy, cache.conv2)
         dy = layers.conv_input_gradient(dy, cache.conv2.conv)
-        # Here the way back ends: nothing is learned of the pixels.
+        # The backward pass ends here: the gradient with respect to the images is not needed.
         _, gradients["conv1"] = _conv_pool_backward(dy, cache.conv1)
         return gradients
 
@@ -177,20 +178,20 @@ class ResNetCache(NamedTuple):
 
 @dataclass(frozen=True)
 class ResNet:
-    """A small residual network, as `cnnjax.networks.ResNet`.
+    """A small residual network, like `cnnjax.networks.ResNet`.
 
-    The stem is a convolution, 3x3 with stride 2 or 7x7 with stride 4, batch norm and relu. Stages
-    of `depth` blocks follow, each after the first with half the resolution and twice the channels;
-    then global average pool and dense 1.
+    The stem is a convolution (3x3 with stride 2, or 7x7 with stride 4), batch norm and relu. Stages
+    of `depth` blocks follow; each stage after the first has half the resolution and twice the
+    channels. The last layers are global average pool and dense 1.
 
     Attributes:
-        channels: how often it sees the gray image, 1 or 3 times.
-        width: channels of the first stage.
-        depth: blocks per stage.
-        stages: how many.
+        channels: number of input channels (the gray image is repeated), 1 or 3.
+        width: number of channels of the first stage.
+        depth: number of blocks per stage.
+        stages: number of stages.
         stem: stride of the first convolution, 2 or 4.
-        standardize: bring each image to mean 0 and standard deviation 1 first.
-        local_contrast: give its local contrast beside it, as channels after the image's.
+        standardize: whether to standardize each image first.
+        local_contrast: whether to add the local contrast as another input channel.
     """
 
     channels: int = 1
@@ -204,7 +205,7 @@ class ResNet:
     def init(
         self, rng: np.random.Generator, size: int, dtype: DTypeLike = np.float32
     ) -> tuple[Tree, Tree]:
-        """Draws the kernels He-normal, the head's LeCun-normal; see `Network`."""
+        """Draws He-normal kernels, and a LeCun-normal kernel for the head; see `Network`."""
 
         def kernel(*shape: int) -> Tree:
             return {"kernel": he_normal(rng, shape, dtype)}
@@ -273,7 +274,7 @@ class ResNet:
         return x[:, 0], ResNetCache(stem, relu, blocks, pool, head), stats
 
     def backward(self, dlogits: np.ndarray, cache: ResNetCache) -> Tree:
-        """Returns the gradient by each parameter; see `Network`."""
+        """Returns the gradient with respect to each parameter; see `Network`."""
         gradients: Tree = {}
         dy, dkernel, dbias = layers.dense_backward(dlogits[:, None], cache.head)
         gradients["head"] = {"kernel": dkernel, "bias": dbias}
@@ -302,9 +303,10 @@ def _conv_pool_forward(
 
 
 def _conv_pool_backward(dy: np.ndarray, cache: ConvPoolCache) -> tuple[np.ndarray, Tree]:
-    """Returns dL/d(the convolution's output), and the gradient by kernel and bias.
+    """Returns the gradients with respect to the convolution's output, and to kernel and bias.
 
-    It stops short of the convolution's input, because the first one has no need of that.
+    It leaves out the gradient with respect to the convolution's input, which the first convolution
+    does not need.
     """
     dy = layers.relu_backward(dy, cache.relu)
     dy, dbias = layers.bias_backward(dy)
@@ -331,7 +333,8 @@ def _block_forward(
 ) -> tuple[np.ndarray, Tree, BlockCache]:
     """Returns relu(x + BN(conv(relu(BN(conv(x))))) of He et al., arXiv:1512.03385, figure 2.
 
-    Where the shape changes, x passes a 1x1 convolution with the same stride and batch norm.
+    If the shape changes, the shortcut applies a 1x1 convolution with the same stride and batch norm
+    to x.
     """
     after: Tree = {}
 
@@ -353,9 +356,9 @@ def _block_forward(
 
 
 def _block_backward(dy: np.ndarray, cache: BlockCache) -> tuple[np.ndarray, Tree]:
-    """Returns dL/dx and the gradient by each parameter.
+    """Returns dL/dx and the gradient with respect to each parameter.
 
-    x goes two ways, through the branch and past it, and the chain rule sums over both.
+    x is used by the branch and by the shortcut; the chain rule sums over both paths.
     """
     gradients: Tree = {}
     dy = layers.relu_backward(dy, cache.relu2)
@@ -373,7 +376,7 @@ def _input_channels(network: BaselineCNN | ResNet) -> int:
 
 
 def _prepared(images: np.ndarray, network: BaselineCNN | ResNet) -> np.ndarray:
-    """Returns what the first convolution sees; nothing is learned here, so no way leads back."""
+    """Returns the input of the first convolution; it has no parameters and no backward pass."""
     expect("images", images.shape, ("batch", "height", "width", 1))
     if network.standardize:
         images = images - images.mean((1, 2, 3), keepdims=True)
@@ -384,10 +387,10 @@ def _prepared(images: np.ndarray, network: BaselineCNN | ResNet) -> np.ndarray:
 
 
 def _local_contrast(images: np.ndarray) -> np.ndarray:
-    """Returns each pixel less the mean around it, over the deviation there.
+    """Returns each pixel minus the local mean, divided by the local standard deviation.
 
-    Local contrast normalization (Jarrett et al., ICCV 2009): around a pixel lies a Gaussian, whose
-    deviation is a twelfth of the side.
+    This is local contrast normalization (Jarrett et al., ICCV 2009). The window is a Gaussian whose
+    standard deviation is 1/12 of the side.
     """
     rows, columns = (_gaussian(side).astype(images.dtype) for side in images.shape[1:3])
 
@@ -399,7 +402,7 @@ def _local_contrast(images: np.ndarray) -> np.ndarray:
 
 
 def _gaussian(side: int) -> np.ndarray:
-    """Returns [side, side]: row i weighs the pixels around pixel i, and sums to 1."""
+    """Returns [side, side]; row i has the weights of the pixels around pixel i, with sum 1."""
     at = np.arange(side)
     weights = np.exp(-0.5 * ((at[:, None] - at) / (side / 12)) ** 2)
     return weights / weights.sum(1, keepdims=True)

@@ -1,7 +1,7 @@
 """SGD with momentum, Adam and AdamW: pure functions (gradients, state, params) -> (params, state).
 
-They mean what the optax transformations of `cnnjax.optimizers.make_optimizer` mean. A learning rate
-is a number, or a function of the number of steps taken before this one.
+They compute the same updates as the optax transformations of `cnnjax.optimizers.make_optimizer`. A
+learning rate is a number, or a function of the number of steps taken before.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ LearningRate = float | Callable[[int], float]
 
 
 class Optimizer(NamedTuple):
-    """A pair of pure functions."""
+    """An optimizer as a pair of pure functions."""
 
     init: Callable[[Tree], Any]
     """params -> state before the first step."""
@@ -26,7 +26,7 @@ class Optimizer(NamedTuple):
 
 
 class MomentumState(NamedTuple):
-    """What SGD remembers."""
+    """State of SGD."""
 
     step: int
     """Steps taken."""
@@ -35,7 +35,7 @@ class MomentumState(NamedTuple):
 
 
 class AdamState(NamedTuple):
-    """What Adam remembers."""
+    """State of Adam and AdamW."""
 
     step: int
     """Steps taken."""
@@ -46,12 +46,12 @@ class AdamState(NamedTuple):
 
 
 def sgd(learning_rate: LearningRate, *, momentum: float = 0.9, nesterov: bool = True) -> Optimizer:
-    """Returns stochastic gradient descent with (Nesterov) momentum, as `optax.sgd`.
+    """Returns stochastic gradient descent with (Nesterov) momentum, like `optax.sgd`.
 
-    With g the gradient, b the momentum and r the learning rate, momentum walks along a decaying sum
-    of gradients, v <- g + b v, p <- p - r v: where they agree it grows to 1 / (1 - b) times the
-    step, where they alternate it cancels them. Nesterov's form looks one step ahead, p <- p - r (g
-    + b v) (Sutskever et al., ICML 2013, in the variables that need no gradient elsewhere).
+    With the gradient g, the momentum b and the learning rate r, the update uses a decaying sum of
+    gradients: v <- g + b v, p <- p - r v. If the gradients agree, v grows to g / (1 - b); if they
+    alternate, they cancel. Nesterov's form looks one step ahead: p <- p - r (g + b v) (Sutskever et
+    al., ICML 2013, rewritten so that only gradients at p are needed).
     """
 
     def init(params: Tree) -> MomentumState:
@@ -72,14 +72,14 @@ def adam(
 ) -> Optimizer:
     """Returns Adam (Kingma and Ba, arXiv:1412.6980), with Keras's epsilon.
 
-    It divides the mean gradient by its root mean square, so that each parameter moves by about the
-    learning rate r whatever the size of its gradient g:
+    It divides the mean gradient by the root mean square of the gradients. Each parameter then
+    changes by about the learning rate r, whatever the size of its gradient g:
 
         m <- b1 m + (1 - b1) g,    n <- b2 n + (1 - b2) g^2,
         p <- p - r (m / (1 - b1^t)) / (sqrt(n / (1 - b2^t)) + eps).
 
     Both averages start at 0. After t steps their weights sum to (1 - b) (1 + b + ... + b^(t-1)) =
-    1 - b^t, which the division makes up for.
+    1 - b^t; the division corrects this bias.
     """
     return adamw(learning_rate, 0.0, b1=b1, b2=b2, eps=eps)
 
@@ -94,9 +94,9 @@ def adamw(
 ) -> Optimizer:
     """Returns Adam with decoupled weight decay (Loshchilov and Hutter, arXiv:1711.05101).
 
-    As `adam`, and each kernel shrinks by r times the decay, p <- p - r (... + decay p): were decay
-    p part of the gradient, the division by its root mean square would undo it. Biases and batch
-    norm's scales, which are vectors, do not shrink.
+    Like `adam`, with an additional term for kernels: p <- p - r (... + decay p). The term is not
+    part of the gradient, because the division by the root mean square would cancel its effect. It
+    does not apply to biases and batch norm scales, which are vectors.
     """
 
     def init(params: Tree) -> AdamState:
@@ -119,5 +119,5 @@ def adamw(
 
 
 def _rate(learning_rate: LearningRate, step: int) -> float:
-    # A Python float, because a NumPy one would turn float32 parameters into float64.
+    # A Python float, because a NumPy float64 would convert float32 parameters to float64.
     return float(learning_rate(step) if callable(learning_rate) else learning_rate)

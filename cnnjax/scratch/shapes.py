@@ -1,4 +1,4 @@
-"""Shapes that do not fit, said in a sentence instead of left to a broadcast error."""
+"""Checks of shapes, with clearer messages than NumPy's broadcasting errors."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Sequence
 
 
 def expect(name: str, found: Sequence[int], expected: Sequence[int | str], why: str = "") -> None:
-    """Compares the shape of an array with the one that a layer can take.
+    """Checks that an array has the expected shape.
 
     Args:
-        name: what the array is called.
-        found: its shape.
-        expected: the size of each axis; a word stands for any size and says what the axis is.
-        why: what the expectation comes from, such as the shape of another array.
+        name: name of the array, for the message.
+        found: shape of the array.
+        expected: size of each axis; a word is the name of an axis of any size.
+        why: reason for the expected shape, for the message, such as the shape of another array.
 
     Raises:
-        ValueError: the shapes differ. The message holds both.
+        ValueError: the shapes differ. The message has both of them.
     """
     fits = len(found) == len(expected) and all(
         isinstance(want, str) or want == have for want, have in zip(expected, found, strict=True)
@@ -26,5 +26,5 @@ def expect(name: str, found: Sequence[int], expected: Sequence[int | str], why: 
 
 
 def show(shape: Sequence[int | str]) -> str:
-    """Writes a shape as [2, 8, 8, channels]."""
+    """Returns a shape as text, such as [2, 8, 8, channels]."""
     return f"[{', '.join(str(size) for size in shape)}]"

@@ -1,6 +1,6 @@
-"""The pure functions that training is made of, as in `cnnjax.steps` but without a compiler.
+"""The pure functions of training and evaluation, like `cnnjax.steps` but not compiled.
 
-Randomness stands outside: a step is a function of (state, batch).
+A step has no randomness: it is a function of (state, batch).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Batch(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """All that a step changes."""
+    """Everything that a step changes."""
 
     step: int
     """The number of steps taken."""
@@ -38,27 +38,27 @@ class TrainState(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """Sums over a batch, so that batches of any size add up."""
+    """Sums over a batch; the sums of several batches can be added."""
 
     loss: float
-    """Sum of the loss, class weights included."""
+    """Sum of the loss, including class weights."""
     correct: int
-    """Images on the right side of probability 0.5."""
+    """Number of images whose logit is on the label's side of probability 0.5."""
     images: int
-    """Images."""
+    """Number of images."""
 
 
 class Gradients(NamedTuple):
-    """What `loss_and_gradients` returns."""
+    """Result of `loss_and_gradients`."""
 
     loss: float
-    """Mean over the batch."""
+    """Mean loss over the batch."""
     logits: np.ndarray
     """float [batch]."""
     batch_stats: Tree
-    """After this batch."""
+    """Running statistics after this batch."""
     params: Tree
-    """The gradient of the loss by each parameter."""
+    """Gradient of the loss with respect to each parameter."""
 
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
@@ -87,19 +87,19 @@ def loss_and_gradients(
     class_weights: tuple[float, float] = (1.0, 1.0),
     label_smoothing: float = 0.0,
 ) -> Gradients:
-    """Walks the network forward to the loss and back to the gradient by every parameter.
+    """Computes the loss and its gradient with respect to every parameter.
 
-    The loss is the mean over the n images of the batch, L = sum_i l_i / n, so that the way back
-    starts with dL/dl_i = 1 / n.
+    The loss is the mean over the n images of the batch, L = sum_i l_i / n. The backward pass
+    therefore starts with dL/dl_i = 1 / n.
 
     Args:
         model: the network.
         params: its parameters.
-        batch_stats: its running statistics, empty where it has no batch norm.
+        batch_stats: its running statistics; empty if it has no batch norm.
         images: float [batch, height, width, 1] in [0, 1].
         labels: int [batch], 0 or 1.
-        class_weights: of labels 0 and 1.
-        label_smoothing: s turns labels into s / 2 and 1 - s / 2.
+        class_weights: weights of labels 0 and 1.
+        label_smoothing: s; the labels become s / 2 and 1 - s / 2.
 
     Raises:
         ValueError: shapes do not fit.
@@ -121,14 +121,14 @@ def make_train_step(
 ) -> TrainStep:
     """Returns the pure step (state, batch) -> (state, metrics).
 
-    It computes what the step of `cnnjax.steps.make_train_step` computes without augmentation,
-    mixup, moving average and second head. The dtype is that of the parameters.
+    It is equivalent to the step of `cnnjax.steps.make_train_step` without augmentation, mixup,
+    moving average and auxiliary head. It computes in the dtype of the parameters.
 
     Args:
         model: a network of `cnnjax.scratch.models`.
-        optimizer: one of `cnnjax.scratch.optimizers`.
-        class_weights: of labels 0 and 1.
-        label_smoothing: s turns labels into s / 2 and 1 - s / 2.
+        optimizer: an optimizer of `cnnjax.scratch.optimizers`.
+        class_weights: weights of labels 0 and 1.
+        label_smoothing: s; the labels become s / 2 and 1 - s / 2.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -162,7 +162,7 @@ def make_eval_step(model: Network) -> EvalStep:
 
 
 def to_float(images: np.ndarray, dtype: DTypeLike = np.float32) -> np.ndarray:
-    """Maps uint8 [batch, height, width] to float [batch, height, width, 1] in [0, 1]."""
+    """Converts uint8 [batch, height, width] to float [batch, height, width, 1] in [0, 1]."""
     expect("images", images.shape, ("batch", "height", "width"))
     return images[..., None].astype(dtype) / 255
 

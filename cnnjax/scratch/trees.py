@@ -1,4 +1,4 @@
-"""Nested dicts of arrays: what parameters, statistics and gradients are kept in."""
+"""Nested dicts of arrays, for parameters, statistics and gradients."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import numpy as np
 from cnnjax.scratch.shapes import show
 
 Tree = dict[str, Any]
-"""A dict whose values are arrays or again such dicts."""
+"""A dict whose values are arrays or other such dicts."""
 
 
 def map_tree(f: Callable[..., np.ndarray], tree: Tree, *others: Tree, at: str = "") -> Tree:
-    """Applies `f` to the leaves that stand at the same place of each tree, as `jax.tree.map` does.
+    """Applies a function to the corresponding leaves of trees, like `jax.tree.map`.
 
     Args:
-        f: takes one leaf of each tree.
-        tree: the first one; the others must have its names and its leaves' shapes.
-        others: any number of further ones.
-        at: where in a larger tree these stand, for the message.
+        f: a function of one leaf of each tree.
+        tree: the first tree.
+        others: other trees, with the same names and shapes.
+        at: path of these trees in a larger tree, for the message.
 
     Returns:
-        A tree of what `f` returned.
+        A tree of the results of `f`.
 
     Raises:
-        ValueError: the trees differ in names or shapes. The message holds both.
+        ValueError: the trees differ in names or shapes. The message has both of them.
     """
     for other in others:
         if other.keys() != tree.keys():

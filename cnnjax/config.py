@@ -31,8 +31,8 @@ class DataConfig:
     root: str = "phantom"
     """The data set: a folder or zip file of class folders, with or without `train`, `val` and
     `test` folders above them; a MedMNIST .npz file; a CSV table (see --data.table); or the word
-    `phantom` for drawn images. If --data.table is given, the folder that the table's paths are
-    relative to (default: the table's own folder)."""
+    `phantom` for drawn images. If --data.table is given: the folder that its paths are relative to;
+    if not set, the table's own folder."""
     size: int = 64
     """Side length in pixels of the square that every image is resized to."""
     frame: Frame = "whole"
@@ -41,10 +41,10 @@ class DataConfig:
     positive: str = "PNEUMONIA"
     """Name of the positive class (label 1) if there are two classes."""
     classes: str = ""
-    """Names of the classes, in the order of their labels: `normal,bacteria,virus`. Default: all
-    classes found, sorted by name; of two classes, the positive one is last. An image belongs to the
-    class of its folder or label. If that class is not in the list, the cause of the pneumonia in
-    the published file name is used; images with neither are left out."""
+    """Names of the classes, in the order of their labels, such as `normal,bacteria,virus`. Default:
+    all classes found, sorted by name; of two classes, the positive one is last. An image belongs to
+    the class of its folder or label. If that class is not in the list, the cause of the pneumonia
+    in the published file name is used; images with neither are left out."""
     table: Path | None = None
     """CSV file with one row per image. Columns: `path`, `label` and optionally `patient`, `split`
     and `weight`. The image's loss is multiplied by its weight (see `cnnjax.data.table`)."""
@@ -63,8 +63,8 @@ class DataConfig:
     fold: int = 0
     """The fold that is held out for validation, counted from 0."""
     strict: bool = False
-    """Stop with an error if a file cannot be decoded or is in two classes. Default: leave the file
-    out."""
+    """Stop with an error if a file cannot be decoded or is in two classes, instead of leaving the
+    file out."""
     cache: Path | None = None
     """Folder for the cache of decoded images. Default: the user's cache folder."""
     resident_mib: int = 1024

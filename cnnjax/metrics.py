@@ -194,7 +194,7 @@ class Evaluation:
             c = self.confusion
             lines += [
                 "",
-                f"positive at probability >= {self.threshold:.3f}: {c.tp:,} true and"
+                f"positive from probability {self.threshold:.3f} on: {c.tp:,} true and"
                 f" {c.fp:,} false positives,",
                 f"  {c.tn:,} true and {c.fn:,} false negatives; {images}",
             ]

@@ -400,7 +400,7 @@ def test_what_does_not_fit_the_classes_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match=r"Plain returns an array of shape \(2,\)"):
         fit(config, data=data, network=Plain())
-    with pytest.raises(InputError, match=r"where 3 classes need logits of shape \(2, 3\)"):
+    with pytest.raises(InputError, match=r"but 3 classes need logits of shape \(2, 3\)"):
         fit(config, data=data, network=ThreeLogits(4))
     several = np.eye(3, dtype=int)[np.arange(6) % 3]
     path = tmp_path / "several.npz"

@@ -234,7 +234,7 @@ def test_the_report_says_how_it_decided() -> None:
     assert lines[1].endswith("(recall)")
     assert lines[9].split() == ["precision", "recall", "f1", "images"]
     assert text.endswith(
-        "positive at probability >= 0.700: 1 true and 1 false positives,\n"
+        "positive from probability 0.700 on: 1 true and 1 false positives,\n"
         "  1 true and 1 false negatives; 4 images of 3 patients"
     )
 

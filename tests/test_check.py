@@ -82,10 +82,10 @@ def test_it_says_what_is_there(
         "files     138 JPEG, 1 PNG",
         "  width   32 to 40 pixels, median 32",
         "damaged   files that cannot be decoded: 1\n    train/NORMAL/broken.jpeg: broken header",
-        "blank     images of one gray level: 1\n    train/NORMAL/black.png",
-        "repeated  images that show the same radiograph as another: 2\n",
-        "  warning: of these in two classes: 1\n",
-        "leaks     radiographs on two sides of the given splits: 1\n",
+        "blank     images with a single gray level: 1\n    train/NORMAL/black.png",
+        "repeated  images that show the same radiograph as another image: 2\n",
+        "  warning: of these pairs are in two classes: 1\n",
+        "leaks     radiographs in more than one given split: 1\n",
         f"  warning: patients in both test and train: 1\n    {patients['patients'][0]}\n",
         "held out  fold 0 of 5, patient-grouped and class-stratified, seed 0\n",
     ):
@@ -126,7 +126,7 @@ def test_what_training_would_refuse_is_said_and_status_2(
 ) -> None:
     assert check(tree, *SIZE, "--data.folds", 50) == 2
     printed = capsys.readouterr().out
-    assert "leaks     radiographs on two sides of the given splits: 0\n" in printed
+    assert "leaks     radiographs in more than one given split: 0\n" in printed
     assert "  training would refuse this: 26 patients of class NORMAL are too few" in printed
 
 
@@ -154,7 +154,7 @@ def test_bad_flags_are_one_sentence_and_status_2(
 ) -> None:
     for arguments, message in (
         ((), "error: check needs a data set"),
-        ((tree, "--data.root", tmp_path), "are two; give one"),
+        ((tree, "--data.root", tmp_path), "are two data sets; give one"),
         ((tree, "--sheet", "a.pdf"), "--sheet a.pdf must end in .html or .png"),
         ((tree, "--json", tmp_path / "no/a.json"), "--json"),
         ((tmp_path / "none",), "does not exist; give a folder"),

@@ -201,7 +201,7 @@ def test_flags_of_a_positive_class_are_refused(
 ) -> None:
     what = ("--data", films) if command == "evaluate" else (films / "test" / "VIRUS",)
     assert cnnjax(command, "--run", run, *what, flag, 0.3) == 2
-    assert f"error: {flag} is of a positive class, and " in capsys.readouterr().err
+    assert f"error: {flag} needs a positive class, but " in capsys.readouterr().err
 
 
 def test_a_threshold_for_three_classes_is_refused_before_training(config: Config) -> None:

@@ -96,7 +96,7 @@ def test_evaluate_warns_of_images_that_trained_the_run(
     run: Path, tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cnnjax("evaluate", "--run", run, "--data", tree, "--split", "train") == 0
-    said = re.search(r"was trained on (\d+) images of these names", capsys.readouterr().out)
+    said = re.search(r"was trained on (\d+) images with the same names", capsys.readouterr().out)
     assert said is not None
     with (run / "split.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -244,7 +244,7 @@ def test_predict_refuses_by_name_what_is_no_film_of_bearable_size(
         ("sparse.png", "larger than 128 MiB"),
         ("pipe.jpeg", "a pipe into which nothing is written"),
     ]
-    assert f"{films}: 1 links to listed films passed over\n" in screen.err
+    assert f"{films}: 1 links to listed images skipped\n" in screen.err
     assert "Traceback" not in screen.err
 
 
@@ -260,7 +260,7 @@ def test_predict_finds_dicom_files_without_a_suffix(
     rows = [json.loads(line) for line in screen.out.splitlines()]
     assert [Path(row["path"]).name for row in rows] == ["1.2.840.3", "IM0001"]
     assert all("the range of the values is used" in row["warning"] for row in rows)
-    assert "1 other files passed over" in screen.err
+    assert "1 other files skipped" in screen.err
 
 
 def test_tables_hold_names_with_carriage_returns(run: Path, tree: Path, tmp_path: Path) -> None:
@@ -396,7 +396,7 @@ def test_heat_maps_take_the_place_of_no_image(
     before = (tmp_path / "film.png").read_bytes()
     heat = tmp_path / "elsewhere" / ".."
     assert cnnjax("predict", "--run", run, tmp_path / "film.png", "--heatmap", heat) == 2
-    assert f"--heatmap {heat} is the images' own folder" in capsys.readouterr().err
+    assert f"--heatmap {heat} is the folder of the images" in capsys.readouterr().err
     assert (tmp_path / "film.png").read_bytes() == before
 
 
@@ -411,14 +411,14 @@ def test_heat_maps_are_kept_from_links_and_from_the_next_judging(
     before = (store / "film.png").read_bytes()
     for heat in (films, store):
         assert cnnjax("predict", "--run", run, films / "film.png", "--heatmap", heat) == 2
-        assert f"--heatmap {heat} is the images' own folder" in capsys.readouterr().err
+        assert f"--heatmap {heat} is the folder of the images" in capsys.readouterr().err
     (films / "ward").symlink_to(store)
     for heat in (films / "heat", store / "heat"):
         assert cnnjax("predict", "--run", run, films, "--heatmap", heat) == 2
-        sentence = f"--heatmap {heat} lies in {films}, whose images are judged"
+        sentence = f"--heatmap {heat} is inside {films}, an input folder"
         assert sentence in capsys.readouterr().err
     assert cnnjax("predict", "--run", run, tmp_path, "--heatmap", tmp_path) == 2
-    assert f"--heatmap {tmp_path} lies in {tmp_path}, whose" in capsys.readouterr().err
+    assert f"--heatmap {tmp_path} is inside {tmp_path}, an" in capsys.readouterr().err
     assert (store / "film.png").read_bytes() == before
 
 
@@ -435,7 +435,7 @@ def test_folders_are_judged_whole(
     (films / "notes.txt").touch()
     assert cnnjax("predict", "--run", run, films) == 0
     screen = capsys.readouterr()
-    assert f"{films}: 1 other files passed over, not .jpeg, .jpg, .png, .dcm\n" == screen.err
+    assert f"{films}: 1 other files skipped, not .jpeg, .jpg, .png, .dcm\n" == screen.err
     rows = [json.loads(line) for line in screen.out.splitlines()]
     assert [row["path"] for row in rows] == [
         str(films / name) for name in ("folder.png/b.PNG", "ward/a.png")
@@ -469,8 +469,8 @@ def test_folders_are_judged_whole(
             "--json no/dir/x can",
         ),
         (["evaluate", "--run", "RUN", "--data", "TREE", "--csv", "no/dir/x"], "--csv no/dir/x can"),
-        (["predict", "--run", "RUN", "TREE", "--json", "EMPTY"], "empty is a folder; name a file"),
-        (["report", "--run", "RUN", "--out", "EMPTY"], "empty is a folder; name a file in it"),
+        (["predict", "--run", "RUN", "TREE", "--json", "EMPTY"], "empty is a folder; give a file"),
+        (["report", "--run", "RUN", "--out", "EMPTY"], "empty is a folder; give a file"),
         (["predict", "--run", "RUN", "EMPTY"], "holds no .jpeg, .jpg, .png, .dcm"),
         (
             ["evaluate", "--run", "RUN", "--data", "~no-one-of-this-name/x"],
@@ -571,7 +571,7 @@ def test_a_recipe_from_the_shell(tree: Path, tmp_path: Path) -> None:
     half = f"accuracy {found['at_0.5']['best']['accuracy']:.4f},"
     assert half in whole.stdout
     assert half in page
-    assert "by 1 view of each image" in whole.stdout
+    assert "1 view of each image" in whole.stdout
     assert "one view of each image" in page
     assert "--split test" in whole.stdout
     assert whole.stderr == ""  # no bar and no warning where there is no terminal
@@ -594,7 +594,7 @@ def test_a_full_device_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> No
 
     assert cli.guarded(study) == 2
     screen = capsys.readouterr().err
-    assert screen.startswith("error: the device's memory is full")
+    assert screen.startswith("error: the device is out of memory")
     assert len(screen.splitlines()) == 1
     with pytest.raises(RuntimeError, match="another"):
         cli.guarded(lambda: (_ for _ in ()).throw(RuntimeError("another")))

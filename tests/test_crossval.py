@@ -223,10 +223,10 @@ def test_evaluate_takes_a_release(
     with pytest.raises(SystemExit):
         cli.main([*command, "--views", "1"])
     assert read(out)["threshold"] == points[1].probability_threshold()
-    assert "a release is trained on" not in capsys.readouterr().out
+    assert "a release was trained on" not in capsys.readouterr().out
     with pytest.raises(SystemExit):
         cli.main([*command, "--split", "train"])
-    assert "a release is trained on all images of train and val" in capsys.readouterr().out
+    assert "a release was trained on all of train and val" in capsys.readouterr().out
     with pytest.raises(SystemExit) as ended:
         cli.main([*command, "--views", "2"])
     assert ended.value.code == 2

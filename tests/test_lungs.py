@@ -273,7 +273,7 @@ def test_predict_says_that_there_are_no_lungs(
     assert {path.name for path in (tmp_path / "heat").iterdir()} == {"stripes.png", "film.png"}
     with pytest.raises(SystemExit):
         cli.main(["predict", *names, "--run", str(run), "--format", "table"])
-    assert "nothing found" in capsys.readouterr().out
+    assert "no prediction" in capsys.readouterr().out
 
 
 def test_evaluate_counts_films_without_lungs(

@@ -68,7 +68,7 @@ def test_a_table_is_aligned() -> None:
     assert len(head) == len(first)
     assert first.split() == ["a.png", "0.2500", "NORMAL", "75.0", "%"]
     assert broken.split() == ["b.png", "not", "read"]
-    assert nothing.split() == ["c.png", "nothing", "found"]
+    assert nothing.split() == ["c.png", "no", "prediction"]
     assert note[0].startswith("PNEUMONIA from probability 0.850 on")
 
 

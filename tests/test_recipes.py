@@ -85,8 +85,8 @@ def test_the_advice_names_only_splits_that_are_there(
     [
         ("bogus", None, "there is no recipe bogus; give baseline, pneumonia, or a Python file"),
         ("gone.py", None, "gone.py does not exist"),
-        ("bare.py", "config = 3", "bare.py has no CONFIG that is a cnnjax.Config"),
-        ("other.py", "CONFIG = {}", "other.py has no CONFIG that is a cnnjax.Config"),
+        ("bare.py", "config = 3", "bare.py does not set CONFIG to a cnnjax.Config"),
+        ("other.py", "CONFIG = {}", "other.py does not set CONFIG to a cnnjax.Config"),
         ("broken.py", "1 / 0", "broken.py cannot be run (ZeroDivisionError: division by zero)"),
         ("typo.py", "CONFIG =", "typo.py cannot be run (SyntaxError: invalid syntax"),
     ],

@@ -314,7 +314,7 @@ def test_runs_on_other_images_are_not_called_comparable(run: Path, tmp_path: Pat
     [
         ([], "report needs the workdir of a run"),
         (["RUN", "nowhere"], "nowhere is not a run"),
-        (["RUN", "RUN", "--data", "x"], "--data goes with one run"),
+        (["RUN", "RUN", "--data", "x"], "--data needs one run"),
         (["RUN"] * 9, "9 runs are too many for one page; give at most 8"),
     ],
 )

@@ -680,7 +680,7 @@ def test_a_signal_saves_within_a_step(
         patched.setattr(train, "calls", signalled)
         assert guarded(command) == 128 + number
     assert len(calls) == 9
-    assert "a training goes on when its command is given again" in capsys.readouterr().err
+    assert "to resume a training, run the same command again" in capsys.readouterr().err
     assert [path.name for path in (run / "checkpoints" / "within").iterdir()] == ["9"]
     assert guarded(command) == 0
     assert "resuming after epoch 1 and 3 steps" in capsys.readouterr().out

@@ -1,7 +1,7 @@
-"""The command line: a module for each command of `cnnjax`.
+"""The command line: one module for each command of `cnnjax`.
 
-Modules that import JAX are imported where they are used: `cnnjax --help` answers at once, and
-`cnnjax.machine.devices.make_mesh` can still divide the CPU into devices.
+Modules that import JAX are imported inside functions. This keeps `cnnjax --help` fast, and
+`cnnjax.machine.devices.make_mesh` can still split the CPU into devices before JAX starts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given == ["--version"]:
         print(f"cnnjax {__version__}")
         sys.exit(0)
-    if given[:1] == ["train"]:  # whose flags' defaults depend on the recipe
+    if given[:1] == ["train"]:  # the defaults of its flags depend on the recipe
         sys.exit(guarded(Train(tuple(given[1:]))))
     commands: Any = (
         Annotated[Train, tyro.conf.subcommand("train")]

@@ -17,34 +17,36 @@ from cnnjax.errors import InputError
 if TYPE_CHECKING:
     from cnnjax.data.survey import Pair, Survey
 
-_NAMED = 5  # images or patients that are named of each kind; --json has them all
+_NAMED = 5  # images or patients listed per problem; --json lists all
 
 
 @dataclass(frozen=True)
 class Check:
-    """Say what a data set holds and what would be held out, before anything is trained.
+    """Describe a data set and its split before training.
 
-    Every image is decoded, into the cache where training finds it. The exit status is 2 if training
-    would refuse the data.
+    Every image is decoded and stored in the cache that training uses. The exit status is 2 if
+    training would refuse the data.
     """
 
     root: Annotated[str, tyro.conf.Positional] = ""
-    """The data set, as of --data.root: a folder, a .zip, an .npz, a table in .csv, or `phantom`."""
+    """The data set, as for --data.root: a folder, a .zip, an .npz, a .csv table, or `phantom`."""
     seed: int = 0
     """Seed of the split."""
     json: Path | None = None
-    """Write all that is found to this file."""
+    """Write the full results to this file."""
     sheet: Path | None = None
-    """Write a contact sheet, some images of each split and class, to this file: .html or .png."""
+    """Write a contact sheet (some images of each split and class) to this .html or .png file."""
     data: DataConfig = field(default_factory=lambda: DataConfig(size=96, frame="lungs"))
 
     def __call__(self) -> int:
-        """Prints what is found; returns the exit status."""
+        """Prints the results; returns the exit status."""
         if self.root and self.data.root not in (DataConfig.root, self.root):
-            raise InputError(f"{self.root} and --data.root {self.data.root} are two; give one")
+            raise InputError(
+                f"{self.root} and --data.root {self.data.root} are two data sets; give one"
+            )
         if not self.root and self.data.root == DataConfig.root:
             raise InputError(
-                "check needs a data set: a folder, a .zip, an .npz, a table in .csv, or phantom"
+                "check needs a data set: a folder, a .zip, an .npz, a .csv table, or phantom"
             )
         expect_place(self.json, "--json")
         expect_place(self.sheet, "--sheet")
@@ -72,7 +74,7 @@ class Check:
 
 
 def _described(found: Survey, protocol: str) -> Iterator[str]:
-    """Yields the lines that are printed after those of the index."""
+    """Yields the lines to print after the description of the index."""
     layouts, classes = found.layouts, found.index.classes
     yield f"files     {_counted(x.form for x in layouts)}"
     yield f"  pixels  {_counted(x.mode for x in layouts)}"
@@ -83,10 +85,10 @@ def _described(found: Survey, protocol: str) -> Iterator[str]:
     broken = [f"{name}: {reason}" for name, reason in found.unreadable]
     yield f"damaged   {_some(broken, 'files that cannot be decoded')}"
     if found.blank:
-        yield f"blank     {_some(found.blank, 'images of one gray level')}"
+        yield f"blank     {_some(found.blank, 'images with a single gray level')}"
     if found.lungless is not None:
-        yield f"lungs     {_some(found.lungless, 'images in which none are found')}"
-    twice = _some(_pairs(found.pairs), "images that show the same radiograph as another")
+        yield f"lungs     {_some(found.lungless, 'images in which no lungs are found')}"
+    twice = _some(_pairs(found.pairs), "images that show the same radiograph as another image")
     yield f"repeated  {twice}"
     mixed = [
         f"{p.image.name} ({classes[p.image.label]}) = {p.like.name} ({classes[p.like.label]})"
@@ -94,8 +96,8 @@ def _described(found: Survey, protocol: str) -> Iterator[str]:
         if p.image.label != p.like.label
     ]
     if mixed:
-        yield f"  warning: {_some(mixed, 'of these in two classes')}"
-    yield f"leaks     {_some(_pairs(found.leaks), 'radiographs on two sides of the given splits')}"
+        yield f"  warning: {_some(mixed, 'of these pairs are in two classes')}"
+    yield f"leaks     {_some(_pairs(found.leaks), 'radiographs in more than one given split')}"
     for (a, b), patients in found.patients.items():
         yield f"  warning: {_some(patients, f'patients in both {a} and {b}')}"
     yield f"held out  {protocol}"
@@ -118,7 +120,7 @@ def _pairs(pairs: Sequence[Pair]) -> list[str]:
 
 
 def _some(names: Sequence[str], what: str) -> str:
-    """Returns how many there are of something, and below that the first of them."""
+    """Returns a line with the number of names, then lines with the first `_NAMED` names."""
     rest = len(names) - _NAMED
     more = [f"    and {rest:,} more"] if rest > 0 else []
     return "\n".join([f"{what}: {len(names):,}", *(f"    {n}" for n in names[:_NAMED]), *more])

@@ -1,4 +1,4 @@
-"""What the commands share: errors as sentences, and checks of flags."""
+"""Code shared by the commands: error messages and checks of flags."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 
 
 def guarded(command: Callable[[], int]) -> int:
-    """Runs a command; bad input becomes one sentence and status 2."""
+    """Runs a command and returns its exit status; prints expected errors as one sentence.
+
+    The status is 2 for bad input, 1 for failed training and 128 plus the number of the signal
+    after a stop.
+    """
     status = _status(command)
     if status and "jax" in sys.modules:
         from cnnjax.machine import processes
@@ -29,14 +33,14 @@ def guarded(command: Callable[[], int]) -> int:
 
 
 def _status(command: Callable[[], int]) -> int:
-    with contextlib.suppress(ValueError):  # it is closed
+    with contextlib.suppress(ValueError):  # standard output is closed
         if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-            # A file's name may be any bytes; so it is shown, as `ls` does.
+            # A file name may contain any bytes. Print them unchanged, as `ls` does.
             sys.stdout.reconfigure(errors="surrogateescape")
     try:
         status = command()
         if sys.stdout is not None:
-            sys.stdout.flush()  # while it can still be told that there is no room
+            sys.stdout.flush()  # here, a full disk can still be reported
         return status
     except ElsewhereError:
         return 2
@@ -49,39 +53,39 @@ def _status(command: Callable[[], int]) -> int:
     except KeyboardInterrupt as error:
         return _stopped(getattr(error, "number", signal.SIGINT))
     except BrokenPipeError:
-        # The reader of our output has left, as `head` does; it wants no traceback.
+        # The reader of the output has exited (for example `head`): print no traceback.
         sys.stdout = None
         return 141
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            print("error: the disk is full; make room and give the command again", file=sys.stderr)
+            print("error: the disk is full; free some space and run again", file=sys.stderr)
             try:
                 if sys.stdout is not None:
                     sys.stdout.flush()
             except OSError:
-                sys.stdout = None  # else Python tries once more at its end
+                sys.stdout = None  # otherwise Python flushes it again at exit
             return 2
         if error.errno in (errno.EIO, errno.EROFS) and error.filename is None:
             print(
-                f"error: a disk fails ({error.strerror}); what was saved on it stays, mend it and"
-                " give the command again",
+                f"error: a disk cannot be used ({error.strerror}); files saved on it are kept;"
+                " repair it and run the command again",
                 file=sys.stderr,
             )
             return 2
-        if error.filename is None:  # no file of the user's
+        if error.filename is None:  # the error is not about a file
             raise
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        if "oneDNN: KeyboardInterrupt" in str(error):  # which `cnnjax.ops.ffi` is about to pass on
+        if "oneDNN: KeyboardInterrupt" in str(error):  # cnnjax.ops.ffi raises it soon
             with contextlib.suppress(KeyboardInterrupt):
                 time.sleep(1)
             return _stopped()
-        if "RESOURCE_EXHAUSTED" not in str(error):  # as XLA says
+        if "RESOURCE_EXHAUSTED" not in str(error):  # XLA's word for it
             raise
         print(
-            "error: the device's memory is full; free some, take another with --device.platform,"
-            " or begin another run with a smaller --train.batch or --data.size"
+            "error: the device is out of memory; free some memory, choose another device with"
+            " --device.platform, or start a new run with a smaller --train.batch or --data.size"
             f" ({first_line(error)})",
             file=sys.stderr,
         )
@@ -89,70 +93,72 @@ def _status(command: Callable[[], int]) -> int:
 
 
 def _stopped(number: int = signal.SIGINT) -> int:
-    print("\nstopped; a training goes on when its command is given again", file=sys.stderr)
+    print("\nstopped; to resume a training, run the same command again", file=sys.stderr)
     return 128 + number
 
 
 @contextlib.contextmanager
 def writing(path: Path, flag: str) -> Iterator[None]:
-    """Says of errors in writing to a file or folder which flag asked for it."""
+    """Raises errors in writing to `path` as an InputError that names the flag."""
     try:
         yield
     except OSError as error:
         if error.filename is not None:
             ours, theirs = path.absolute(), Path(str(error.filename)).absolute()
             if ours != theirs and ours not in theirs.parents and theirs not in ours.parents:
-                raise  # of a file that was read meanwhile
+                raise  # the error is about another file, for example one that was read
         raise InputError(f"{flag} {path} cannot be written ({error.strerror or error})") from None
 
 
 def expect_no_folder(path: Path | None, flag: str) -> None:
-    """Raises InputError where a folder is given for a file."""
+    """Raises InputError if `path`, which should be a file, is a folder."""
     if path is not None and path.is_dir():
-        raise InputError(f"{flag} {path} is a folder; name a file in it")
+        raise InputError(f"{flag} {path} is a folder; give a file")
 
 
 def expect_place(path: Path | None, flag: str) -> None:
-    """Says at once, and not after the work, that there is no place for a file."""
+    """Raises InputError if the file cannot be created because its folder does not exist.
+
+    Commands call this first, so that a long computation is not lost.
+    """
     expect_no_folder(path, flag)
     if path is not None and not path.parent.is_dir():
         raise InputError(f"{flag} {path} cannot be written (there is no folder {path.parent})")
 
 
 def tell_uncalibrated(predictor: Predictor) -> None:
-    """Says so where a run has no operating point yet."""
+    """Prints a note on standard error if the run has no operating point yet."""
     if predictor.operating == type(predictor.operating)():
-        positive = "" if predictor.has_softmax else ", and positive is from 0.5 on"
+        positive = "" if predictor.has_softmax else ", and the threshold is 0.5"
         print(
-            "note: the run has not ended, so it has no operating point yet: probabilities are as"
-            f" the network gives them{positive}",
+            "note: the run has not finished, so it has no operating point yet: probabilities are"
+            f" not calibrated{positive}",
             file=sys.stderr,
         )
 
 
 def tell_drawn(run: Path | None) -> None:
-    """Says so where a run was trained on drawn images."""
+    """Prints a note on standard error if the run was trained on phantoms."""
     from cnnjax.run.workdir import Workdir
 
     if run is not None and Workdir(run).begun and Workdir(run).read_drawn():
-        print("note: the run was trained on drawn images (phantoms)", file=sys.stderr)
+        print("note: the run was trained on synthetic images (phantoms)", file=sys.stderr)
 
 
 def expect_positive_class(
     predictor: Predictor, threshold: float | None, prevalence: float | None
 ) -> None:
-    """Raises InputError where --threshold or --prevalence is given for more than two classes."""
+    """Raises InputError if --threshold or --prevalence is given for more than two classes."""
     for value, flag in ((threshold, "--threshold"), (prevalence, "--prevalence")):
         if value is not None and predictor.has_softmax:
             raise InputError(
-                f"{flag} is of a positive class, and {predictor.about} tells"
-                f" {', '.join(predictor.classes)} apart, the most probable of which is called;"
-                " drop the flag"
+                f"{flag} needs a positive class, but {predictor.about} predicts the most probable"
+                f" of {', '.join(predictor.classes)}; drop the flag"
             )
 
 
 def check_probabilities(threshold: float | None, prevalence: float | None) -> None:
-    """Raises InputError where --threshold or --prevalence is no probability."""
+    """Raises InputError if --threshold or --prevalence is not a probability."""
     if threshold is not None and not 0 <= threshold <= 1:
         raise InputError(f"--threshold must be between 0 and 1, got {threshold}")
     if prevalence is not None and not 0 < prevalence < 1:

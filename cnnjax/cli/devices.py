@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Devices:
-    """List what JAX can compute on here."""
+    """List the devices that JAX can use on this machine."""
 
     device: DeviceConfig = field(default_factory=DeviceConfig)
 
     def __call__(self) -> int:
-        """Prints a line a device; returns the exit status."""
+        """Prints one line for each device; returns the exit status."""
         from cnnjax.machine import devices
 
         mesh = devices.make_mesh(self.device)

@@ -25,33 +25,35 @@ _JUDGED = ("image", "patient", "truth", "probability", "class", "lungs")
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Judge a trained run, or the released weights, on a split of a data set."""
+    """Evaluate a trained run or the released weights on a split of a data set."""
 
     run: Path | None = None
-    """A run's workdir, or a folder with a release; by default the weights of the package."""
+    """Workdir of a run, or folder of a release; by default the weights in the package."""
     data: str = "phantom"
-    """A folder, a zip, a MedMNIST .npz, a table in .csv, or `phantom`; as a run's --data.root."""
+    """Data set, as for --data.root: a folder, a zip, a MedMNIST .npz, a .csv table, or
+    `phantom`."""
     split: Literal["train", "val", "test", "all"] = "test"
-    """Which split of it, or all its images."""
+    """Split of the data set to evaluate on; `all` for all images."""
     other: tyro.conf.OmitArgPrefixes[OtherData] = field(default_factory=OtherData)
     checkpoint: Literal["best", "latest"] = "best"
-    """Of a run: the best epoch by validation, or the last."""
+    """Checkpoint of a run: the best epoch by validation, or the last epoch."""
     threshold: float | None = None
-    """Images count as positive from this probability on, as --prevalence makes it; by default the
-    operating point's."""
+    """Decision threshold: an image is positive from this probability on, after the correction by
+    --prevalence. By default the threshold of the operating point."""
     prevalence: float | None = None
-    """Share of positives where the images come from; by default that of the fit. Probabilities
-    are for that share then, not for that of the images, so they have no Brier score or ECE."""
+    """Share of positives where the network will be used; by default the share in the images that
+    calibrated it. Probabilities are corrected for this share. It may differ from the share in the
+    evaluated images, so the Brier score and ECE are undefined."""
     views: int | None = None
-    """How many views of each image to judge: as many as the recipe says (the default), or 1, the
-    image as it is, which takes less time."""
+    """Test-time augmentation: number of augmented copies of each image whose logits are averaged.
+    By default as in the recipe; 1 uses the original image only and is faster."""
     json: Path | None = None
     """Write the metrics to this file."""
     csv: Path | None = None
-    """Write to this file, for each image that can be decoded, patient, true class, probability and
+    """Write a table with one row for each decoded image: patient ID, true class, probability and
     predicted class."""
     cache: Path | None = None
-    """Folder of the decoded images; by default the user's cache folder."""
+    """Folder for the decoded images; by default the user's cache folder."""
     device: DeviceConfig = field(default_factory=DeviceConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
@@ -67,7 +69,7 @@ class Evaluate:
             return self._evaluate(mesh)
 
     def _evaluate(self, mesh: Mesh) -> int:
-        """Judges a part of the images on each process, and tells of all on the main one."""
+        """Evaluates a part of the images on each process; the main process prints all results."""
         from cnnjax import lungs, metrics
         from cnnjax.cli import outputs
         from cnnjax.data import framing
@@ -101,15 +103,15 @@ class Evaluate:
             print(f"  note: {DRAWN}")
         if workdir is None:
             if self.split != "test":
-                print("  note: a release is trained on all images of train and val of its data set")
+                print("  note: a release was trained on all of train and val of its data set")
         else:
             root = trained.root
             if workdir.read_drawn() and not is_drawn(config.root):
                 print(f"  note: the run was trained on {DRAWN}")
             elif config.root == "phantom" != root:
-                print(f"  note: the run was trained on {root}, which --data may name")
+                print(f"  note: the run was trained on {root}; give --data to evaluate on it")
             if seen := workdir.trained_on(e.name for e in decoded.examples):
-                print(f"  warning: the run was trained on {seen:,} images of these names")
+                print(f"  warning: the run was trained on {seen:,} images with the same names")
         point, threshold = predictor.operating, self.threshold
         several = predictor.classes if predictor.has_softmax else ()
         mine = processes.share(len(decoded.images))
@@ -135,15 +137,15 @@ class Evaluate:
             judged = replace(judged, brier=metrics.UNDEFINED, ece=metrics.UNDEFINED)
         views = "1 view" if predictor.views == 1 else f"{predictor.views} views"
         print(f"\n{self.split} split, {predictor.about},")
-        print(f"by {views} of each image, with 95 % intervals\n")
+        print(f"{views} of each image, with 95 % intervals\n")
         print(judged.report(predictor.classes))
         if self.prevalence is not None:
             print(judged.elsewhere(self.prevalence))
         without = 0 if decoded.found is None else int((~decoded.found).sum())
         if without:
             print(
-                f"warning: no lungs found in {without:,} of {judged.n:,} images, which were judged"
-                " whole; are these frontal chest radiographs?"
+                f"warning: no lungs found in {without:,} of {judged.n:,} images, which were"
+                " evaluated without cropping; are these frontal chest radiographs?"
             )
         if self.json is not None:
             more = {

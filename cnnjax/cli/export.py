@@ -17,16 +17,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Export:
-    """Write a network in a form that needs none of this project to run."""
+    """Export a network to a format that runs without cnnjax."""
 
     out: Annotated[Path, tyro.conf.Positional]
-    """The file; what is to be known of it comes beside it, as .json."""
+    """Output file; a .json file with preprocessing and output format is written next to it."""
     run: Path | None = None
-    """A run's workdir, or a folder with a release; by default the weights of the package."""
+    """Workdir of a run, or folder of a release; by default the weights in the package."""
     format: Literal["stablehlo", "onnx", "safetensors"] = "stablehlo"
-    """A program for CPU, CUDA and TPU, one for ONNX Runtime, or the weights alone."""
+    """`stablehlo`: program for CPU, CUDA and TPU; `onnx`: program for ONNX Runtime;
+    `safetensors`: weights only."""
     checkpoint: Literal["best", "latest"] = "best"
-    """Of a run: the best epoch by validation, or the last."""
+    """Checkpoint of a run: the best epoch by validation, or the last epoch."""
 
     def __call__(self) -> int:
         """Writes the files; returns the exit status."""
@@ -35,7 +36,7 @@ class Export:
         from cnnjax.machine import devices
 
         mesh = devices.make_mesh(DeviceConfig("cpu"))
-        # One view: whoever loads the network should not need our augmentation.
+        # One view: the exported network must not depend on the augmentation of cnnjax.
         predictor = Predictor.open(self.run, mesh, self.checkpoint, views=1)
         tell_uncalibrated(predictor)
         with writing(self.out, "the file"):

@@ -1,4 +1,4 @@
-"""The images that `cnnjax predict` is given, and the pictures of heat that it makes of them."""
+"""Input images of `cnnjax predict`, and its heat-map files."""
 
 from __future__ import annotations
 
@@ -25,33 +25,35 @@ from cnnjax.errors import InputError
 from cnnjax.evaluation.explain import draw_box, normalized, overlay
 from cnnjax.machine.host import cpu_cores
 
-_SHOWN = 512  # pixels: side of the pictures of heat
+_SHOWN = 512  # pixels: longer side of the heat-map files
 
 
 class Film(NamedTuple):
-    """An image to be judged."""
+    """An input image."""
 
     name: str
-    """Its path; `-` for that of standard input."""
+    """Its path; `-` for standard input."""
     read: Callable[[], bytes]
-    """Returns the encoded image, as often as it is asked; raises OSError."""
+    """Returns the encoded image; can be called repeatedly; raises OSError."""
 
 
 def expect_apart(folder: Path, films: Sequence[Film], given: Sequence[Path]) -> None:
-    """Checks that pictures of heat would not lie among the films, over one or to be judged as one.
+    """Checks that the heat-map folder is separate from the input images.
+
+    Otherwise a heat map could overwrite an image, or become an input of the next call.
 
     Args:
-        folder: of the pictures.
-        films: what is judged now.
-        given: the files and folders that it was found in.
+        folder: folder for the heat maps.
+        films: the input images.
+        given: the files and folders given on the command line.
 
     Raises:
-        InputError: they would.
+        InputError: the folder contains input images or lies in a given folder.
     """
     files = [Path(film.name) for film in films if film.name != "-"]
     homes = {file.resolve().parent for file in files} | {file.parent.resolve() for file in files}
     if folder.resolve() in homes:
-        raise InputError(f"--heatmap {folder} is the images' own folder; name another one")
+        raise InputError(f"--heatmap {folder} is the folder of the images; give another folder")
     for path in filter(Path.is_dir, given):
         judged = {
             path.resolve(),
@@ -59,23 +61,23 @@ def expect_apart(folder: Path, films: Sequence[Film], given: Sequence[Path]) -> 
         }
         if not judged.isdisjoint((folder.resolve(), *folder.resolve().parents)):
             raise InputError(
-                f"--heatmap {folder} lies in {path}, whose images are judged; name one elsewhere"
+                f"--heatmap {folder} is inside {path}, an input folder; give a folder outside it"
             )
 
 
 def expect_none_of(path: Path | None, flag: str, films: Sequence[Film]) -> None:
-    """Raises InputError where an output would be written over one of the films."""
+    """Raises InputError if an output would overwrite an input image."""
     if path is None or not path.is_file():
         return
     status = path.stat()
     for film in films:
         with contextlib.suppress(OSError):
             if film.name != "-" and os.path.samestat(Path(film.name).stat(), status):
-                raise InputError(f"{flag} {path} is one of the images; name another file")
+                raise InputError(f"{flag} {path} is one of the images; give another file")
 
 
 def in_chunks(films: Sequence[Film], size: int, few: int) -> list[Sequence[Film]]:
-    """Cuts films into chunks of `size`; up to `few` that would be left go with those before."""
+    """Splits images into chunks of `size`; a last chunk of at most `few` joins the one before."""
     ends = list(range(size, len(films), size))
     if ends and len(films) - ends[-1] <= few:
         ends.pop()
@@ -85,16 +87,16 @@ def in_chunks(films: Sequence[Film], size: int, few: int) -> list[Sequence[Film]
 def decoded(
     chunks: Sequence[Sequence[Film]], size: int
 ) -> Iterator[tuple[list[dict[str, Any]], np.ndarray | None]]:
-    """Decodes chunks of films on all cores, each while the one before is judged.
+    """Decodes chunks of images on all cores; the next chunk is decoded while the caller works.
 
     Args:
-        chunks: the films.
-        size: side of the squares, in pixels.
+        chunks: the images.
+        size: side of the decoded squares, in pixels.
 
     Yields:
-        For each chunk a row for each film, with its `path`, an `error` where it cannot be decoded,
-        and a `warning` where its tags give one; and uint8 [n, size, size] of those that can be
-        decoded, None where there are none.
+        For each chunk, a pair. First, one row for each image: its `path`, an `error` if it cannot
+        be decoded, and a `warning` if its DICOM tags give one. Second, the n decoded images as
+        uint8 [n, size, size]; None if there are none.
     """
     with ThreadPoolExecutor(cpu_cores()) as pool:
         waiting: deque[list[Future[_Read]]] = deque()
@@ -127,19 +129,19 @@ def _read(film: Film, size: int) -> _Read:
 
 
 def heat_names(films: Sequence[Film]) -> list[str]:
-    """Returns the names of the films' pictures without suffix; numbered where two are alike."""
+    """Returns the names of the heat-map files without suffix; numbered if any two are equal."""
     names = ["stdin" if film.name == "-" else Path(film.name).stem for film in films]
-    if len(set(names)) < len(names):  # so that none is written over another
+    if len(set(names)) < len(names):  # else one file would overwrite another
         names = [f"{name}-{i}" for i, name in enumerate(names)]
     return names
 
 
 def heat_classes(several: Sequence[str]) -> dict[int | None, str]:
-    """Returns what is added to the names of the pictures, by the label that their heat is about.
+    """Returns the suffix of the heat-map file names, by the label that the heat explains.
 
     Args:
-        several: the classes, where each has a probability; else the one picture is of the positive
-            class.
+        several: the names of three or more classes. Empty for two classes: the key is then None,
+            for the positive class, and the suffix is empty.
     """
     if not several:
         return {None: ""}
@@ -152,14 +154,14 @@ def heat_classes(several: Sequence[str]) -> dict[int | None, str]:
 def write_heat(
     folder: Path, films: Sequence[tuple[Film, str]], heat: np.ndarray, boxes: np.ndarray
 ) -> None:
-    """Writes a PNG for each image, of its aspect ratio, brightest where it has most evidence.
+    """Writes a PNG for each image with its heat map as an overlay, in its aspect ratio.
 
     Args:
-        folder: where to; made where it is not there.
-        films: n images that can be decoded, each with the name of its picture.
+        folder: output folder; created if missing.
+        films: n images that can be decoded, each with the name of its heat-map file.
         heat: float [n, size, size], evidence for a class.
-        boxes: float [n, 4], what the network saw of each image: left, top, right and bottom, as
-            parts of the side; the edge of a part is drawn.
+        boxes: float [n, 4], the part of each image that the network saw: left, top, right and
+            bottom, as fractions of the sides. Its outline is drawn unless it is the whole image.
 
     Raises:
         OSError: the folder cannot be written.
@@ -176,15 +178,18 @@ def write_heat(
 
 
 def _reader(path: Path) -> Callable[[], bytes]:
-    """Returns what reads a file; a pipe only once: it is empty then, and heat maps read again."""
-    with contextlib.suppress(OSError):  # what reads it will tell
+    """Returns a function that reads a file.
+
+    The content of a pipe is cached: it can be read once only, and heat maps read the image again.
+    """
+    with contextlib.suppress(OSError):  # the returned function will raise it again
         if path.is_file():
             return functools.partial(read_file, path)
     return functools.cache(functools.partial(read_file, path, pipes=True))
 
 
 def _refusal(reason: str) -> Callable[[], bytes]:
-    """Returns what raises OSError wherever a film is read."""
+    """Returns a reader that raises OSError with the given reason."""
 
     def read() -> bytes:
         raise OSError(reason)
@@ -193,9 +198,9 @@ def _refusal(reason: str) -> Callable[[], bytes]:
 
 
 def _piped() -> Film:
-    """Returns the film of standard input, read to its end."""
+    """Returns the image on standard input, read to the end."""
     if sys.stdin.isatty():
-        raise InputError("predict - reads an image from a pipe; give it one: predict - < F")
+        raise InputError("predict - reads an image from a pipe or file: predict - < FILE")
     try:
         return Film("-", functools.partial(bytes, read_stream(sys.stdin.buffer)))
     except OSError as error:
@@ -203,12 +208,13 @@ def _piped() -> Film:
 
 
 def _inside(folder: Path) -> list[Film]:
-    """Returns the films in a folder, sorted by name; tells on standard error what else is there.
+    """Returns the images in a folder, sorted by name; prints on standard error what is skipped.
 
-    What is no file, as a pipe, but named as an image is a film that cannot be read.
+    A path with the suffix of an image that is not a regular file, such as a pipe, becomes an
+    image that cannot be read.
 
     Raises:
-        InputError: there is none, or the folder cannot be read.
+        InputError: the folder holds no images or cannot be read.
     """
     walked = walk(folder, confined=False)
     images = [name for name in walked.files if _is_image(folder, name)]
@@ -220,14 +226,14 @@ def _inside(folder: Path) -> list[Film]:
     if not films:
         raise InputError(f"{folder} holds no {SUFFIXES}")
     if others := len(walked.files) - len(images):
-        print(f"{folder}: {others:,} other files passed over, not {SUFFIXES}", file=sys.stderr)
+        print(f"{folder}: {others:,} other files skipped, not {SUFFIXES}", file=sys.stderr)
     if again:
-        print(f"{folder}: {len(again):,} links to listed films passed over", file=sys.stderr)
+        print(f"{folder}: {len(again):,} links to listed images skipped", file=sys.stderr)
     return [Film(str(folder / name), films[name]) for name in sorted(films)]
 
 
 def _is_image(folder: Path, name: str) -> bool:
-    """Tells whether a file is a film, by its suffix or as DICOM files of another suffix begin."""
+    """Returns whether a file is an image, by its suffix or by the header of a DICOM file."""
     if name.lower().endswith(IMAGE_SUFFIXES):
         return True
     if not may_be_dicom(name):
@@ -240,12 +246,12 @@ def _is_image(folder: Path, name: str) -> bool:
 
 
 def find(paths: Sequence[Path]) -> list[Film]:
-    """Returns the files named, and those in the folders named, sorted within each.
+    """Returns the images for the given paths: files, images in folders, or `-` (standard input).
 
-    What else lies in a folder is told on standard error.
+    The images of a folder are sorted by name. Skipped files are reported on standard error.
 
     Raises:
-        InputError: there is none in a folder, or at all, or a folder cannot be read.
+        InputError: no path is given, or a folder holds no images or cannot be read.
     """
     films: list[Film] = []
     for path in paths:

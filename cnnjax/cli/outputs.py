@@ -1,7 +1,7 @@
-"""Predictions written as they come: each form is a text that grows, and is whole at the end.
+"""Output formats of predictions, written row by row.
 
-What was written when a process is killed stays: whole rows, as they are flushed together. Only a
-JSON array then lacks its last bracket.
+Rows are flushed as they are written. If the process is killed, the file keeps all complete rows;
+only a JSON array then lacks its closing bracket.
 """
 
 from __future__ import annotations
@@ -20,23 +20,24 @@ from cnnjax.machine.files import SURROGATES, write_rows
 Row = dict[str, Any]
 
 COLUMNS = ("path", "probability", "class", "confidence", "lungs", "warning", "error")
-"""Of a prediction; of the CSV file."""
+"""Columns of the CSV file of predictions."""
 
 
 def row_of(
     probability: float | Sequence[float], classes: Sequence[str], threshold: float | None
 ) -> Row:
-    """Returns what a prediction says of an image.
+    """Returns the prediction for one image as a row.
 
     Args:
-        probability: of the positive class of two, or of each class.
+        probability: probability of the positive class if there are two classes, otherwise the
+            probability of each class.
         classes: names of the labels.
-        threshold: from which probability on an image of two classes is positive; None for more, of
-            which the most probable is called.
+        threshold: for two classes, the probability from which on an image is positive. None for
+            more classes: the most probable class is predicted.
 
     Returns:
-        `probability`, or `probabilities` by class; `class`; and `confidence`, the probability of
-        that.
+        `probability`, or `probabilities` by class; `class`, the predicted class; and `confidence`,
+        its probability.
     """
     if not isinstance(probability, float):
         called = max(range(len(classes)), key=probability.__getitem__)
@@ -55,12 +56,12 @@ def row_of(
 
 
 def _column(name: str) -> str:
-    """Returns the name of the column of a class's probability."""
+    """Returns the name of the column for the probability of a class."""
     return f"probability_{name}"
 
 
 class Form(Protocol):
-    """How rows are written: what comes before them, for some of them, and after them."""
+    """An output format: text before the rows, text for some rows, and text after the rows."""
 
     def head(self) -> str: ...  # noqa: D102
     def body(self, rows: Sequence[Row]) -> str: ...  # noqa: D102
@@ -68,7 +69,7 @@ class Form(Protocol):
 
 
 class Lines:
-    """JSON Lines: an object a line."""
+    """JSON Lines: one object per line."""
 
     def head(self) -> str:
         """Returns nothing."""
@@ -84,17 +85,17 @@ class Lines:
 
 
 class Array:
-    """A JSON array, an element a line."""
+    """A JSON array with one element per line."""
 
     def __init__(self) -> None:
         self._comma = ""
 
     def head(self) -> str:
-        """Returns the bracket that opens it."""
+        """Returns the opening bracket."""
         return "["
 
     def body(self, rows: Sequence[Row]) -> str:
-        """Returns a line for each row, after a comma but for the first."""
+        """Returns a line for each row; a comma precedes each row but the first."""
         parts = []
         for row in rows:
             parts.append(f"{self._comma}\n{json.dumps(row)}")
@@ -102,17 +103,17 @@ class Array:
         return "".join(parts)
 
     def tail(self) -> str:
-        """Returns the bracket that closes it."""
+        """Returns the closing bracket."""
         return "\n]\n"
 
 
 class Csv:
-    """CSV with a line of names.
+    """CSV with a header line.
 
     Args:
-        columns: the names.
-        several: the classes, where each has a probability: then the column `probability` gives way
-            to a column for each.
+        columns: names of the columns.
+        several: names of the classes if each has a probability; one column for each then replaces
+            the column `probability`.
     """
 
     def __init__(self, columns: Sequence[str] = COLUMNS, several: Sequence[str] = ()) -> None:
@@ -144,19 +145,19 @@ class Csv:
 
 
 class Table:
-    """Aligned lines, for a person.
+    """Aligned columns for a terminal.
 
     Args:
         classes: names of the labels.
-        threshold: the probability from which on an image of two classes is called positive; None
-            where each class has a probability.
-        longest: letters of the longest path.
+        threshold: for two classes, the probability from which on an image is positive; None if
+            each class has a probability.
+        longest: length of the longest path, in characters.
     """
 
     def __init__(self, classes: Sequence[str], threshold: float | None, longest: int) -> None:
         self._threshold = threshold
         self._shown = tuple(classes) if threshold is None else (classes[1],)
-        labels = (*classes, "nothing found", "not read", "class")
+        labels = (*classes, "no prediction", "not read", "class")
         columns = (max(6, len(name) + 3) for name in self._shown)
         self._widths = (max(longest, 5), *columns, max(map(len, labels)), 10)
 
@@ -169,18 +170,18 @@ class Table:
         return "".join(map(self._of, rows))
 
     def tail(self) -> str:
-        """Returns what the columns mean."""
+        """Returns a legend of the columns."""
         if self._threshold is None:
             return "The class is the most probable one; confidence is its calibrated probability.\n"
         return (
             f"{self._shown[0]} from probability {self._threshold:.3f} on; confidence is the"
-            " calibrated\nprobability of the class it is called, below 50 % where the threshold"
-            " decides\nagainst the likelier class.\n"
+            " calibrated\nprobability of the predicted class. It is below 50 % if the threshold"
+            " selects\nthe less probable class.\n"
         )
 
     def _of(self, row: Row) -> str:
         if "class" not in row:
-            said = "not read" if "error" in row else "nothing found"
+            said = "not read" if "error" in row else "no prediction"
             return self._line(row["path"], [""] * len(self._shown), said)
         sure = f"{100 * row['confidence']:.1f} %"
         found = row.get("probabilities") or {self._shown[0]: row["probability"]}
@@ -194,27 +195,27 @@ class Table:
 
 
 def json_form(path: Path) -> Form:
-    """Returns the form of a JSON file: an array for a name in .json, else JSON Lines."""
+    """Returns the format of a JSON file: an array if its name ends in .json, else JSON Lines."""
     return Array() if path.suffix.lower() == ".json" else Lines()
 
 
 class Output:
-    """A file, or standard output, to which rows are written as they come."""
+    """A file or standard output to which rows are written one chunk after another."""
 
     def __init__(self, file: IO[str], form: Form) -> None:
         self._file, self._form = file, form
         self._put(form.head())
 
     def write(self, rows: Sequence[Row]) -> None:
-        """Writes rows, so that they stay whatever becomes of the process.
+        """Writes and flushes rows.
 
         Raises:
-            OSError: they cannot be written.
+            OSError: the rows cannot be written.
         """
         self._put(self._form.body(rows))
 
     def close(self) -> None:
-        """Writes what comes after the rows; raises OSError."""
+        """Writes the text after the rows; raises OSError."""
         self._put(self._form.tail())
 
     def _put(self, text: str) -> None:
@@ -224,19 +225,20 @@ class Output:
 
 @contextlib.contextmanager
 def opened(path: Path | None, form: Form, flag: str) -> Iterator[Output | None]:
-    """Opens a file for rows, or none; into a pipe or a device it writes after what is there.
+    """Opens a file for rows; yields None if `path` is None.
 
-    Rows that were written stay if the block fails, and the end of the form is then written too.
+    Pipes and devices are opened for appending. If the block fails, the rows written so far are
+    kept and the text after the rows is written.
 
     Raises:
-        InputError: it cannot be opened or written; in the block, `Output.write` raises it.
+        InputError: the file cannot be opened or written. `Output.write` raises it too.
     """
     if path is None:
         yield None
         return
     special = path.parent == Path("/dev") or (path.exists() and not path.is_file())
     if special:
-        sys.stdout.flush()  # what was printed before stands before it
+        sys.stdout.flush()  # keeps the order if both are the same terminal
     mode = "a" if special else "w"
     try:
         file = path.open(mode, encoding="utf-8", newline="", errors=SURROGATES)
@@ -247,17 +249,17 @@ def opened(path: Path | None, form: Form, flag: str) -> Iterator[Output | None]:
         try:
             yield output
         except BaseException:
-            with contextlib.suppress(InputError):  # the first error is the one to tell
+            with contextlib.suppress(InputError):  # report the first error
                 output.close()
             raise
         output.close()
     finally:
-        with contextlib.suppress(OSError):  # all was flushed, or it was told that it cannot be
+        with contextlib.suppress(OSError):  # all rows are flushed, or the error was raised
             file.close()
 
 
 class _Named(Output):
-    """An output whose errors name the flag that asked for it."""
+    """An output whose errors name its flag."""
 
     def __init__(self, file: IO[str], form: Form, flag: str) -> None:
         self._flag = flag

@@ -17,23 +17,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Phantom:
-    """Write a tree of synthetic radiographs."""
+    """Write a data set of synthetic chest radiographs (phantoms)."""
 
     directory: Annotated[Path, tyro.conf.Positional]
-    """Where to; must be empty or not there."""
+    """Output folder; must be empty or not exist."""
     train: int = 1200
-    """Images of the train split."""
+    """Number of images in the train split."""
     val: int = 16
-    """Images of the val split."""
+    """Number of images in the val split."""
     test: int = 400
-    """Images of the test split."""
+    """Number of images in the test split."""
     size: int = 256
     """Side of the images, in pixels."""
     seed: int = 0
-    """Another seed draws other patients."""
+    """Random seed; each seed gives other patients."""
 
     def __call__(self) -> int:
-        """Draws the tree; returns the exit status."""
+        """Writes the images; returns the exit status."""
         from cnnjax import phantom
 
         with writing(self.directory, "the directory"):

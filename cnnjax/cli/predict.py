@@ -30,42 +30,45 @@ if TYPE_CHECKING:
     from cnnjax.evaluation.predict import Predictor
     from cnnjax.lungs import Framed
 
-_TOGETHER = 64  # images that are judged at a time, or a few more
+_TOGETHER = 64  # images per chunk, at least
 _NO_LUNGS = "no lungs found: is this a frontal chest radiograph?"
 
 
 @dataclass(frozen=True)
 class Predict:
-    """Give each image's probability and class; neither where it is blank or shows no lungs.
+    """Predict the probability and class of each image.
 
-    The exit status is 2 if an image could not be read.
+    Blank images and images in which no lungs are found get a warning instead. The exit status is 2
+    if an image could not be read.
     """
 
     paths: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Image files, or folders of them; `-` reads one image from standard input."""
+    """Image files or folders of images; `-` reads one image from standard input."""
     run: Path | None = None
-    """A run's workdir, or a folder with a release; by default the weights of the package."""
+    """Workdir of a run, or folder of a release; by default the weights in the package."""
     checkpoint: Literal["best", "latest"] = "best"
-    """Of a run: the best epoch by validation, or the last."""
+    """Checkpoint of a run: the best epoch by validation, or the last epoch."""
     threshold: float | None = None
-    """Images count as positive from this probability on, as --prevalence makes it; by default the
-    operating point's."""
+    """Decision threshold: an image is positive from this probability on, after the correction by
+    --prevalence. By default the threshold of the operating point."""
     prevalence: float | None = None
-    """Share of positives where the images come from; by default that of the fit."""
+    """Share of positives where the images come from; probabilities are corrected for it. By default
+    the share in the images that calibrated the network."""
     views: int | None = None
-    """How many views of each image to judge: as many as the recipe says (the default), or 1, the
-    image as it is, which takes less time."""
+    """Test-time augmentation: number of augmented copies of each image whose logits are averaged.
+    By default as in the recipe; 1 uses the original image only and is faster."""
     format: Literal["auto", "table", "jsonl", "json", "csv"] = "auto"
-    """What is printed: `auto` is a table on a terminal, else an object a line (JSON Lines)."""
+    """Format on standard output; `auto` is `table` on a terminal and `jsonl` (JSON Lines, one
+    object per line) otherwise."""
     json: Path | None = None
-    """Also write the predictions to this file: as one JSON array if its name ends in .json, else an
-    object a line. Like all outputs it is written as the predictions come."""
+    """Also write the predictions to this file: one JSON array if its name ends in .json, otherwise
+    JSON Lines. Rows are written as soon as they are predicted, as in all outputs."""
     csv: Path | None = None
-    """Also write the predictions to this file as a table."""
+    """Also write the predictions to this CSV file."""
     heatmap: Path | None = None
-    """Write to this folder a PNG of each image with what speaks for the positive class laid over it
-    (HiResCAM), each by itself from nothing to most; of three and more classes a PNG for each,
-    IMAGE-CLASS.png."""
+    """Write heat maps (HiResCAM) to this folder: a PNG of each image with the evidence for the
+    positive class as an overlay. Each map is scaled to its own maximum. For three or more classes,
+    one PNG for each class: IMAGE-CLASS.png."""
     device: DeviceConfig = field(default_factory=DeviceConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
@@ -106,7 +109,7 @@ class Predict:
             "csv": table,
         }
         heat_names = films.heat_names(given)
-        # A few steps at a time, so that memory does not grow with the films.
+        # A few steps at a time: memory use does not grow with the number of images.
         step = devices.traits(mesh).evaluated_at(predictor.side)
         chunks = films.in_chunks(given, step * -(-_TOGETHER // step), FEW)
         starts = [0, *itertools.accumulate(map(len, chunks))]
@@ -158,7 +161,7 @@ class Predict:
         framed: Framed,
         threshold: float | None,
     ) -> None:
-        """Adds to the rows of images what the network says of them, or why it says nothing."""
+        """Adds the prediction, or a warning that explains why there is none, to each row."""
         point, logits = predictor.operating, predictor.logits(framed)
         if isinstance(point, SoftmaxPoint):
             probabilities = point.probabilities(logits)
@@ -178,7 +181,7 @@ class Predict:
 
 
 def _tell_doubts(rows: Sequence[dict[str, Any]]) -> None:
-    """Tells on standard error which images could not be read, and what to doubt of others."""
+    """Prints the errors and warnings of the rows on standard error."""
     for row in rows:
         for kind in ("error", "warning"):
             if kind in row:

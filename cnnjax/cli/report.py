@@ -18,22 +18,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Report:
-    """Write the page that tells a run's story, or one that sets several runs side by side."""
+    """Write an HTML report of a run, or a page that compares several runs."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional] = ()
-    """Workdirs; given several, the page compares them."""
+    """Workdirs of finished runs; two or more are compared on one page."""
     run: Path | None = None
-    """Workdir of one run, as training gives its command."""
+    """Workdir of one run; the same as a positional workdir."""
     data: str | None = None
-    """Judge one run on this data set instead of on its held-out images."""
+    """Evaluate one run on this data set instead of on its held-out images."""
     split: Literal["train", "val", "test", "all"] | None = None
-    """Which split of --data, or all its images; by default `test`."""
+    """Split of --data to evaluate on; `all` for all images; by default `test`."""
     other: tyro.conf.OmitArgPrefixes[OtherData] = field(default_factory=OtherData)
     out: Path | None = None
-    """Where to; by default report.html in the workdir, report-SPLIT.html for --data, or
-    comparison.html here."""
+    """Output file. By default report.html in the workdir; report-SPLIT.html in the workdir with
+    --data; comparison.html in the current folder for several runs."""
     cache: Path | None = None
-    """Folder of the decoded images; by default the one that the run was trained with."""
+    """Folder of the decoded images; by default the cache folder that the run was trained with."""
     device: DeviceConfig = field(default_factory=DeviceConfig)
 
     def __call__(self) -> int:
@@ -43,12 +43,12 @@ class Report:
             raise InputError("report needs the workdir of a run; give it with --run")
         data = "phantom" if self.data is None and self.other.table is not None else self.data
         if data is not None and len(runs) > 1:
-            raise InputError("--data goes with one run; several are compared on what they held out")
+            raise InputError("--data needs one run; several are compared on their held-out images")
         if self.cache is not None and len(runs) > 1:
-            raise InputError("--cache goes with one run; a comparison shows no images")
+            raise InputError("--cache needs one run; a comparison shows no images")
         if self.split is not None and data is None:
             raise InputError(
-                f"--split {self.split} needs --data; without, held-out images are judged"
+                f"--split {self.split} needs --data; without it, the held-out images are evaluated"
             )
         expect_no_folder(self.out, "--out")
         split = self.split or "test"

@@ -1,4 +1,4 @@
-"""`cnnjax train`, and what a script of one's own calls to do the same: `train_recipe`."""
+"""`cnnjax train`, and `train_recipe`, which does the same for a user's own script."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 
 RECIPES = {"baseline": recipes.baseline, "pneumonia": recipes.pneumonia}
 _DEFAULT = "pneumonia"
-_ABOUT = """Train a network, or go on with a run that was stopped.
+_ABOUT = """Train a network, or resume a run that was stopped.
 
   cnnjax train [baseline | pneumonia | FILE.py] [flags]
 
-baseline is the blog post's network, pneumonia (the default) our own. FILE.py is a Python file of
-yours whose CONFIG is a cnnjax.Config. The flags below change the recipe; their defaults are those
-of: """
+The recipe pneumonia is the default; the recipe baseline reproduces the blog post. FILE.py is a
+Python file that sets CONFIG to a cnnjax.Config. The flags below change the recipe. The defaults
+shown are those of the recipe: """
 
 
 @dataclass(frozen=True)
 class Train:
-    """Train a network: by the recipe baseline or pneumonia, or by a Python file of yours."""
+    """Train a network with the recipe baseline or pneumonia, or with a recipe in a Python file."""
 
-    # Its flags depend on the recipe, so `main` gives all that follows the word to `train`.
+    # The flags depend on the recipe, so `main` passes all arguments after `train` unparsed.
     arguments: tyro.conf.Positional[tuple[str, ...]] = ()
 
     def __call__(self) -> int:
@@ -44,10 +44,14 @@ class Train:
 
 
 def train(arguments: Sequence[str]) -> int:
-    """Trains the recipe that the arguments of `cnnjax train` begin with; returns the exit status.
+    """Trains a recipe; returns the exit status.
+
+    Args:
+        arguments: those of `cnnjax train`: the name of the recipe or its file, then flags. Without
+            a name, the default recipe.
 
     Raises:
-        InputError: there is no such recipe; and see `cnnjax.fit`.
+        InputError: there is no such recipe; see also `cnnjax.fit`.
     """
     named = bool(arguments) and not arguments[0].startswith("-")
     name = arguments[0] if named else _DEFAULT
@@ -57,12 +61,12 @@ def train(arguments: Sequence[str]) -> int:
 
 
 def train_recipe(default: Config, description: str, arguments: Sequence[str] | None = None) -> None:
-    """Runs a recipe as a script: its flags, its training, its report; exits with the status.
+    """Runs a recipe as a script: parses the flags, trains, writes the report, and exits.
 
     Args:
-        default: what the recipe sets.
+        default: configuration of the recipe; flags change it.
         description: the text of `--help`.
-        arguments: the command line; `sys.argv[1:]` when None.
+        arguments: the command line; `sys.argv[1:]` if None.
     """
     sys.exit(guarded(lambda: _train(default, description, arguments)))
 
@@ -72,12 +76,12 @@ def _read(name: str) -> Config:
     path = Path(name)
     if path.suffix != ".py":
         raise InputError(
-            f"there is no recipe {name}; give {', '.join(RECIPES)}, or a Python file (.py) whose"
-            " CONFIG is a cnnjax.Config"
+            f"there is no recipe {name}; give {', '.join(RECIPES)}, or a Python file (.py) that"
+            " sets CONFIG to a cnnjax.Config"
         )
     if not path.is_file():
         raise InputError(f"{path} does not exist; give the path of a recipe")
-    sys.path.insert(0, str(path.parent.resolve()))  # as `python FILE.py` has it
+    sys.path.insert(0, str(path.parent.resolve()))  # as `python FILE.py` does
     try:
         config = runpy.run_path(str(path), run_name=path.stem).get("CONFIG")
     except InputError:
@@ -86,7 +90,7 @@ def _read(name: str) -> Config:
         kind = type(error).__name__
         raise InputError(f"{path} cannot be run ({kind}: {first_line(error)})") from None
     if not isinstance(config, Config):
-        raise InputError(f"{path} has no CONFIG that is a cnnjax.Config; add one")
+        raise InputError(f"{path} does not set CONFIG to a cnnjax.Config")
     return config
 
 
@@ -103,9 +107,9 @@ def _train(
         return 0
     print(f"\n{_told(result)}")
     mesh = devices.local_mesh(devices.make_mesh(config.device, config.distributed))
-    with processes.alone():  # the others have ended, or wait for this one to end
+    with processes.alone():  # the other processes have ended or wait for this one
         page = report.write(config.workdir, mesh)
-    print(f"\nwritten to {config.workdir}; to see what it learned and where it errs, open")
+    print(f"\nwritten to {config.workdir}; for metrics, mistakes and heat maps, open the report")
     print(f"  {page}")
     if advice := _advice(config):
         print(advice)
@@ -113,15 +117,15 @@ def _train(
 
 
 def _told(result: Result) -> str:
-    """Returns what training came to, as text of at most 80 columns."""
+    """Returns the results of training as text, at most 80 columns wide."""
     summary, found = result.summary, result.best
     rules, half = summary["rules"], summary.get("at_0.5", {}).get("best")
-    if half is None:  # three and more classes, which are decided for the most probable one
+    if half is None:  # three or more classes: the most probable one is predicted, no threshold
         own, size = "", "largest"
     else:
         own, size = (
             (
-                f"at the network's own probability 0.5, before calibration:"
+                f"at probability 0.5, before calibration:"
                 f" accuracy {half['accuracy']:.4f},\n"
                 f"  sensitivity {half['sensitivity']:.4f}, specificity {half['specificity']:.4f}\n"
             ),
@@ -129,29 +133,29 @@ def _told(result: Result) -> str:
         )
     views = "1 view" if summary["views"] == 1 else f"{summary['views']} views"
     return (
-        f"best epoch, {summary['best_epoch']} of {summary['epochs']}, by {views} of each image,"
+        f"best epoch: {summary['best_epoch']} of {summary['epochs']}, {views} of each image,"
         " with 95 % intervals, on the\n"
         f"{found.n:,} held-out images, which also chose the epoch and the operating point\n\n"
         f"{found.report(result.classes)}\n\n"
-        f"{own}without a network: the {size} class always,"
+        f"{own}without a network: always the {size} class,"
         f" accuracy {rules['majority_accuracy']:.4f};\n"
         f"  mean brightness, AUC {rules['brightness_auc']:.4f}"
     )
 
 
 def _advice(config: Config) -> str:
-    """Returns how to evaluate the run on what took no part in it, if its data have such a split."""
+    """Returns the command that evaluates the run on the test split; empty if there is none."""
     from cnnjax.data.prepare import open_index
 
     try:
         splits = {e.split for e in open_index(config.data, lambda _: None).examples}
-    except InputError:  # gone meanwhile
+    except InputError:  # the data set is no longer there
         return ""
     if "test" not in splits:
         return ""
     table = f" --table {quote(str(config.data.table))}" if config.data.table else ""
     return (
-        "and evaluate it on the test split, which took no part in training, with\n"
+        "to evaluate it on the test split, which was not used in training:\n"
         f"  cnnjax evaluate --run {quote(str(config.workdir))}"
         f" --data {quote(config.data.root)}{table} --split test"
     )

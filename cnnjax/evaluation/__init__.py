@@ -1,1 +1,1 @@
-"""What is made of a trained network: predictions, metrics, heat maps, a release."""
+"""Uses of a trained network: prediction, evaluation, heat maps, export and releases."""

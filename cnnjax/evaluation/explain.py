@@ -1,7 +1,7 @@
-"""Where in an image a network sees what it decides by: CAMs, and occlusion to check them by.
+"""Heat maps that show which parts of an image a decision depends on: CAMs and occlusion.
 
-All are pure functions of variables and images, jitted and batched. A heat map says what moved the
-network, not what is wrong with a lung.
+All are pure functions of variables and images, jitted and batched. A heat map shows what
+influenced the network; it does not show disease.
 """
 
 from __future__ import annotations
@@ -25,20 +25,24 @@ Explain = Callable[..., jax.Array]
 def make_grad_cam(model: Any) -> Explain:
     """Returns the jitted (variables, images) -> heat of Grad-CAM (Selvaraju et al., ICCV 2017).
 
-    The last feature maps are summed, each weighted by the mean over its places of the logit's
-    gradient there; what is negative becomes zero. For a network that ends in a global average and
-    one dense layer that is the class activation map of Zhou et al., CVPR 2016, up to a factor.
+    The heat map is the weighted sum of the last feature maps. The weight of a feature map is the
+    gradient of the logit by this map, averaged over all positions. Negative values are set to
+    zero. For a network that ends in global average pooling and one dense layer, the result is the
+    class activation map of Zhou et al. (CVPR 2016) up to a constant factor.
 
     Args:
         model: a network of `cnnjax.networks`.
 
     Returns:
-        A function of the Flax variables, uint8 [batch, height, width] and, optionally, int32
-        [batch], the label that each image's heat is to be about. It gives float32 of the images'
-        shape, bilinearly enlarged from the maps' size: evidence in log-odds, so that the images of
-        a batch can be compared; see `normalized`. It is evidence for the given class against the
-        rest; without one, for the positive class of two, or else for the class of the highest
-        logit.
+        A function (variables, images, classes=None) -> heat:
+
+        - `variables`: Flax variables.
+        - `images`: uint8 [batch, height, width].
+        - `classes`: int32 [batch], the label that the heat map of each image explains. By default
+          the positive class of two, or the class of the highest logit of more.
+        - `heat`: float32 [batch, height, width], resized bilinearly from the size of the feature
+          maps: evidence for the class against the rest, in log-odds. Images of a batch can be
+          compared; `normalized` scales each map to a maximum of 1.
     """
 
     def grad_cam(
@@ -55,20 +59,21 @@ def make_grad_cam(model: Any) -> Explain:
 def make_hires_cam(model: Any) -> Explain:
     """Returns the jitted (variables, images) -> heat of HiResCAM, at the maps `FINE`.
 
-    Feature maps times the logit's gradient, place by place (Draelos and Carin, arXiv:2011.08891):
-    unlike Grad-CAM's, the gradient is not averaged over places first, so that maps before the last,
-    which tell a place twice as well, can serve. The mean over neighbouring places takes out what
-    hangs on the maps' grid.
+    The heat map is the elementwise product of the feature maps and the gradient of the logit,
+    summed over channels (Draelos and Carin, arXiv:2011.08891). Grad-CAM averages the gradient over
+    positions first; HiResCAM does not. It can therefore use the earlier feature maps `FINE`, which
+    have twice the resolution of the last ones. Smoothing over neighbouring positions removes
+    artifacts of the grid of the feature maps.
 
-    On 200 phantoms its hottest place was on the opacity, or within a sixteenth of the side of it,
-    in 192; Grad-CAM's in 191, that of the occlusion below in 93 (`experiments/pointing.py` on a
+    On 200 phantoms, the maximum lay on the opacity, or within a sixteenth of the image side of it,
+    in 192 images; for Grad-CAM in 191, for `make_occlusion` in 93 (`experiments/pointing.py` on a
     run of `make train` on 2 CPU cores; docs/results/pointing.json).
 
     Args:
         model: a network of `cnnjax.networks`.
 
     Returns:
-        A function as that of `make_grad_cam`.
+        A function with the signature described in `make_grad_cam`.
     """
 
     def hires_cam(
@@ -84,7 +89,7 @@ def make_hires_cam(model: Any) -> Explain:
 
 
 def _smoothed(heat: jax.Array, axis: int) -> jax.Array:
-    """Averages neighbours along an axis with the weights 1 2 1; the edge goes on beyond itself."""
+    """Averages neighbours along an axis with the weights 1 2 1; padding repeats the edge."""
     ends = [(1, 1) if i == axis else (0, 0) for i in range(heat.ndim)]
     wide = jnp.pad(heat, ends, mode="edge")
     before, here, after = (
@@ -97,8 +102,9 @@ def evidence(logits: jax.Array, classes: jax.Array | None = None) -> jax.Array:
     """Returns float [batch], the log-odds of a class against the rest.
 
     Args:
-        logits: [batch] of two classes, or [batch, K].
-        classes: int32 [batch], the labels; by default 1, or that of the highest logit.
+        logits: [batch] for two classes, or [batch, K] for K classes.
+        classes: int32 [batch], the label of each image's class. By default label 1 for two classes,
+            or the label of the highest logit for K classes.
     """
     if logits.ndim == 1:
         return logits if classes is None else jnp.where(classes == 1, logits, -logits)
@@ -112,7 +118,7 @@ def evidence(logits: jax.Array, classes: jax.Array | None = None) -> jax.Array:
 def _maps_and_gradient(
     model: Any, variables: PyTree, images: jax.Array, name: str, classes: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns feature maps, and the gradient of `evidence` by them, [batch, h, w, channels]."""
+    """Returns the feature maps and the gradient of `evidence` by them, [batch, h, w, channels]."""
     shapes = jax.eval_shape(lambda v, x: features_of(model, v, x)[1], variables, images)
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
@@ -130,15 +136,15 @@ def features_of(
     images: jax.Array,
     perturbations: dict[str, jax.Array] | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns logits and feature maps [batch, height', width', channels] by name.
+    """Returns the logits and the feature maps [batch, height', width', channels] by name.
 
     Args:
-        model: a network of `cnnjax.networks`, or one that names its maps `FINAL` and `FINE`
-            likewise, with `sow` into the collection `intermediates` and with `perturb`.
-        variables: its variables.
+        model: a network of `cnnjax.networks`, or another that passes its feature maps to `sow`
+            (collection `intermediates`) and `perturb` under the names `FINAL` and `FINE`.
+        variables: its Flax variables.
         images: float32 [batch, height, width, 1] in [0, 1].
-        perturbations: added to the maps of all names (`flax.linen.Module.perturb`); the logits'
-            gradient by one is that by the maps.
+        perturbations: arrays by name, added to the feature maps (`flax.linen.Module.perturb`). The
+            gradient by a perturbation equals the gradient by the feature maps.
     """
     if perturbations is not None:
         variables = variables | {"perturbations": perturbations}
@@ -149,17 +155,19 @@ def features_of(
 def make_occlusion(model: Any, *, patch: float = 0.2, steps: int = 12) -> Explain:
     """Returns the jitted (variables, images) -> heat of occlusion (Zeiler and Fergus, ECCV 2014).
 
-    A square with the image's mean gray level is put in each place of a grid, and the logit asked
-    for again: it takes steps * steps passes and no gradient, and so checks Grad-CAM.
+    A square with the mean gray level of the image covers each position of a grid in turn, and the
+    network is evaluated again. This takes steps * steps forward passes. It uses no gradient, so it
+    is an independent check of Grad-CAM.
 
     Args:
         model: a network of `cnnjax.networks`.
-        patch: side of the square, as a part of the image's.
-        steps: places of the square along each direction.
+        patch: side of the square, as a fraction of the image side.
+        steps: number of positions along each axis.
 
     Returns:
-        A function as that of `make_grad_cam`. The heat of a pixel is by how much the squares that
-        cover it lower the log-odds, on average; negative where they raise them.
+        A function with the signature described in `make_grad_cam`. The heat of a pixel is the mean
+        decrease of the log-odds over the squares that cover the pixel; it is negative if they
+        increase the log-odds.
     """
 
     def occlusion(
@@ -170,7 +178,7 @@ def make_occlusion(model: Any, *, patch: float = 0.2, steps: int = 12) -> Explai
         gray = pixels.mean((1, 2, 3), keepdims=True)
         logits = model.apply(variables, pixels, train=False)
         if classes is None and logits.ndim == 2:
-            classes = logits.argmax(-1)  # of the whole image, wherever the square is
+            classes = logits.argmax(-1)  # the same class for all positions of the square
         whole = evidence(logits, classes)
         sides = max(1, round(patch * height)), max(1, round(patch * width))
 
@@ -195,17 +203,17 @@ def make_occlusion(model: Any, *, patch: float = 0.2, steps: int = 12) -> Explai
 
 
 def normalized(heat: np.ndarray) -> np.ndarray:
-    """Brings each map of float [batch, height, width] to a maximum of 1; what is negative to 0."""
+    """Scales each map of float [batch, height, width] to a maximum of 1; clips negatives to 0."""
     heat = np.maximum(heat, 0)
     highest = heat.max((1, 2), keepdims=True)
     return np.divide(heat, highest, out=np.zeros_like(heat), where=highest > 0)
 
 
 def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """Lays a heat map over an image.
+    """Returns an image with its heat map as an overlay.
 
-    The hottest places are yellow and the warm ones purple (matplotlib's plasma, whose lightness
-    alone tells the order); where there is no heat, the image is as it was.
+    High values are yellow and low values purple (matplotlib's `plasma`, whose lightness increases
+    with the value). Where the heat is zero, the image is unchanged.
 
     Args:
         image: uint8 [height, width].
@@ -223,11 +231,11 @@ def overlay(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
 
 
 def draw_box(picture: Image.Image, box: np.ndarray) -> None:
-    """Draws the edge of a box into an RGB picture, unless it is the whole of it.
+    """Draws the outline of a box into an RGB picture, unless the box is the whole picture.
 
     Args:
-        picture: is changed.
-        box: float [4], left, top, right and bottom, as parts of the sides.
+        picture: changed in place.
+        box: float [4], left, top, right and bottom, as fractions of the sides.
     """
     if np.array_equal(box, (0, 0, 1, 1)):
         return

@@ -1,7 +1,7 @@
-"""A trained network in forms that need none of this project to run.
+"""Export of trained networks to formats that run without cnnjax.
 
-Beside each stands a `.json` that says how an image is brought to the network and what its logit
-means, so that whoever loads it decodes and decides as we do.
+A `.json` file next to each export describes the preprocessing of images and the meaning of the
+outputs. With it, other programs can reproduce the predictions of cnnjax.
 """
 
 from __future__ import annotations
@@ -27,37 +27,44 @@ from cnnjax.steps import variables_of
 Format = Literal["stablehlo", "onnx", "safetensors"]
 PLATFORMS = ("cpu", "cuda", "tpu")
 
-OPSET = 18  # of ONNX, from 2022: what reads nothing newer reads this
-CLOSE = 1e-4  # by how much ONNX's logits may differ from ours, as a part of them or, below 1, whole
+OPSET = 18  # ONNX operator set, from 2022: old runtimes support it too
+CLOSE = 1e-4  # relative and absolute tolerance between the logits of ONNX Runtime and of JAX
 
 
 def export(predictor: Predictor, form: Format, path: Path) -> list[Path]:
-    """Writes the network to a file, and beside it what is to be known.
+    """Writes the network to a file, and a description as JSON next to it.
 
-    `stablehlo` is a program: `jax.export.deserialize(path.read_bytes()).call(images)` takes uint8
-    [n, size, size], for any n, and gives float32 [n], logits, on CPU, CUDA or TPU; of networks with
-    a logit for each of K classes [n, K], calibrated probabilities. `onnx` is the same program for
-    ONNX Runtime and its like, from `images` to `logits` or `probabilities`. `safetensors` are the
-    weights alone, named `MEMBER/COLLECTION/LAYER/ARRAY`, in float32; those of the lung finder are
-    the member `lungs`. Where the networks see images cut to the lungs, the programs find and cut
-    them.
+    The formats are:
+
+    - `stablehlo`: a program for CPU, CUDA and TPU.
+      `jax.export.deserialize(path.read_bytes()).call(images)` takes uint8 [n, size, size] for any
+      n. It returns logits, float32 [n], for two classes. For networks with K logits it returns
+      calibrated probabilities, float32 [n, K].
+    - `onnx`: the same program for ONNX Runtime and other runtimes, with the input `images` and the
+      output `logits` or `probabilities`.
+    - `safetensors`: the weights only, in float32, named `MEMBER/COLLECTION/LAYER/ARRAY`. The
+      weights of the lung finder are the member `lungs`.
+
+    If the networks see images cropped to the lungs, the programs find the lungs and crop the images
+    themselves.
 
     Args:
-        predictor: what to export, of one view of an image (`Predictor.open(..., views=1)`), so that
-            who loads it needs no augmentation; the logits of several networks are averaged.
-        form: one of the three.
-        path: the file.
+        predictor: what to export. It must use one view of an image (`Predictor.open(...,
+            views=1)`), because exports contain no augmentation. The logits of several networks are
+            averaged.
+        form: one of the three formats.
+        path: the output file.
 
     Returns:
-        The two files' paths.
+        The paths of the two files.
 
     Raises:
-        InputError: the extra `export`, or `onnx`, is not installed, or what the converter to ONNX
-            made does not give our logits.
-        ValueError: the predictor is for several views.
+        InputError: the extra `export` or `onnx` is not installed, or the converted ONNX model gives
+            other outputs than the network.
+        ValueError: the predictor uses several views.
     """
     if predictor.views != 1:
-        raise ValueError(f"of a predictor for {predictor.views} views; open it with views=1")
+        raise ValueError(f"the predictor uses {predictor.views} views; open it with views=1")
     beside = path.with_name(path.name + ".json")
     document = describe(predictor) | {"format": form}
     if form == "stablehlo":
@@ -73,12 +80,12 @@ def export(predictor: Predictor, form: Format, path: Path) -> list[Path]:
 
 
 def stablehlo(predictor: Predictor) -> bytes:
-    """Returns the program from images to logits, its batch size left open; see `export`."""
+    """Returns the serialized program with a symbolic batch size; see `export`."""
     _require("flatbuffers", "export")
     (batch,) = jax.export.symbolic_shape("batch")
     taken = jax.ShapeDtypeStruct((batch, predictor.size, predictor.size), jnp.uint8)
-    # oneDNN's kernels are of this machine; other platforms have no such thing.
-    # In full float32 everywhere: the operating point was chosen so.
+    # Without oneDNN's kernels, which exist on this platform only. With full float32 precision
+    # everywhere, since the operating point was chosen with it.
     with layers.portable(), jax.default_matmul_precision("highest"):
         program = jax.jit(_program(predictor))
         exported = jax.export.export(program, platforms=PLATFORMS)(taken)
@@ -86,7 +93,7 @@ def stablehlo(predictor: Predictor) -> bytes:
 
 
 def onnx(predictor: Predictor) -> bytes:
-    """Returns the program in float32 as an ONNX model, held against ONNX Runtime."""
+    """Returns the program in float32 as an ONNX model, checked with ONNX Runtime."""
     _require("jax2onnx", "onnx")
     _require("onnxruntime", "onnx")
     import onnxruntime
@@ -103,7 +110,7 @@ def onnx(predictor: Predictor) -> bytes:
             input_names=["images"],
             output_names=["probabilities" if predictor.has_softmax else "logits"],
         )
-    # The converter notes shapes in between that are those before a transposition.
+    # The converter records wrong intermediate shapes: those before a transposition.
     del model.graph.value_info[:]
     data = bytes(model.SerializeToString())
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
@@ -114,7 +121,7 @@ def onnx(predictor: Predictor) -> bytes:
         expected = jax.jit(program)(jnp.asarray(images))
     if not np.allclose(found, expected, rtol=CLOSE, atol=CLOSE):
         raise InputError(
-            "what jax2onnx made of the network gives other outputs than it does;"
+            "the ONNX model that jax2onnx made gives other outputs than the network;"
             " try another version of jax2onnx, or --format stablehlo"
         )
     return data
@@ -123,11 +130,11 @@ def onnx(predictor: Predictor) -> bytes:
 def _program(predictor: Predictor, dtype: Any = None) -> Callable[[jax.Array], jax.Array]:
     """Returns the pure function from uint8 images [n, size, size] to logits float32 [n].
 
-    Where the networks have a logit for each of K classes, it gives probabilities [n, K].
+    For networks with K logits, the function returns calibrated probabilities [n, K] instead.
 
     Args:
-        predictor: whose networks.
-        dtype: what they compute in; as they were trained when None.
+        predictor: the networks.
+        dtype: the dtype of their computations; as in training if None.
     """
     model = predictor.model if dtype is None else predictor.model.clone(dtype=dtype)
     members = [variables_of(member) for member in predictor.members]
@@ -164,27 +171,28 @@ def safetensors(predictor: Predictor) -> bytes:
 
 
 _FRAMED = (
-    "cut to the lungs: the lung finder sees the image reduced to"
-    f" {lungs.SIDE} x {lungs.SIDE} pixels; the box around the lungs, wider by"
-    f" {lungs.MARGIN:.0%} of its side in each direction within the image, is resized to the"
-    " networks' square (Pillow's HAMMING); the whole image where no lungs are found. The StableHLO"
-    " and ONNX programs do this themselves; for the weights alone see cnnjax/lungs.py"
+    "cropped to the lungs: the lung finder sees the image reduced to"
+    f" {lungs.SIDE} x {lungs.SIDE} pixels; the box around the lungs is enlarged by"
+    f" {lungs.MARGIN:.0%} of its side in each direction, clipped to the image, and resized to the"
+    " networks' input size (Pillow's HAMMING filter). If no lungs are found, the whole image is"
+    " used. The StableHLO and ONNX programs include this step; for the weights see cnnjax/lungs.py"
 )
 
 
 def describe(predictor: Predictor) -> dict[str, Any]:
-    """Returns what one needs to know to use the network elsewhere; plain JSON."""
+    """Returns the description of inputs and outputs that is written as JSON; see `export`."""
     return {
         "weights": predictor.about,
         "input": {
             "shape": ["batch", predictor.size, predictor.size],
             "dtype": "uint8",
             "preprocessing": (
-                f"gray by ITU-R 601 luma, the whole image stretched to {predictor.size} x"
-                f" {predictor.size} pixels (an area filter: Pillow's HAMMING), 0 black to 255 white"
-                "; before that upright by EXIF, transparency over black, 16 bits divided by 257,"
-                " and a JPEG reduced by 2, 4 or 8 in decoding as far as that leaves so many pixels"
-                " (Pillow's draft)"
+                "in this order: a JPEG is reduced by 2, 4 or 8 while decoding if its sides stay at"
+                f" least {predictor.size} pixels (Pillow's draft mode); rotation by the EXIF"
+                " orientation; transparency composited over black; 16-bit values divided by 257;"
+                " conversion to gray with ITU-R 601 luma; the whole image stretched to"
+                f" {predictor.size} x {predictor.size} pixels (area filter: Pillow's HAMMING);"
+                " 0 is black, 255 is white"
             ),
             "frame": _FRAMED if predictor.framed else "the whole image",
         },
@@ -201,7 +209,7 @@ def _output(predictor: Predictor) -> dict[str, Any]:
             "dtype": "float32",
             "classes": list(classes),
             "meaning": "calibrated probability of each class, softmax(slope * logits + bias) of the"
-            " network's logits; the class is that of the highest",
+            " network's logits; the predicted class has the highest probability",
             "slope": point.slope,
             "bias": list(point.bias),
         }

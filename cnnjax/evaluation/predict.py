@@ -1,4 +1,4 @@
-"""From images to logits with a trained network."""
+"""Prediction with trained networks: `Predictor`."""
 
 from __future__ import annotations
 
@@ -31,29 +31,32 @@ from cnnjax.steps import TrainState, variables_of
 if TYPE_CHECKING:
     from cnnjax.run.checkpoint import Kind
 
-FEW, MANY = 8, 64  # up to so many images take a smaller step; heat maps take so many at most
+# Up to FEW images use a smaller batch. Heat maps use batches of at most MANY images.
+FEW, MANY = 8, 64
 
 
 class Predictor:
-    """Trained networks, ready to judge images; the logits of several are averaged.
+    """One or more trained networks for prediction; the logits of several networks are averaged.
 
-    Make one with `Predictor.of_run`, `Predictor.of_release` or `Predictor.open`.
+    Create one with `Predictor.of_run`, `Predictor.of_release` or `Predictor.open`.
 
     Attributes:
-        size: side of the images that it takes, in pixels: `cnnjax.lungs.FILM` where it cuts them to
-            the lungs, and else that of the network's input.
-        side: side of the network's input, in pixels.
-        framing: what of an image the networks see, `whole` or `lungs`.
-        framed: whether that is the lungs.
-        classes: names of the labels, 0 and up.
-        has_softmax: whether the networks have a logit for each class, and not one for two.
-        operating: what probability a logit means, and how it decides: a `SoftmaxPoint` of networks
-            with a logit for each class, else an `OperatingPoint`.
+        size: side of the images that the predictor takes, in pixels: `cnnjax.lungs.FILM` if it
+            crops them to the lungs, otherwise `side`.
+        side: side of the networks' input, in pixels.
+        framing: part of an image that the networks see, `whole` or `lungs`.
+        framed: whether images are cropped to the lungs.
+        classes: names of the labels 0, 1, ...
+        has_softmax: whether the networks have one logit for each class; otherwise they have one
+            logit for two classes.
+        operating: calibration and decision rule: a `SoftmaxPoint` if `has_softmax`, otherwise an
+            `OperatingPoint`.
         about: a phrase that names the weights.
-        model: the network.
-        members: the states of each.
-        views: how many views of an image are judged. Members share them: each draws its own, at
-            least two, as one would be the image as it is.
+        model: the Flax module of all networks.
+        members: the state of each network.
+        views: number of views (augmented copies) of an image for test-time augmentation; 1 means
+            the original image. The views are distributed over the members. Each member draws its
+            own, at least two, because a single view would be the original image.
     """
 
     def __init__(
@@ -89,17 +92,19 @@ class Predictor:
         kind: Kind = "best",
         views: int | None = None,
     ) -> Predictor:
-        """Returns what a folder holds, a run or a release, or the package's own weights for None.
+        """Returns the predictor of a run or a release.
 
         Args:
-            folder: the workdir of a run, or a folder with a release.
-            mesh: the devices to use; all of the fastest kind when None.
-            kind: of a run, `best` by validation, or `latest`.
-            views: judge so many views of each image, as their augmentation changes it: as many as
-                the recipe says (`--augment.views`, the default), or 1, the image as it is.
+            folder: the workdir of a run, or the folder of a release; the weights in the package if
+                None.
+            mesh: the devices to use; all of the fastest kind if None.
+            kind: checkpoint of a run: `best` by validation, or `latest`.
+            views: number of views of each image for test-time augmentation. By default as in the
+                recipe (`--augment.views`); 1 means the original image.
 
         Raises:
-            InputError: it holds neither, or has no operating point for so many views.
+            InputError: the folder holds neither a run nor a release, or there is no operating point
+                for this number of views.
         """
         mesh = make_mesh(DeviceConfig()) if mesh is None else mesh
         if folder is None:
@@ -117,19 +122,19 @@ class Predictor:
         views: int | None = None,
         network: Any = None,
     ) -> Predictor:
-        """Returns the network that a run trained.
+        """Returns the predictor of the network that a run trained.
 
         Args:
-            run: the workdir of a run.
+            run: the workdir of the run.
             mesh: the devices to use.
-            kind: `best` by validation, or `latest`.
+            kind: checkpoint: `best` by validation, or `latest`.
             views: see `open`.
-            network: the one that `cnnjax.fit` was given, where it cannot be imported by the name
-                that the run has written down.
+            network: the network that was passed to `cnnjax.fit`; needed only if it cannot be
+                imported by the name recorded in the run.
 
         Raises:
-            InputError: the run is not there, has no checkpoint, or no operating point for so many
-                views.
+            InputError: the run does not exist, has no checkpoint, or has no operating point for
+                this number of views.
         """
         from cnnjax.run.checkpoint import Checkpoints  # Orbax takes half a second
 
@@ -148,7 +153,7 @@ class Predictor:
         operating = at_views(workdir.read_operating(kind), views, str(run))
         classes = workdir.read_classes()
         model = model_of(config, classes) if network is None else network
-        with processes.alone():  # each reads all
+        with processes.alone():  # each process reads the whole checkpoint
             checkpoints = Checkpoints(workdir.checkpoints)
             state = _state_of(checkpoints.variables(kind), mesh)
             checkpoints.close()
@@ -173,7 +178,7 @@ class Predictor:
         about: str = "the package's release",
         views: int | None = None,
     ) -> Predictor:
-        """Returns the networks of a release, in float32; for `views` see `open`."""
+        """Returns the predictor of a release, in float32; for `views` see `open`."""
         views = released.augment.views if views is None else views
 
         return cls(
@@ -190,7 +195,7 @@ class Predictor:
         )
 
     def expect_classes(self, index: Index) -> None:
-        """Raises InputError if a data set has other classes than the networks tell apart."""
+        """Raises InputError if the classes of a data set are not those of the networks."""
         if index.classes != self.classes:
             raise InputError(
                 f"{index.root} has the classes {' and '.join(index.classes)},"
@@ -198,13 +203,15 @@ class Predictor:
             )
 
     def frame(self, images: np.ndarray) -> Framed:
-        """Returns what the networks see of images, and where in them; all, if it is not `framed`.
+        """Returns the inputs of the networks and the boxes in the images that they were taken from.
+
+        The boxes are the whole images unless `framed`.
 
         Args:
             images: uint8 [n, size, size].
 
         Raises:
-            ValueError: they are of another shape or dtype.
+            ValueError: the images have another shape or dtype.
         """
         shape = (len(images), self.size, self.size)
         if images.dtype != np.uint8 or images.shape != shape:
@@ -217,64 +224,64 @@ class Predictor:
         return lungs.as_framed(images)
 
     def lungs(self, images: np.ndarray) -> np.ndarray:
-        """Returns bool [n, size, size], where the lungs are in uint8 images of that shape."""
+        """Returns masks of the lungs, bool [n, size, size], of uint8 images of this shape."""
         return Framer(self.side, self._mesh).maps(images) > 0.5
 
     def logits(self, images: np.ndarray | Framed) -> np.ndarray:
-        """Returns float32 [n], or [n, K] where `has_softmax`, the logits of images.
+        """Returns the logits of images, float32 [n], or [n, K] if `has_softmax`.
 
         Args:
-            images: uint8 [n, size, size], or what `frame` made of them.
+            images: uint8 [n, size, size], or the result of `frame`.
         """
         return self.member_logits(images).mean(0)
 
     def member_logits(self, images: np.ndarray | Framed) -> np.ndarray:
-        """Returns float32 [members, n(, K)], those of each network on its views; see `logits`.
+        """Returns the logits of each network, float32 [members, n(, K)]; see `logits`.
 
         Raises:
-            InputError: one is not finite.
+            InputError: a logit is not finite.
         """
         seen = self._seen(images).images
         if self.has_softmax and not len(seen):
             return np.zeros((len(self.members), 0, len(self.classes)), np.float32)
         rows = np.arange(len(seen))
         logits = self._few_logits if len(seen) <= FEW else self._logits
-        # Streamed: the program is the same for any number of images.
+        # Streamed from the host: the compiled program is the same for any number of images.
         feeder = Feeder(seen, np.zeros(len(seen), np.int32), self._mesh, resident_mib=-1)
         found = np.stack([logits(state, feeder, rows, i) for i, state in enumerate(self.members)])
         if not np.isfinite(found).all():
             raise InputError(
-                f"{self.about} gives outputs that are not finite; its weights are of no use, train"
-                " it anew"
+                f"{self.about} gives outputs that are not finite; its weights cannot be used, train"
+                " it again"
             )
         return found
 
     @functools.cached_property  # it traces the network
     def explains(self) -> bool:
-        """Whether the network names the feature maps that heat maps are made of."""
+        """Whether the network names the feature maps that heat maps need."""
         shape = (1, self.side, self.side, 1)
         variables, pixels = variables_of(self.members[0]), jax.ShapeDtypeStruct(shape, np.float32)
         _, maps = jax.eval_shape(lambda v, x: features_of(self.model, v, x), variables, pixels)
         return FINE in maps
 
     def heat(self, images: np.ndarray | Framed, classes: np.ndarray | None = None) -> np.ndarray:
-        """Returns float32 [n, size, size]: HiResCAM of images, zero outside what the networks see.
+        """Returns HiResCAM heat maps of images, float32 [n, size, size].
 
-        It is evidence for a class against the rest, in log-odds, averaged over the networks; see
-        `cnnjax.evaluation.explain`.
+        A heat map is evidence for a class against the rest, in log-odds, averaged over the
+        networks; see `cnnjax.evaluation.explain`. It is zero outside the part that they see.
 
         Args:
-            images: uint8 [n, size, size], or what `frame` made of them.
-            classes: int [n], the label that each image's heat is about; by default the positive one
-                or, where `has_softmax`, the one that the image is called.
+            images: uint8 [n, size, size], or the result of `frame`.
+            classes: int [n], the label that the heat map of each image explains. By default the
+                positive class, or the predicted class if `has_softmax`.
 
         Raises:
-            InputError: the network names no feature maps.
+            InputError: the network does not name its feature maps; see `explains`.
         """
         if not self.explains:
             raise InputError(
-                f"{self.about} names no feature maps for heat maps; sow and perturb the maps"
-                f" `{FINE}` in {type(self.model).__name__}, as `cnnjax.networks` says"
+                f"{self.about} names no feature maps for heat maps; call sow and perturb on the"
+                f" maps `{FINE}` in {type(self.model).__name__}, as described in `cnnjax.networks`"
             )
         seen = self._seen(images)
         images = seen.images
@@ -301,7 +308,7 @@ class Predictor:
 
 
 def _state_of(variables: Any, mesh: Mesh) -> TrainState:
-    """Returns a state to evaluate with, in float32 and on the devices."""
+    """Returns a state for evaluation, in float32 and replicated on the devices."""
     full = jax.tree.map(lambda x: np.asarray(x, np.float32), variables)
     stats = full.get("batch_stats", {})
     state = TrainState(np.zeros((), np.int32), full["params"], stats, opt_state=(), ema=None)

@@ -1,8 +1,8 @@
-"""Trained weights as two small files: what a release ships, and what any run can be packed into.
+"""Releases: the weights of one or more trained networks in two small files.
 
-`weights.npz` holds the arrays of every member of an ensemble in float16, without pickles;
-`release.json` says which network they are of, how images are to be brought to it, the operating
-point, the checksum of the weights, and what is to be known about them.
+`weights.npz` holds the arrays of every member of an ensemble in float16, without pickles.
+`release.json` holds the network's hyperparameters, the preprocessing of images, the operating
+points, the checksum of the weights, and notes on protocol and results.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from cnnjax.networks.variables import flatten, unflatten
 from cnnjax.operating import Points, points_from_json, points_to_json
 
 SHIPPED = Path(__file__).parents[1] / "released"
-"""The folder of the weights that come with the package."""
+"""Folder of the weights in the package."""
 
 PyTree = Any
 _WEIGHTS, _ABOUT = "weights.npz", "release.json"
@@ -35,18 +35,18 @@ class Release:
 
     model: ModelConfig
     size: int
-    """Side of the images that the networks take, in pixels."""
+    """Side of the networks' input, in pixels."""
     frame: Frame
-    """What of an image these show: `whole`, or the part around the `lungs`."""
+    """Part of an image that the networks see: `whole`, or `lungs` for a crop to the lungs."""
     classes: tuple[str, ...]
-    """Names of the labels, 0 and up."""
+    """Names of the labels 0, 1, ..."""
     augment: AugmentConfig
-    """What the networks were trained with, and what views of an image differ by."""
+    """Augmentation in training and in test-time augmentation."""
     operating: Points
     members: tuple[PyTree, ...]
-    """Flax variables of each network: `params`, and `batch_stats` where it has any; float16."""
+    """Flax variables of each network: `params`, and `batch_stats` if it has any; float16."""
     about: dict[str, Any]
-    """What is to be known: protocol, figures; plain JSON."""
+    """Notes as plain JSON: protocol and results."""
 
 
 def write(release: Release, folder: Path) -> None:
@@ -84,32 +84,32 @@ def write(release: Release, folder: Path) -> None:
 
 
 def is_release(folder: Path) -> bool:
-    """Tells whether `write` wrote to a folder."""
+    """Returns whether a folder holds a release."""
     return (folder / _ABOUT).is_file()
 
 
 def read(folder: Path = SHIPPED) -> Release:
-    """Returns the release in a folder, its checksum verified.
+    """Reads the release in a folder and verifies its checksum.
 
     Raises:
-        InputError: it is not there, damaged, or of another version.
+        InputError: the release is missing, damaged, or of another version of cnnjax.
     """
     path = folder / _ABOUT
-    mend = "fetch it again" if folder != SHIPPED else "install cnnjax again"
+    mend = "download it again" if folder != SHIPPED else "install cnnjax again"
     try:
         document = dict(json.loads(path.read_text("utf-8")))
         weights = (folder / _WEIGHTS).read_bytes()
     except (OSError, TypeError, ValueError) as error:
         raise InputError(f"{folder} holds no readable release ({error}); {mend}") from None
     if hashlib.sha256(weights).hexdigest() != document.get("sha256"):
-        raise InputError(f"{folder / _WEIGHTS} is damaged: its checksum is another; {mend}")
+        raise InputError(f"{folder / _WEIGHTS} is damaged (wrong checksum); {mend}")
     try:
         model = from_dict(ModelConfig, document["model"], str(path), "model.")
         classes = tuple(map(str, document["classes"]))
         augment = from_dict(AugmentConfig, document["augment"], str(path), "augment.")
         operating = points_from_json(document["operating"])
         size, about = document["size"], document["about"]
-        frame = document.get("frame", "whole")  # that of the first release
+        frame = document.get("frame", "whole")  # the first release has no such key
         count = int(document["members"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(

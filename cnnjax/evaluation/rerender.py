@@ -1,11 +1,12 @@
-"""Held-out radiographs as another place might have rendered them: a stress-test validation.
+"""Renderings of held-out radiographs for stress-test validation.
 
-Folds of one collection share its scanners, its export and its framing, and nearly every network
-scores well on them. The renderings here are fixed changes that leave the diagnosis as it is. They
-are applied to the decoded film at `SIZE` pixels, before it is framed and reduced to the network's
-size. They fall into groups of one kind each, `framing` first, since framing is what differs most
-between collections. Random numbers for an image follow from a seed, the rendering and the image's
-name alone.
+A rendering is a changed version of an image, as another hospital might have produced it. The folds
+of one collection share scanners, export and framing, so nearly every network scores well on them.
+Renderings keep the diagnosis and change one of these. They are applied to the decoded image at
+`SIZE` pixels, before it is cropped to the lungs and resized for the network. Each belongs to a
+group (`GROUPS`): `framing`, `tone`, `sharpness`, `damage` or `stretch`. Framing differs most
+between collections. The random numbers for an image depend only on a seed, the rendering and the
+name of the image.
 """
 
 from __future__ import annotations
@@ -24,46 +25,46 @@ from PIL import Image, ImageFilter
 from cnnjax.errors import InputError
 from cnnjax.machine.host import cpu_cores
 
-VERSION = 2  # raise it when a rendering gives other pixels for the same image
+VERSION = 2  # increase it when a rendering gives other pixels for the same image
 
-SIZE = 224  # pixels: the side at which films are changed
+SIZE = 224  # pixels: side of the images that renderings change
 
 Box = tuple[float, float, float, float]
 """Left, top, right and bottom of a rectangle, as fractions of the image's sides."""
 
 
 class Facts(NamedTuple):
-    """What is known of a film beside its pixels; None where it is not known."""
+    """Facts about an image that its pixels do not contain; None if unknown."""
 
     lungs: Box | None = None
     """The box around the lungs."""
     aspect: float | None = None
-    """Width over height of the file as published, before others stretched it to a square."""
+    """Width / height of the published file, before it was stretched to a square."""
 
 
 UNKNOWN = Facts()
 
-# (film, its random numbers, magnitude, what is known of it) -> film; None where a fact is missing.
+# (image, random generator, magnitude, facts) -> image; None if a needed fact is unknown.
 _Change = Callable[[Image.Image, np.random.Generator, float, Facts], Image.Image | None]
 
 
 class Rendering(NamedTuple):
-    """One change at one strength."""
+    """One kind of change with its magnitude."""
 
     group: str
     change: _Change
     by: float
-    """The magnitude, in the unit that the change names."""
+    """The magnitude; its unit depends on `change`."""
 
 
 def _window(image: Image.Image, box: Box) -> Image.Image:
-    """Cuts a box out of an image and resizes it to the whole."""
+    """Crops an image to a box and resizes the crop to the size of the image."""
     left, top, right, bottom = (SIZE * edge for edge in box)
     return image.resize((SIZE, SIZE), Image.Resampling.BILINEAR, (left, top, right, bottom))
 
 
 def _middle(image: Image.Image, rng: np.random.Generator, by: float, facts: Facts) -> Image.Image:
-    """Enlarges the middle; `by` is the part of the side that is kept."""
+    """Crops to the centre; `by` is the fraction of the side that is kept."""
     edge = (1 - by) / 2
     return _window(image, (edge, edge, 1 - edge, 1 - edge))
 
@@ -71,7 +72,7 @@ def _middle(image: Image.Image, rng: np.random.Generator, by: float, facts: Fact
 def _off_centre(
     image: Image.Image, rng: np.random.Generator, by: float, facts: Facts
 ) -> Image.Image:
-    """Enlarges a square anywhere in the image; `by` is the part of the side that is kept."""
+    """Crops to a square at a random position; `by` is the fraction of the side that is kept."""
     left, top = rng.uniform(0, 1 - by, 2)
     return _window(image, (left, top, left + by, top + by))
 
@@ -79,7 +80,7 @@ def _off_centre(
 def _lungs(
     image: Image.Image, rng: np.random.Generator, by: float, facts: Facts
 ) -> Image.Image | None:
-    """Cuts the film to the lungs with a margin on each side; `by` is a part of the box's side."""
+    """Crops to the lungs; `by` is the margin on each side as a fraction of the box's side."""
     if facts.lungs is None:
         return None
     left, top, right, bottom = facts.lungs
@@ -100,21 +101,21 @@ def _looser(image: Image.Image, rng: np.random.Generator, by: float, gray: int) 
 def _black_frame(
     image: Image.Image, rng: np.random.Generator, by: float, facts: Facts
 ) -> Image.Image:
-    """Puts the film, made smaller, into a black frame of uneven width, at most `by` of the side."""
+    """Shrinks the image into a black frame; each edge is at most `by` of the side wide."""
     return _looser(image, rng, by, 0)
 
 
 def _gray_frame(
     image: Image.Image, rng: np.random.Generator, by: float, facts: Facts
 ) -> Image.Image:
-    """The same with a frame of the film's mean gray."""
+    """Shrinks the image into a frame of its mean gray level; see `_black_frame`."""
     return _looser(image, rng, by, round(float(np.asarray(image).mean())))
 
 
 def _aspect_padded(
     image: Image.Image, rng: np.random.Generator, by: float, facts: Facts
 ) -> Image.Image | None:
-    """Restores the published aspect ratio, with black bars that make the film square again."""
+    """Restores the published aspect ratio; black bars make the image square."""
     if facts.aspect is None:
         return None
     width, height = (round(SIZE * min(1, part)) for part in (facts.aspect, 1 / facts.aspect))
@@ -127,7 +128,7 @@ def _aspect_padded(
 def _aspect_cut(
     image: Image.Image, rng: np.random.Generator, by: float, facts: Facts
 ) -> Image.Image | None:
-    """Restores the published aspect ratio, and keeps the square in the middle."""
+    """Restores the published aspect ratio; crops to the square in the centre."""
     if facts.aspect is None:
         return None
     x, y = ((1 - min(1, part)) / 2 for part in (1 / facts.aspect, facts.aspect))
@@ -157,7 +158,7 @@ def _tone(image: Image.Image, rng: np.random.Generator, by: float, facts: Facts)
 
 
 def _levels(image: Image.Image, rng: np.random.Generator, by: float, facts: Facts) -> Image.Image:
-    """Makes the quantiles by and 1 - by black and white."""
+    """Stretches the contrast: the quantile `by` becomes black, the quantile 1 - `by` white."""
     low, high = np.percentile(np.asarray(image), (100 * by, 100 * (1 - by))) / 255
     return _curve(image, (_LEVELS - low) / max(high - low, 1 / 255))
 
@@ -168,18 +169,18 @@ def _blur(image: Image.Image, rng: np.random.Generator, by: float, facts: Facts)
 
 
 def _resample(image: Image.Image, rng: np.random.Generator, by: float, facts: Facts) -> Image.Image:
-    """Makes the film `by` times smaller, and as large as before."""
+    """Reduces the image by the factor `by` and enlarges it again."""
     small = image.resize((round(SIZE / by),) * 2, Image.Resampling.BILINEAR)
     return small.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
 
 
 def _sharpen(image: Image.Image, rng: np.random.Generator, by: float, facts: Facts) -> Image.Image:
-    """Applies an unsharp mask of two pixels; `by` is its strength."""
+    """Applies an unsharp mask with a radius of two pixels; `by` is its strength."""
     return image.filter(ImageFilter.UnsharpMask(2, round(100 * by), 0))
 
 
 def _jpeg(image: Image.Image, rng: np.random.Generator, by: float, facts: Facts) -> Image.Image:
-    """Compresses as JPEG; `by` is the quality."""
+    """Compresses as JPEG; `by` is Pillow's quality."""
     file = io.BytesIO()
     image.save(file, "JPEG", quality=round(by))
     return Image.open(file).convert("L")
@@ -192,17 +193,17 @@ def _noise(image: Image.Image, rng: np.random.Generator, by: float, facts: Facts
 
 
 def _wider(image: Image.Image, rng: np.random.Generator, by: float, facts: Facts) -> Image.Image:
-    """Stretches the film sideways and keeps the middle; `by` is the part of the width kept."""
+    """Stretches the image horizontally; keeps the fraction `by` of the width at the centre."""
     return _window(image, ((1 - by) / 2, 0, (1 + by) / 2, 1))
 
 
 def _taller(image: Image.Image, rng: np.random.Generator, by: float, facts: Facts) -> Image.Image:
-    """Stretches the film upwards and keeps the middle; `by` is the part of the height kept."""
+    """Stretches the image vertically; keeps the fraction `by` of the height at the centre."""
     return _window(image, (0, (1 - by) / 2, 1, (1 + by) / 2))
 
 
 def _rotate(image: Image.Image, rng: np.random.Generator, by: float, facts: Facts) -> Image.Image:
-    """Rotates by `by` / 2 to `by` degrees either way."""
+    """Rotates by a random angle of `by` / 2 to `by` degrees in a random direction."""
     return image.rotate(rng.uniform(by / 2, by) * _sign(rng), Image.Resampling.BILINEAR)
 
 
@@ -241,26 +242,26 @@ RENDERINGS: dict[str, Rendering] = {
     "rotate, mild": Rendering("stretch", _rotate, 5),
     "rotate, strong": Rendering("stretch", _rotate, 10),
 }
-"""Every rendering by its name."""
+"""All renderings by name."""
 
 GROUPS = tuple(dict.fromkeys(rendering.group for rendering in RENDERINGS.values()))
-"""The groups: `framing`, `tone`, `sharpness`, `damage`, `stretch`."""
+"""Groups of renderings: `framing`, `tone`, `sharpness`, `damage`, `stretch`."""
 
 
 def rerender(
     image: np.ndarray, rendering: str, name: str, facts: Facts = UNKNOWN, seed: int = 0
 ) -> np.ndarray | None:
-    """Returns one film as another place might have rendered it.
+    """Returns one rendering of an image.
 
     Args:
         image: uint8 [224, 224].
         rendering: one of `RENDERINGS`.
-        name: of the image; with `rendering` and `seed` it decides what is drawn at random.
-        facts: what is known of the film.
-        seed: another one draws anew.
+        name: name of the image. The random numbers depend on it, on `rendering` and on `seed`.
+        facts: facts about the image.
+        seed: seed of the random numbers.
 
     Returns:
-        uint8 [224, 224]; None where the rendering needs a fact that is not known.
+        uint8 [224, 224]; None if the rendering needs a fact that is unknown.
     """
     _, change, by = RENDERINGS[rendering]
     changed = change(Image.fromarray(image), _generator(rendering, name, seed), by, facts)
@@ -268,16 +269,16 @@ def rerender(
 
 
 def rerender_mask(mask: np.ndarray, rendering: str, name: str, facts: Facts) -> np.ndarray | None:
-    """Returns where a mask of a film lies after a rendering that `rerender` made of the film.
+    """Returns the mask of an image after the geometric change that `rerender` makes with seed 0.
 
     Args:
         mask: bool [224, 224].
-        rendering: as for `rerender`.
-        name: likewise; the seed is 0.
-        facts: likewise.
+        rendering: see `rerender`.
+        name: see `rerender`.
+        facts: see `rerender`.
 
     Returns:
-        bool [224, 224]; None where the rendering needs a fact that is not known.
+        bool [224, 224]; None if the rendering needs a fact that is unknown.
     """
     group, change, by = RENDERINGS[rendering]
     if group not in ("framing", "stretch"):
@@ -298,17 +299,17 @@ def _generator(rendering: str, name: str, seed: int) -> np.random.Generator:
 def render(
     images: np.ndarray, names: list[str], rendering: str, facts: Mapping[str, Facts]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the films of one rendering, on all cores.
+    """Returns one rendering of many images, computed on all cores.
 
     Args:
         images: uint8 [n, 224, 224].
-        names: of the n images.
+        names: names of the n images.
         rendering: one of `RENDERINGS`.
-        facts: by file name, as `read_facts` returns them.
+        facts: facts by file name, from `read_facts`.
 
     Returns:
-        uint8 [k, 224, 224] of the films for which all needed facts are known, and int64 [k], their
-        places among the n.
+        The rendered images, uint8 [k, 224, 224], and their indices among the n images, int64 [k].
+        Images for which a needed fact is unknown are left out.
     """
 
     def one(i: int) -> np.ndarray | None:
@@ -323,13 +324,14 @@ def render(
 
 
 def read_facts(folder: Path) -> dict[str, Facts]:
-    """Returns what a folder of lung outlines knows of films, by file name.
+    """Returns the facts in a folder of lung outlines, by file name of the image.
 
-    The folder holds `masks_128.npz` (`names`, and `masks`, one row of packed bits of 128 x 128 for
-    each) and `masks.csv` (columns file, native_width and native_height).
+    The folder holds two files. `masks_128.npz` has the arrays `names` and `masks`; a row of `masks`
+    is a mask of 128 x 128 pixels as packed bits. `masks.csv` has the columns `file`,
+    `native_width` and `native_height`.
 
     Raises:
-        InputError: one of the files is missing or damaged.
+        InputError: a file is missing or damaged.
     """
     try:
         with (folder / "masks.csv").open(newline="", encoding="utf-8") as file:
@@ -345,14 +347,14 @@ def read_facts(folder: Path) -> dict[str, Facts]:
 
 
 def read_masks(folder: Path) -> tuple[list[str], np.ndarray]:
-    """Returns file names, and the lung outlines as bool [n, 128, 128]; see `read_facts`."""
+    """Returns file names and lung masks, bool [n, 128, 128]; for the files see `read_facts`."""
     with np.load(folder / "masks_128.npz", allow_pickle=False) as file:
         names, packed = file["names"].tolist(), file["masks"]
     return names, np.unpackbits(packed, axis=1).reshape(len(names), 128, 128).astype(bool)
 
 
 def box_of(mask: np.ndarray) -> Box | None:
-    """Returns the box around the true places of bool [height, width]; None where there is none."""
+    """Returns the bounding box of a mask, bool [height, width]; None if the mask is empty."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not len(rows):
         return None

@@ -1,9 +1,9 @@
-"""How a run does on its held-out films as they are, and on each rendering of them.
+"""Stress-test validation: a run is evaluated on its held-out images and on renderings of them.
 
-One operating point serves all renderings, as it would at a bedside where nobody knows how an image
-was made. It is fitted on other patients than it is judged on. The score of a recipe is the mean
-over the groups of renderings (`cnnjax.evaluation.rerender.GROUPS`) of the group's worst AUC, so
-that many mild changes cannot hide the one that matters.
+One operating point is used for all renderings, because in practice nobody knows how an image was
+produced. It is fitted and evaluated on different patients. The score of a recipe is the worst AUC
+of each group of renderings (`cnnjax.evaluation.rerender.GROUPS`), averaged over the groups: many
+mild changes cannot hide a harmful one.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from cnnjax.operating import OperatingPoint, Point, fit_operating_point, reliabi
 from cnnjax.run.workdir import Workdir
 
 PLAIN = "as they are"
-"""Name of the rendering that changes nothing."""
+"""Name of the original images among the renderings."""
 
-_MADE_FROM = "made from"  # beside the renderings, in the file of logits that are kept
+_MADE_FROM = "made from"  # key in the file of logits that identifies the images
 
 METRICS = AT_ZERO
 
@@ -51,8 +51,8 @@ class HeldOut:
     """int [n]."""
     patients: tuple[str, ...]
     sets: dict[str, np.ndarray]
-    """float32 [n], or [n, K] of K classes, by rendering; `PLAIN` is one of them. NaN where a
-    rendering needs a fact that is not known of the film."""
+    """Logits by rendering, including `PLAIN`: float32 [n], or [n, K] for K classes. NaN for images
+    for which the rendering needs an unknown fact."""
 
 
 def held_out_logits(
@@ -63,20 +63,20 @@ def held_out_logits(
     *,
     renderings: bool = True,
 ) -> dict[int, HeldOut]:
-    """Returns what a finished run's last state says of its held-out images, by number of views.
+    """Returns the logits of a run's held-out images at its last epoch, by number of views.
 
-    It is written to the run's `shifted-VIEWS.npz`, and read from there the next time.
+    The logits are saved to `shifted-VIEWS.npz` in the workdir and read from there the next time.
 
     Args:
-        run: its workdir.
+        run: workdir of a finished run.
         mesh: the devices to use.
-        looks: the numbers of views to judge.
-        facts: of films, by file name (`cnnjax.evaluation.rerender.read_facts`); a rendering that
-            needs facts is left out where none are known.
-        renderings: whether the changed films are wanted too.
+        looks: the numbers of views (test-time augmentation) to evaluate.
+        facts: facts about images by file name (`cnnjax.evaluation.rerender.read_facts`). A
+            rendering that needs facts is left out if none are known.
+        renderings: whether to evaluate renderings too, not only the original images.
 
     Raises:
-        InputError: the run or its images are not there any more.
+        InputError: the run or its images no longer exist.
     """
     config = Workdir(run).read_config()
     data = training_data(config.data, config.seed, lambda _: None, mesh)
@@ -117,7 +117,7 @@ def held_out_logits(
 
 
 def _kept(run: Path, views: int, made_from: np.ndarray) -> dict[str, np.ndarray] | None:
-    """Returns the logits that an earlier call kept, if they are of the same images."""
+    """Returns the saved logits of an earlier call; None if there are none of the same images."""
     path = run / f"shifted-{views}.npz"
     if not path.exists():
         return None
@@ -129,20 +129,20 @@ def _kept(run: Path, views: int, made_from: np.ndarray) -> dict[str, np.ndarray]
 def _rendered(
     config: Config, data: TrainingData, facts: Mapping[str, Facts], mesh: Mesh, home: str
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Yields each rendering of a run's held-out images as the network sees them.
+    """Yields each rendering of a run's held-out images, preprocessed for the network.
 
-    They are kept in the cache, as runs of a study hold out the same images.
+    Rendered images are stored in the cache, because runs of a study hold out the same images.
 
     Args:
-        config: of the run.
-        data: likewise.
-        facts: of films.
-        mesh: the devices that find the lungs.
+        config: configuration of the run.
+        data: data of the run.
+        facts: facts about images by file name.
+        mesh: the devices that run the lung finder.
         home: name of the folder in the cache.
 
     Yields:
-        The rendering's name, uint8 [k, size, size], and int64 [k], their places among the held-out
-        images.
+        The name of the rendering, its images, uint8 [k, size, size], and their indices among the
+        held-out images, int64 [k].
     """
     rows, size = data.validation, config.data.size
     names = [data.decoded.examples[i].name for i in rows]
@@ -173,24 +173,27 @@ def _rendered(
 
 
 def _films(config: Config, data: TrainingData) -> np.ndarray:
-    """Returns uint8 [n, SIZE, SIZE], the films that a run's images were made of."""
+    """Returns the images of a run before cropping and resizing, uint8 [n, SIZE, SIZE]."""
     if data.decoded.films is not None:
         return data.decoded.films
     index = open_index(replace(config.data, size=rerender.SIZE), lambda _: None)
     examples = index.split("train", "val")
     decoded = cache.load(examples, index.source, rerender.SIZE, folder=config.data.cache)
     if decoded.examples != data.decoded.examples:
-        raise InputError(f"{config.workdir}: other images can be decoded than it was trained on")
+        raise InputError(f"{config.workdir}: the decodable images have changed since training")
     return decoded.images
 
 
 def external(predictor: Predictor, root: Path) -> dict[str, float]:
-    """Returns the AUC of a network on the test split of another place's films.
+    """Returns the AUC of a network on the test split of an external data set.
 
     Args:
         predictor: the network.
-        root: a data set; with a `metadata.csv` (columns file and view) beside the split, the films
-            of each view are judged by themselves too.
+        root: the data set. If it contains `metadata.csv` (columns `file` and `view`), the AUC is
+            also computed for each radiographic view.
+
+    Returns:
+        AUC by name: `all`, and each view. A view that lacks a class is left out.
 
     Raises:
         InputError: the data set cannot be read.
@@ -210,16 +213,20 @@ def external(predictor: Predictor, root: Path) -> dict[str, float]:
 
 
 def fit_point(sets: Mapping[str, np.ndarray], labels: np.ndarray, config: OperatingConfig) -> Point:
-    """Returns the point whose threshold serves every rendering.
+    """Returns the operating point with one threshold for all renderings.
 
-    The films as they are and each group of renderings have the same weight in the choice of the
-    threshold, and so have the renderings of a group. What a probability means in a place is for
-    images of that place to say, so slope and bias are fitted on the films as they are.
+    The threshold is chosen on the original images and all renderings. The original images and each
+    group of renderings have the same weight, and so have the renderings within a group. Slope and
+    bias (the calibration) are fitted on the original images only, because probabilities should be
+    calibrated for the images of the place of use.
 
     Args:
-        sets: logits [n] by rendering, `PLAIN` among them; NaN where there is none.
+        sets: logits by rendering, including `PLAIN`: [n], or [n, K] for K classes; NaN if unknown.
         labels: int [n].
-        config: by what the threshold is chosen.
+        config: criterion of the threshold.
+
+    Returns:
+        An `OperatingPoint`; for K classes a `SoftmaxPoint`, fitted on the original images.
     """
     plain = fit_operating_point(sets[PLAIN], labels, config)
     if len(sets) == 1 or not isinstance(plain, OperatingPoint):
@@ -241,13 +248,13 @@ def fit_point(sets: Mapping[str, np.ndarray], labels: np.ndarray, config: Operat
 
 
 def _known(logits: np.ndarray) -> np.ndarray:
-    """Returns bool [n], whether there are logits [n(, K)] of an image."""
+    """Returns bool [n], whether all logits [n(, K)] of each image are finite."""
     known: np.ndarray = np.isfinite(logits.reshape(len(logits), -1)).all(1)
     return known
 
 
 def _by_group(sets: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Returns the names of the renderings that there are, by group."""
+    """Returns the names of the renderings in `sets` by group; empty groups are left out."""
     groups = {
         group: [n for n in sets if n != PLAIN and RENDERINGS[n].group == group] for group in GROUPS
     }
@@ -255,20 +262,28 @@ def _by_group(sets: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def judge(held_out: HeldOut, parts: np.ndarray, config: OperatingConfig) -> dict[str, Any]:
-    """Judges every rendering at an operating point that saw none of the judged patients.
+    """Evaluates all renderings at operating points fitted on other patients.
 
     Args:
-        held_out: n images' logits.
-        parts: int [n]; each part is judged at the point fitted on the images of the others, in all
-            renderings. Parts do not divide patients.
-        config: by what the threshold is chosen.
+        held_out: the logits of n images.
+        parts: int [n], the part of each image. Each part is evaluated at the operating point fitted
+            on the images of the other parts in all renderings. All images of a patient must be in
+            the same part.
+        config: criterion of the threshold.
 
     Returns:
-        A document of plain JSON: `sets`, the AUC, accuracy, sensitivity and specificity on each
-        rendering; `groups`, the least of each in each group, with the expected calibration error of
-        the group's images and, as `across`, the group's `auc_across`; `score`, the mean over groups
-        of the least AUC; `mean`, that of all groups' means; `plain`, the metrics on the images as
-        they are, with intervals.
+        Plain JSON with these keys:
+
+        - `images`: n.
+        - `sets`: AUC, accuracy, sensitivity and specificity of each rendering.
+        - `plain`: metrics of the original images, with intervals.
+
+        And if there are renderings:
+
+        - `groups`: the worst value of each metric in each group; `ece`, the expected calibration
+          error over the group's images; `across`, the `auc_across` of the group.
+        - `score`: the worst AUC of each group, averaged over groups.
+        - `mean`: the mean of each metric in each group, averaged over groups.
     """
     labels = held_out.labels
     moved = {name: np.empty(logits.shape) for name, logits in held_out.sets.items()}
@@ -313,7 +328,7 @@ def judge(held_out: HeldOut, parts: np.ndarray, config: OperatingConfig) -> dict
 
 
 def score(held_out: HeldOut) -> float:
-    """Returns the mean over groups of renderings of the group's worst AUC."""
+    """Returns the worst AUC of each group of renderings, averaged over the groups."""
     areas = {}
     for name, logits in held_out.sets.items():
         known = _known(logits)
@@ -323,19 +338,20 @@ def score(held_out: HeldOut) -> float:
 
 
 def auc_across(logits: Sequence[np.ndarray], labels: np.ndarray) -> float:
-    """Returns the least AUC of the negatives of one rendering against the positives of another.
+    """Returns the worst AUC of negatives in one rendering against positives in another.
 
-    The AUC within a rendering does not change where a rendering shifts the logits of all images
-    alike. Such a shift matters where the classes are rendered differently, as in a collection whose
-    normal images are framed more tightly than those with pneumonia, and at a fixed threshold.
+    The AUC within one rendering does not change if the rendering shifts the logits of all images by
+    the same amount. Such a shift does matter if the two classes are rendered differently, for
+    example in a collection whose normal images are framed more tightly than those with pneumonia.
+    It also matters at a fixed threshold.
 
     Args:
-        logits: of each rendering, float [n], or [n, K] of K classes, each of which is compared with
-            the rest, and the mean over them returned; NaN where there is none.
+        logits: logits of each rendering: float [n], or [n, K] for K classes; NaN if unknown. For K
+            classes, each is compared with the rest, and the mean over classes is returned.
         labels: int [n], 0 or 1, or 0 to K - 1.
     """
     if logits[0].ndim == 2:
-        with np.errstate(invalid="ignore"):  # of images without logits
+        with np.errstate(invalid="ignore"):  # NaN for images without logits
             scores = [against_rest(each) for each in logits]
         classes = range(logits[0].shape[1])
         each_class = [auc_across([s[:, k] for s in scores], labels == k) for k in classes]
@@ -350,9 +366,9 @@ def auc_across(logits: Sequence[np.ndarray], labels: np.ndarray) -> float:
 
 
 def _calibration_error(logits: Sequence[np.ndarray], labels: np.ndarray) -> float:
-    """Returns the expected calibration error of several renderings' log-odds, taken together.
+    """Returns the expected calibration error over the log-odds of several renderings.
 
-    Of K classes, that of the highest probability.
+    For K classes, it is the calibration error of the predicted (highest) probability.
     """
     whole, repeated = np.concatenate(logits), np.tile(labels, len(logits))
     known = _known(whole)
@@ -365,13 +381,13 @@ def _calibration_error(logits: Sequence[np.ndarray], labels: np.ndarray) -> floa
 
 
 def together(held_out: Mapping[int, HeldOut]) -> tuple[HeldOut, np.ndarray]:
-    """Joins the held-out images of several folds, and tells which fold each comes from.
+    """Concatenates the held-out images of several folds.
 
     Args:
-        held_out: by fold.
+        held_out: held-out images by number of the fold.
 
     Returns:
-        All images, and int [n], their folds.
+        All n images, and the number of the fold of each, int [n].
     """
     folds = list(held_out.values())
     joined = HeldOut(

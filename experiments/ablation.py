@@ -1,12 +1,12 @@
-"""What each ingredient of the recipe is worth: the recipe, and the recipe without or with one.
+"""Ablation study: the recipe, and variants that change one ingredient of it.
 
     python experiments/ablation.py --data.root DIR --workdir RUN --json ablation.json
 
-Every variant is trained over seeds, once with a fold of patients held out and once with a block of
-the file numbering, and judged on what is held out and on its re-renderings. The operating point of
-one half of the held-out patients serves the other half. Each training is a run of its own in
-RUN/VARIANT/VALIDATION-SEED; the same command goes on where it was stopped, and a smaller one (with
-`--only`, `--seeds` or `--validations`) makes a part of the table.
+Every variant is trained with several seeds, once with a fold of patients held out and once with a
+block of the file numbering. It is evaluated on the held-out images and on renderings of them. Each
+half of the held-out patients is evaluated at the operating point fitted on the other half. Each
+training is a separate run in RUN/VARIANT/VALIDATION-SEED. The same command resumes a stopped study;
+`--only`, `--seeds` and `--validations` select a part of the table.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ RECIPE, POST = "recipe", "post"
 
 
 def variants(recipe: Config) -> dict[str, Config]:
-    """Returns the recipe, the recipe without each ingredient or with one more, and the post's."""
+    """Returns all variants by name: the recipe, its variants, and the blog post's recipe."""
 
     def modelled(**changes: Any) -> Config:
         return replace(recipe, model=replace(recipe.model, **changes))
@@ -75,7 +75,7 @@ def variants(recipe: Config) -> dict[str, Config]:
         "128-pixels": with_data(size=128),
         "48-channels": modelled(width=48),
         "with-views": augmented(views=8),
-        # The recipe of the first release, in one view.
+        # The recipe of the first release, without test-time augmentation.
         "release-1": replace(
             recipe,
             data=replace(recipe.data, frame="whole"),
@@ -92,7 +92,7 @@ def variants(recipe: Config) -> dict[str, Config]:
 
 @dataclass(frozen=True)
 class Options:
-    """Which part of the table."""
+    """The recipe, and which variants to train."""
 
     config: Annotated[Config, tyro.conf.arg(name="")] = field(
         default_factory=lambda: replace(pneumonia.CONFIG, workdir=Path("runs/ablation"))
@@ -100,17 +100,18 @@ class Options:
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the split, the weights and the order of images."""
     validations: tuple[Validation, ...] = ("patients", "blocks")
-    """What is held out; of the blocks, the last for seed 0, the one before for seed 1."""
+    """What to hold out: a fold of patients, or a block of the file numbering. Seed 0 holds out the
+    last block, seed 1 the one before, and so on."""
     only: tuple[str, ...] = ()
-    """Names of variants; all by default."""
+    """Names of the variants to train; by default all."""
     outlines: Path | None = None
-    """Folder of drawn lung outlines; see crossval.py."""
+    """Folder of lung outlines; see crossval.py."""
     external: Path | None = None
-    """Data set of another place, judged beside; see crossval.py."""
+    """External data set to evaluate on as well; see crossval.py."""
     json: Path | None = None
-    """Write the rows to this file."""
+    """Write the rows of the table to this file."""
     plot: Path | None = None
-    """Draw them to this SVG."""
+    """Write a bar chart to this SVG file."""
 
     def __post_init__(self) -> None:
         unknown = set(self.only) - set(variants(self.config))
@@ -130,7 +131,7 @@ class Options:
 
 
 def ablate(options: Options) -> list[dict[str, Any]]:
-    """Trains and judges every variant; returns a row for each training."""
+    """Trains and evaluates every variant; returns a row for each training."""
     rows = []
     for validation in options.validations:
         for seed in options.seeds:
@@ -153,7 +154,11 @@ def ablate(options: Options) -> list[dict[str, Any]]:
 
 
 def judge(run: Config, options: Options) -> dict[str, Any]:
-    """Judges a finished run, each half of its held-out patients at the point of the other."""
+    """Evaluates a finished run; each half of its held-out patients chooses the other's threshold.
+
+    Raises:
+        InputError: a half of the held-out patients lacks a class.
+    """
     mesh, views = devices.make_mesh(run.device), run.augment.views
     facts = None if options.outlines is None else read_facts(options.outlines)
     held_out = shifted.held_out_logits(run.workdir, mesh, [views], facts)[views]
@@ -161,8 +166,8 @@ def judge(run: Config, options: Options) -> dict[str, Any]:
     halves = np.array([zlib.crc32(name) % 2 for name in names])
     if any(len(set(held_out.labels[halves == half])) < 2 for half in (0, 1)):
         raise InputError(
-            f"{run.workdir}: too few patients are held out to judge half of them at the operating"
-            " point of the others; hold out more with a smaller --data.folds"
+            f"{run.workdir}: too few patients are held out: a half of them lacks a class, so it has"
+            " no operating point; hold out more with a smaller --data.folds"
         )
     found = shifted.judge(held_out, halves, run.operating)
     kept = {name: found[name] for name in ("score", "groups", "mean", "sets")}
@@ -174,7 +179,7 @@ def judge(run: Config, options: Options) -> dict[str, Any]:
 
 
 def shown(found: dict[str, Any]) -> str:
-    """Returns the AUCs of a row as a phrase."""
+    """Returns a summary of the AUCs of a row as text."""
     worst = ", ".join(f"{group} {row['auc']:.4f}" for group, row in found["groups"].items())
     return f"AUC {found['plain']['auc']:.4f} as they are, score {found['score']:.4f} ({worst})"
 
@@ -192,14 +197,14 @@ COLUMNS: dict[str, Callable[[dict[str, Any]], float]] = {
     "specificity, framing": _worst("framing", "specificity"),
     "sensitivity, framing": _worst("framing", "sensitivity"),
 }
-"""The columns of the table, each with what it takes of a row."""
+"""Columns of the table: a function for each that returns its value from a row."""
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Returns the means over seeds as a Markdown table.
 
-    The last columns are paired differences from the recipe on the same held-out images, of the
-    score and of the AUC across framings: their mean, and its standard error over seeds.
+    The last columns are differences from the recipe on the same held-out images: of the score, and
+    of the AUC across framings. They give the mean over seeds and its standard error.
     """
     external = [f"external, {name}" for name in rows[0].get("external", ())]
     differences = ("score", "across framings")
@@ -225,7 +230,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 def difference(
     mine: list[dict[str, Any]], rows: list[dict[str, Any]], value: Callable[[dict[str, Any]], float]
 ) -> str:
-    """Returns by how much a value of a variant differs from the recipe's, over seeds."""
+    """Returns the mean difference of a value from the recipe over seeds, with standard error.
+
+    Empty for the recipe itself, and if fewer than two seeds can be compared.
+    """
     key = ("validation", "seed")
     recipe = {tuple(r[k] for k in key): value(r) for r in rows if r["variant"] == RECIPE}
     paired = [value(r) - recipe[at] for r in mine if (at := tuple(r[k] for k in key)) in recipe]
@@ -236,7 +244,7 @@ def difference(
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draws 1 - score: a bar for the mean over seeds, a dot for each."""
+    """Draws 1 - score of each variant: a bar for the mean over seeds, a dot for each seed."""
     import matplotlib as mpl
 
     mpl.use("svg")

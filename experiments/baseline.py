@@ -1,4 +1,4 @@
-"""The blog post to the letter: its network, its augmentation, its optimizer, its batches of 32.
+"""The recipe of the blog post, unchanged: network, augmentation, optimizer and batches of 32.
 
 python experiments/baseline.py --data.root DIR --workdir RUN
 

@@ -1,16 +1,18 @@
-"""A recipe on every fold; each image is judged by the network that never saw it.
+"""Cross-validation of a recipe: each image is evaluated by the network that did not train on it.
 
     python experiments/crossval.py baseline --data.root DIR --workdir RUN
     python experiments/crossval.py pneumonia --data.root DIR --workdir RUN --shifted \
         --outlines LUNG_MASKS --external OTHER --release OUT
 
-Any flag of the recipe goes here too, except --data.fold; `--data.validation blocks` holds out
-blocks of the file numbering. Each fold is a run of its own in RUN/fold0, RUN/fold1, ...; the same
-command goes on where it was stopped. The figures are those of the last epoch, which the held-out
-fold had no part in choosing, at the operating point that was fitted on the other folds' held-out
-images. They go to the screen and to RUN/crossval.json, with what other operating points would come
-to and the probability to give `cnnjax evaluate` and `predict` for them as --threshold. Of three and
-more classes AUC, sensitivity and specificity are means over the classes, each against the rest.
+All flags of the recipe can be used except --data.fold. `--data.validation blocks` holds out blocks
+of the file numbering. Each fold is a separate run in RUN/fold0, RUN/fold1, ...; the same command
+resumes a stopped cross-validation.
+
+The results are those of the last epoch, which is not chosen on the held-out fold, at the operating
+point fitted on the held-out images of the other folds. They are printed and written to
+RUN/crossval.json. The results at other operating points are listed too, each with the probability
+to give as --threshold to `cnnjax evaluate` and `cnnjax predict`. For three or more classes, AUC,
+sensitivity and specificity are means over the classes, each against the rest.
 """
 
 from __future__ import annotations
@@ -44,44 +46,48 @@ OTHERS = (
     OperatingConfig("cost"),
     *(OperatingConfig("sensitivity", sensitivity=wanted) for wanted in (0.98, 0.99)),
 )
-"""The operating points that are reported whichever the config asks for."""
+"""Operating points that are always reported, in addition to that of the config."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is trained, and what is made of it."""
+    """The recipe, and what to do with the trained networks."""
 
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
     shifted: bool = False
-    """Judge the held-out images in every rendering too (docs/shifted-validation.md)."""
+    """Stress-test validation: also evaluate renderings of the held-out images
+    (docs/shifted-validation.md)."""
     outlines: Path | None = None
-    """Folder of drawn lung outlines (`masks_128.npz`, `masks.csv`) for the renderings that cut to
-    the lungs or restore the published aspect ratio; without it they are left out."""
+    """Folder of lung outlines (`masks_128.npz`, `masks.csv`). The renderings that crop to the lungs
+    or restore the published aspect ratio need it; without it they are left out."""
     external: Path | None = None
-    """Data set of another place; the networks are judged on its test split too, and nothing is
-    chosen by it."""
+    """External data set: also evaluate the networks on its test split. Nothing is chosen on it."""
     release: Path | None = None
-    """Write the networks of all folds to this folder as one ensemble, for evaluate and predict."""
+    """Write the networks of all folds as one ensemble to this folder. Give the folder to `cnnjax
+    evaluate` and `cnnjax predict` as --run."""
 
     def __post_init__(self) -> None:
         if self.config.data.validation == "official":
-            raise InputError("--data.validation official has no folds; take patients or blocks")
+            raise InputError("--data.validation official has no folds; give patients or blocks")
         if self.config.data.fold:
             raise InputError("--data.fold has no effect here: every fold is trained")
         expect_no_patience(self.config)
 
 
 def expect_no_patience(config: Config) -> None:
-    """Raises where the held-out images would choose the last epoch, whose figures are reported."""
+    """Raises InputError if --train.patience is set.
+
+    With it, the held-out images would choose the last epoch, and its results would be biased.
+    """
     if config.train.patience:
         raise InputError(
-            "--train.patience lets the held-out images end the training, so they could not judge"
-            " its last epoch; give --train.epochs"
+            "--train.patience lets the held-out images choose the last epoch, so they cannot be"
+            " used to evaluate it; give --train.epochs"
         )
 
 
 def crossvalidate(options: Options) -> None:
-    """Trains each fold, pools the out-of-fold logits, and writes and prints what they come to."""
+    """Trains each fold, pools the logits of the held-out images, and writes the results."""
     config = options.config
     folds = [
         replace(config, workdir=config.workdir / f"fold{k}", data=replace(config.data, fold=k))
@@ -117,7 +123,13 @@ def crossvalidate(options: Options) -> None:
 def judge(
     options: Options, each: dict[int, shifted.HeldOut], views: int
 ) -> tuple[shifted.HeldOut, dict[str, Any]]:
-    """Returns the pooled out-of-fold logits for so many views of an image, and their figures."""
+    """Returns the held-out images of all folds, and their metrics.
+
+    Args:
+        options: the recipe and its options.
+        each: the logits of the held-out images with `views` views, by fold.
+        views: number of views of an image.
+    """
     config = options.config
     pooled, fold_of = shifted.together(each)
     found = shifted.judge(pooled, fold_of, config.operating)
@@ -137,7 +149,7 @@ def judge(
     looks = "as they are" if views == 1 else f"in {views} views"
     return pooled, {
         "protocol": f"out of fold, {config.data.folds} folds, {kind}, last epoch,"
-        f" seed {config.seed}; images judged {looks};"
+        f" seed {config.seed}; images evaluated {looks};"
         " operating point fitted on the other folds",
         "auc_by_fold": areas,
         "score_by_fold": scores,
@@ -150,7 +162,7 @@ def judge(
 def operate(
     pooled: shifted.HeldOut, criterion: OperatingConfig, found: dict[str, Any]
 ) -> dict[str, Any]:
-    """Returns what an operating point came to, and where it lies if fitted on all folds."""
+    """Returns the metrics of an operating point, and its threshold if fitted on all folds."""
     point = shifted.fit_point(pooled.sets, pooled.labels, criterion)
     assert isinstance(point, OperatingPoint), "only two classes have a threshold"
     shares = shifted.METRICS[1:]
@@ -164,7 +176,7 @@ def operate(
 
 
 def show(document: dict[str, Any]) -> None:
-    """Prints the table of renderings, and the figures on the images as they are."""
+    """Prints the table of renderings and the metrics of the original images."""
     print(f"\n{document['protocol']}")
     print(f"{'rendering':<18}" + "".join(f"{name:>13}" for name in shifted.METRICS))
     rows = dict(document["sets"])
@@ -176,11 +188,11 @@ def show(document: dict[str, Any]) -> None:
         print(f"{name:<18}" + "".join(f"{row[metric]:>13.4f}" for metric in shifted.METRICS))
     if "score" in document:
         by_fold = ", ".join(f"{score:.4f}" for score in document["score_by_fold"])
-        print(f"\nscore {document['score']:.4f}, the mean of the groups' worst AUC ({by_fold})")
+        print(f"\nscore {document['score']:.4f}: mean of the groups' worst AUC ({by_fold})")
         errors = ", ".join(f"{g} {row['ece']:.3f}" for g, row in document["groups"].items())
         print(f"expected calibration error by group: {errors}")
         across = ", ".join(f"{g} {row['across']:.4f}" for g, row in document["groups"].items())
-        print(f"AUC of one rendering's negatives and another's positives, worst: {across}")
+        print(f"worst AUC of negatives in one rendering and positives in another: {across}")
     for name in document.get("external", [{}])[0]:
         areas = [run[name] for run in document["external"]]
         shown = ", ".join(f"{area:.3f}" for area in areas)
@@ -206,7 +218,7 @@ def write_release(
     pooled: dict[int, shifted.HeldOut],
     document: dict[str, Any],
 ) -> None:
-    """Packs every fold's network, with the operating points of all held-out images."""
+    """Writes the networks of all folds as a release, with operating points fitted on all folds."""
     assert options.release is not None
     config = options.config
     mesh = devices.make_mesh(config.device)
@@ -234,7 +246,7 @@ def write_release(
         ),
         options.release,
     )
-    print(f"\nwritten to {options.release}; judge it on a test split with")
+    print(f"\nwritten to {options.release}; evaluate it on a test split with")
     print(f"  cnnjax evaluate --run {quote(str(options.release))} --data DIR --split test")
 
 
@@ -242,8 +254,8 @@ def main() -> int:
     """Reads the flags and runs; returns the exit status."""
     options = tyro.extras.overridable_config_cli(
         {
-            "baseline": ("The post's recipe, as in baseline.py.", Options(baseline.CONFIG)),
-            "pneumonia": ("Our recipe, as in pneumonia.py.", Options(pneumonia.CONFIG)),
+            "baseline": ("The blog post's recipe (baseline.py).", Options(baseline.CONFIG)),
+            "pneumonia": ("The default recipe (pneumonia.py).", Options(pneumonia.CONFIG)),
         },
         description=__doc__,
     )

@@ -1,12 +1,12 @@
-"""Trains members that differ by seed or fold in one compiled step, by `vmap`; for accelerators.
+"""Trains several networks at once in one compiled step with `vmap`; for accelerators.
 
     python experiments/ensemble.py --data.root DIR --workdir RUN --members 5
 
-One small network leaves most of an accelerator idle. Here the states of all members are stacked
-along a first axis, and the train step is mapped over it. Member k is trained on fold k, in RUN/fold
-k; each is a run like any other, the same up to rounding as `cnnjax.fit` trains alone, so
-`crossval.py` with the same flags finds them trained and goes on from there. On a CPU, `crossval.py`
-alone is faster.
+A single small network leaves most of an accelerator idle. This script stacks the states of all
+members along a new first axis and maps the train step over it. Member k holds out fold k; its
+workdir is RUN/foldk. Each member is an ordinary run, equal up to rounding to one trained by
+`cnnjax.fit`. `crossval.py` with the same flags therefore finds the finished runs and only evaluates
+them. On a CPU, `crossval.py` alone is faster.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from cnnjax.train import Result, Run, fit, means, open_run
 
 @dataclass(frozen=True)
 class Options:
-    """What is trained."""
+    """The recipe and the number of members."""
 
     config: Annotated[Config, tyro.conf.arg(name="")] = field(
         default_factory=lambda: pneumonia.CONFIG
     )
     members: int = 5
-    """How many folds, from the first on."""
+    """Number of members; they hold out the first folds."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.members <= self.config.data.folds:
@@ -53,20 +53,21 @@ class Options:
 
 
 def fit_together(configs: Sequence[Config]) -> list[Result]:
-    """Trains members that differ by workdir, seed and fold alone, all in one compiled step.
+    """Trains members that differ only in workdir, seed and fold, in one compiled step.
 
-    Each device computes equally many members, and none waits for another's: ten members take five
-    of eight devices. Five take three of four, where the first is computed once more, to fill up.
-    Members that some stop has left at another epoch than the others are trained by `fit`.
+    Each device computes the same number of members, and devices do not wait for each other. For
+    example, ten members use five of eight devices. Five members use three of four devices; the
+    first member is computed twice to fill the third device. If the members are at different epochs
+    after a stop, they are trained one after another by `fit`.
 
     Args:
-        configs: one for each; their data must fit on a device.
+        configs: the config of each member; their data must fit on one device.
 
     Returns:
-        The results, as `fit` would return them.
+        The result of each member, as from `fit`.
 
     Raises:
-        InputError: see `fit`; or the members are of unequal data.
+        InputError: see `fit`; or the members have different images.
         TrainingError: see `fit`.
     """
     if configs[0].train.patience:
@@ -82,8 +83,8 @@ def fit_together(configs: Sequence[Config]) -> list[Result]:
         if len(shared) == 1 and whole and all(run.resident for run in runs):
             _train(runs, mesh)
         elif {run.data.decoded.fingerprint for run in runs} != {first.data.decoded.fingerprint}:
-            raise InputError("members of an ensemble are trained on the same images")
-    return [fit(config) for config in configs]  # what remains of each, and its results
+            raise InputError("the members of an ensemble must have the same images")
+    return [fit(config) for config in configs]  # finishes each run and returns its result
 
 
 def _train(runs: list[Run], mesh: Mesh) -> None:
@@ -107,8 +108,8 @@ def _train(runs: list[Run], mesh: Mesh) -> None:
     ) -> tuple[TrainState, Metrics]:
         return jax.lax.scan(lambda s, feed: step(s, data, feed, given), states, feeds)
 
-    # Left to itself, XLA would gather all members' feature maps on every device: `vmap` over
-    # kernels makes convolutions of groups, which it does not divide.
+    # Without shard_map, XLA would gather the feature maps of all members on every device: `vmap`
+    # over kernels makes grouped convolutions, which XLA does not shard.
     member, by_step, whole = by_member.spec, PartitionSpec(None, devices.AXIS), PartitionSpec()
     shard = functools.partial(
         jax.shard_map, mesh=mesh, check_vma=False, in_specs=(member, whole, by_step, member)
@@ -142,7 +143,9 @@ def _train(runs: list[Run], mesh: Mesh) -> None:
             sums.append(found)
         fetched, each_state = jax.device_get(sums), jax.device_get(states)
         if any(np.any(found.rejected) for found in fetched):
-            raise TrainingError(f"a member is not finite in epoch {epoch}; train it with fit")
+            raise TrainingError(
+                f"the loss of a member is not finite in epoch {epoch}; train it with fit"
+            )
         middle = time.perf_counter()
         for i, run in enumerate(runs):
             state = jax.device_put(

@@ -1,32 +1,34 @@
-"""Fine-tuning on few radiographs of a part of the collection that the network has not seen.
+"""Compares fine-tuning with training from scratch on few radiographs.
 
     python experiments/finetune.py --data.root DIR --workdir RUN --json finetune.json
 
-The case: a network was trained at one place, and another place has 50, 200 or 1,000 radiographs of
-its own. Is it better to fine-tune that network on them, or to train from scratch? The released
-networks cannot answer: together they have seen every patient of train and val. So this script holds
-out a block of the file numbering (`--data.validation blocks`), which differs from the rest as
-another season or exporter does, and
+A network was trained at one hospital, and another hospital has 50, 200 or 1,000 radiographs of its
+own. Should it fine-tune the network on them, or train one from scratch? The released networks
+cannot answer this question, because together they were trained on every patient of train and val.
+This script therefore holds out a block of the file numbering (`--data.validation blocks`). A block
+differs from the rest of the collection, for example by season or export. The script does the
+following:
 
-1. trains the recipe on the other blocks (RUN/pretrained), or takes `--init RUN`, a run of the same
-   recipe and folds; it is refused if it was trained on an image of the block;
-2. divides the patients of the block: two fifths test, the others are the pool to train on. Images
-   of the pool that show the radiograph of a test image are left out;
-3. for each seed draws 1,000 images from the pool, in the class shares of the pool, of which the
-   first 200 and 50 are the smaller sets, and trains two networks on each set: one from the weights
-   of step 1, one from scratch. Both take `--steps` steps of the same recipe; the learning rate of
-   fine-tuning is a tenth (`--share`). Neither was tuned, and the test images choose nothing: the
-   figures are those of the last epoch.
+1. Pretraining: it trains the recipe on the other blocks (RUN/pretrained), or uses the run given as
+   `--init`, which must have the same recipe and folds. A run that was trained on an image of the
+   block is refused.
+2. Split: two fifths of the block's patients become the test images; the images of the others are
+   the pool to train on. Images of the pool that show the same radiograph as a test image are left
+   out.
+3. Training: for each seed it draws 1,000 images from the pool, with the class shares of the pool.
+   The first 200 and the first 50 of them are the smaller sets. On each set it trains two networks:
+   one from the weights of step 1, one from scratch. Both take `--steps` steps of the same recipe;
+   the learning rate of fine-tuning is a tenth (`--share`). Neither was tuned. Nothing is chosen on
+   the test images: the results are those of the last epoch.
 
-It prints AUC and accuracy at probability 0.5 on the test images for each size, and the network of
-step 1 as it is; and by how much fine-tuning is better than training from scratch on the same
-images. The 95 % intervals draw seeds and test patients together. The step-1 recipe was chosen by
-others who had looked at all blocks, so the level of the figures is an upper bound; their difference
-is what this script is for.
+It prints AUC and accuracy at probability 0.5 on the test images for each size and for the network
+of step 1, and the difference of AUC between fine-tuning and training from scratch. The 95 %
+intervals are a bootstrap of both seeds and test patients. The recipe of step 1 was chosen with
+knowledge of all blocks, so the absolute values are optimistic; only the differences matter.
 
-The same command goes on where it was stopped. Hardware: on 2 cores of an AMD EPYC (Zen 3) some 7
-minutes for step 1 and, with 3 sizes and 5 seeds, 30 trainings of some 2 minutes each: an hour and a
-quarter, estimated from the 0.1 s of a step and not measured.
+The same command resumes a stopped experiment. Hardware: 2 cores of an AMD EPYC (Zen 3). Step 1
+takes about 7 minutes. With 3 sizes and 5 seeds there are 30 trainings of about 2 minutes each. The
+total is 75 minutes, estimated from 0.1 s per step and not measured.
 """
 
 from __future__ import annotations
@@ -53,15 +55,15 @@ from cnnjax.run.workdir import Workdir, read_table, write_json
 from cnnjax.steps import variables_of
 from cnnjax.train import fit
 
-EPOCHS = 10  # that the steps of a training are divided into
-TEST = 2, 5  # folds of the block's patients that test, of how many
-DRAWS = 1000  # of the bootstrap
+EPOCHS = 10  # number of epochs that the steps of a training are split into
+TEST = 2, 5  # 2 of 5 folds of the block's patients are the test images
+DRAWS = 1000  # bootstrap samples
 ARMS = "fine-tuned", "from scratch"
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is compared."""
+    """The recipe, and which trainings to compare."""
 
     config: Annotated[Config, tyro.conf.arg(name="")] = field(
         default_factory=lambda: replace(
@@ -71,21 +73,21 @@ class Options:
         )
     )
     init: Path | None = None
-    """A run that was trained with the block held out; by default it is trained first."""
+    """Workdir of a run that was trained without the block; by default one is trained first."""
     sizes: tuple[int, ...] = (50, 200, 1000)
-    """How many images there are to train on."""
+    """Numbers of training images."""
     seeds: int = 5
-    """How many times to draw them, each time with other initial weights."""
+    """Number of seeds; each draws other training images and other initial weights."""
     steps: int = 1000
     """Steps of each training."""
     share: float = 0.1
-    """Learning rate of fine-tuning, as a share of the recipe's."""
+    """Learning rate of fine-tuning, as a fraction of the recipe's learning rate."""
     json: Path | None = None
-    """Write the figures to this file."""
+    """Write the results to this file."""
 
     def __post_init__(self) -> None:
         if self.config.data.validation == "official":
-            raise InputError("--data.validation official holds out no block; take blocks")
+            raise InputError("--data.validation official holds out no block; give blocks")
         if min(self.sizes, default=0) < 2 or self.seeds < 1:
             raise InputError("--sizes must be at least 2, --seeds at least 1")
         if self.steps < EPOCHS or self.steps % EPOCHS:
@@ -93,11 +95,13 @@ class Options:
         if not self.share > 0:
             raise InputError(f"--share must be positive, got {self.share}")
         if self.config.train.patience:
-            raise InputError("--train.patience lets test images choose; give it as 0")
+            raise InputError(
+                "--train.patience lets the test images choose the last epoch; set it to 0"
+            )
 
 
 class Test(NamedTuple):
-    """The test images, as far as figures need them."""
+    """Labels and patient IDs of the n test images."""
 
     labels: np.ndarray
     """int [n]."""
@@ -105,11 +109,11 @@ class Test(NamedTuple):
 
 
 def compare(options: Options) -> dict[str, Any]:
-    """Trains all networks; returns and prints what they come to."""
+    """Trains all networks; prints and returns the results."""
     config = options.config
     whole = training_data(config.data, config.seed, print, devices.make_mesh(config.device))
     if len(whole.classes) != 2:
-        raise InputError(f"two classes are compared here, and there are {len(whole.classes)}")
+        raise InputError(f"this script needs two classes, and the data have {len(whole.classes)}")
     pretrained = options.init or config.workdir / "pretrained"
     if options.init is None:
         fit(replace(config, workdir=pretrained), data=whole)
@@ -127,7 +131,7 @@ def compare(options: Options) -> dict[str, Any]:
     if len(pool) < max(options.sizes):
         raise InputError(
             f"the block has {len(pool):,} images to train on, fewer than --sizes"
-            f" {max(options.sizes)}; lower that, or hold out more with a smaller --data.folds"
+            f" {max(options.sizes)}; reduce it, or hold out more with a smaller --data.folds"
         )
     test = Test(whole.labels[test_rows], [whole.decoded.examples[i].patient for i in test_rows])
     print(f"block     {len(pool):,} images to draw from, {len(test_rows):,} to test on")
@@ -162,7 +166,7 @@ def compare(options: Options) -> dict[str, Any]:
 
 
 def divide(whole: TrainingData) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the rows of the block to train on, and those to test on; no patient is in both."""
+    """Returns the rows of the block for training and for testing; no patient is in both."""
     block = whole.validation
     examples = [whole.decoded.examples[i] for i in block]
     tested = grouped_folds(examples, TEST[1], 0) < TEST[0]
@@ -181,15 +185,15 @@ def divide(whole: TrainingData) -> tuple[np.ndarray, np.ndarray]:
 
 
 def drawn(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Returns an order of `count` images in which each beginning has the shares of the classes.
+    """Draws `count` images in a random order; every prefix has about the class shares of `labels`.
 
     Args:
-        labels: int [n], 0 or 1, of the images to draw from.
-        count: at most n.
-        seed: of the order.
+        labels: int [n], 0 or 1, labels of the images to draw from.
+        count: number of images to draw, at most n.
+        seed: seed of the order.
 
     Returns:
-        int [count], places among the n.
+        int [count], indices among the n images.
     """
     rng = np.random.default_rng(seed)
     place = np.empty(len(labels))
@@ -200,7 +204,7 @@ def drawn(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 def few(whole: TrainingData, train: np.ndarray, test: np.ndarray, options: Options) -> TrainingData:
-    """Returns the data of one training: an epoch shows the few images again and again."""
+    """Returns the data of one training; the training images are repeated to fill an epoch."""
     repeated = np.resize(train, options.steps // EPOCHS * options.config.train.batch)
     rows = np.concatenate([repeated, test])
     examples = [whole.decoded.examples[i] for i in rows]
@@ -227,7 +231,7 @@ def training_of(options: Options, size: int, arm: str, seed: int) -> Config:
 
 
 def figures(logits: list[np.ndarray], test: Test) -> dict[str, Any]:
-    """Returns the mean over seeds of AUC and accuracy, each with its interval and all values."""
+    """Returns AUC and accuracy: the mean over seeds, the 95 % interval, and all values."""
     return {
         "auc": estimate(lambda rows: [area(x, test, rows) for x in logits], test),
         "accuracy": estimate(lambda rows: [accuracy(x, test, rows) for x in logits], test),
@@ -235,7 +239,7 @@ def figures(logits: list[np.ndarray], test: Test) -> dict[str, Any]:
 
 
 def gain(tuned: list[np.ndarray], scratch: list[np.ndarray], test: Test) -> dict[str, Any]:
-    """Returns by how much the first networks' AUC is above the second ones', seed by seed."""
+    """Returns the AUC of `tuned` minus that of `scratch`, paired by seed; see `estimate`."""
 
     def differences(rows: np.ndarray) -> list[float]:
         return [
@@ -246,23 +250,23 @@ def gain(tuned: list[np.ndarray], scratch: list[np.ndarray], test: Test) -> dict
 
 
 def area(logits: np.ndarray, test: Test, rows: np.ndarray) -> float:
-    """Returns the AUC of some of the test images; NaN where they lack a class."""
+    """Returns the AUC on some of the test images; NaN if they lack a class."""
     found = auc(logits[rows], test.labels[rows])
     return float("nan") if found is None else found
 
 
 def accuracy(logits: np.ndarray, test: Test, rows: np.ndarray) -> float:
-    """Returns the accuracy at probability 0.5 of some of the test images."""
+    """Returns the accuracy at probability 0.5 on some of the test images."""
     return float(np.mean((logits[rows] >= 0) == (test.labels[rows] == 1)))
 
 
 def estimate(values: Any, test: Test) -> dict[str, Any]:
-    """Returns the mean over seeds of a figure, its 95 % interval, and the figure of each seed.
+    """Returns the mean over seeds of a metric, its 95 % interval, and the value of each seed.
 
-    The interval is that of a bootstrap that draws test patients, and among the seeds.
+    The interval is a bootstrap that resamples both test patients and seeds.
 
     Args:
-        values: from rows of test images to the figure of each seed.
+        values: function from rows of test images to the metric of each seed.
         test: the test images.
     """
     each = values(np.arange(len(test.labels)))

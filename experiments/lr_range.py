@@ -1,19 +1,22 @@
-"""A learning-rate range test: how the loss answers to a learning rate that grows step by step.
+"""Learning-rate range test: the loss while the learning rate grows from step to step.
 
     python experiments/lr_range.py pneumonia --data.root DIR --out lr_range.svg
 
-After Smith, "Cyclical learning rates for training neural networks", WACV 2017 (arXiv:1506.01186),
-section 3.3, with a rate that grows by the same factor in each step, not by the same amount. The
-recipe is trained once, from its initial weights or those of `--train.init`, with a rate that grows
-from `--low` to `--high`, until the smoothed loss is four times its least. A rate for training lies
-where the loss falls fast, well below where it begins to rise: the script names the rate of the
-steepest descent, and that of the least loss, of which a tenth is a customary choice. Both are
-rough, and depend on batch size, optimizer and seed: look at the plot, and try it.
+The method is that of Smith, "Cyclical learning rates for training neural networks", WACV 2017
+(arXiv:1506.01186), section 3.3, but the rate grows by a constant factor instead of a constant
+amount. The recipe is trained once, from its initial weights or those of `--train.init`. The rate
+grows from `--low` to `--high`; the test ends early if the smoothed loss reaches four times its
+minimum.
 
-Everything of the recipe counts but the schedule: optimizer, weight decay, clipping, augmentation.
-Nothing is written but the plot and, with `--json`, the curve. Hardware: 2 cores of an AMD EPYC
-(Zen 3): 200 steps of our recipe take some 20 s after decoding and compiling, estimated from the 0.1
-s of a step.
+A good rate lies where the loss falls fast, well below the rate where it begins to rise. The script
+prints the rate of the steepest descent and the rate of the minimum loss; a tenth of the latter is a
+common choice. Both are rough and depend on batch size, optimizer and seed: look at the plot, and
+try the rate.
+
+The test uses the recipe's optimizer, weight decay, clipping and augmentation, but not its schedule.
+It writes only the plot and, with `--json`, the curve. Hardware: 2 cores of an AMD EPYC (Zen 3). 200
+steps of the default recipe take about 20 s after decoding and compiling, estimated from 0.1 s per
+step.
 """
 
 from __future__ import annotations
@@ -46,22 +49,22 @@ from cnnjax.steps import Metrics, TrainState, make_train_step
 from cnnjax.train import Run, calls, compile_steps, open_run
 
 SMOOTHING = 0.95  # decay of the moving average of the loss
-DIVERGED = 4  # times the least smoothed loss, where the test ends
+DIVERGED = 4  # the test ends when the smoothed loss exceeds its minimum by this factor
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is tested."""
+    """The recipe and the range of learning rates."""
 
     config: Annotated[Config, tyro.conf.arg(name="")] = field(default_factory=Config)
     low: float = 1e-6
-    """The first learning rate."""
+    """Lowest learning rate, at the first step."""
     high: float = 1.0
-    """The last one."""
+    """Highest learning rate, at the last step."""
     steps: int = 200
-    """How many steps."""
+    """Number of steps."""
     out: Path = Path("lr_range.svg")
-    """Where the plot goes."""
+    """Output file of the plot (SVG)."""
     json: Path | None = None
     """Write learning rates and losses to this file."""
 
@@ -75,9 +78,9 @@ class Options:
 
 
 def losses_of(run: Run, options: Options) -> Iterator[float]:
-    """Yields the mean loss of the batch of each step, at a growing learning rate.
+    """Yields the mean loss of each step's batch while the learning rate grows.
 
-    It ends early where a step is not finite.
+    Ends early if the loss or a gradient of a step is not finite.
     """
     config = run.config
     rate = rate_of(options)
@@ -115,14 +118,24 @@ def losses_of(run: Run, options: Options) -> Iterator[float]:
 
 
 def rate_of(options: Options) -> optax.Schedule:
-    """Returns the learning rate as of step: from `low` to `high`, by the same factor each step."""
+    """Returns the schedule: exponential growth from `low` to `high`."""
     return optax.exponential_decay(options.low, options.steps - 1, options.high / options.low)
 
 
 def find_range(options: Options) -> dict[str, Any]:
-    """Runs the test; returns rates, losses, smoothed losses, and the two rates that it names."""
+    """Runs the test.
+
+    Returns:
+        A document of plain JSON: the lists `rates`, `losses` and `smooth` (the smoothed losses) by
+        step; `steepest`, the rate of the steepest descent; `least`, the rate of the minimum loss.
+
+    Raises:
+        InputError: the loss is not finite within the first ten steps.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        train = replace(options.config.train, ema=0.0)  # the average takes no part in the loss
+        train = replace(
+            options.config.train, ema=0.0
+        )  # the moving average does not affect the loss
         config = replace(options.config, workdir=Path(folder) / "run", train=train)
         losses: list[float] = []
         smooth: list[float] = []
@@ -131,7 +144,7 @@ def find_range(options: Options) -> dict[str, Any]:
             for loss in losses_of(run, options):
                 losses.append(loss)
                 mean = SMOOTHING * mean + (1 - SMOOTHING) * loss
-                smooth.append(mean / (1 - SMOOTHING ** len(losses)))  # without the bias to zero
+                smooth.append(mean / (1 - SMOOTHING ** len(losses)))  # bias correction
                 bar.update()
                 if smooth[-1] > DIVERGED * min(smooth):
                     break
@@ -150,7 +163,7 @@ def find_range(options: Options) -> dict[str, Any]:
 
 
 def draw(found: dict[str, Any]) -> str:
-    """Returns the plot as an SVG: the loss over the learning rate, and the two rates."""
+    """Returns a plot as SVG: loss by learning rate, with the two rates of `find_range` marked."""
 
     def curve(axes: Any) -> None:
         axes.plot(found["rates"], found["losses"], ".", color=BLUE, ms=2, alpha=0.5, label="step")
@@ -168,8 +181,8 @@ def main() -> int:
     """Reads the flags and runs; returns the exit status."""
     options = tyro.extras.overridable_config_cli(
         {
-            "baseline": ("The post's recipe.", Options(recipes.baseline)),
-            "pneumonia": ("Our recipe.", Options(recipes.pneumonia)),
+            "baseline": ("The blog post's recipe.", Options(recipes.baseline)),
+            "pneumonia": ("The default recipe.", Options(recipes.pneumonia)),
         },
         description=__doc__,
     )
@@ -178,7 +191,7 @@ def main() -> int:
     if options.json is not None:
         write_json(options.json, found)
     print(
-        f"\nsteepest descent at {found['steepest']:.2g}, least loss at {found['least']:.2g}"
+        f"\nsteepest descent at {found['steepest']:.2g}, minimum loss at {found['least']:.2g}"
         f" (a tenth: {found['least'] / 10:.2g}); the plot is in {options.out}"
     )
     return 0

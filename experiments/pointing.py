@@ -1,12 +1,12 @@
-"""Does the heat fall on the opacity? On phantoms the place is known, as it was drawn.
+"""Tests whether heat maps point at the opacity, on phantoms, where its position is known.
 
     python experiments/pointing.py --run runs/phantom --json pointing.json
 
-Phantoms of patients that no run has seen are judged by a run on phantoms, or by a release, and the
-heat of each is held against the opacity that was drawn into it: the pointing game of Zhang et al.
-(IJCV 126, 2018), a hit where the hottest pixel lies on the opacity or at most a sixteenth of the
-side beside it; and the mean heat inside over that outside. `chance` is the share of the image that
-a hit may lie in.
+A run on phantoms, or a release, makes heat maps of phantoms of new patients. They are compared with
+the opacities drawn into the phantoms in two ways. The pointing game of Zhang et al. (IJCV 126,
+2018) counts a hit if the maximum of the heat map lies on the opacity or at most a sixteenth of the
+image side away from it; `chance` is the share of the image in which the maximum counts as a hit.
+The second measure is the mean heat inside the opacity divided by the mean heat outside.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ from cnnjax.metrics import proportion
 from cnnjax.run.workdir import write_json
 from cnnjax.steps import variables_of
 
-NEAR = 1 / 16  # of the side
-_UNSEEN = 1  # seed of the population; the default tree is of seed 0
+NEAR = 1 / 16  # tolerance of the pointing game, as a fraction of the image side
+_UNSEEN = 1  # seed of the phantoms; `cnnjax phantom` uses seed 0 by default
 
 
 @dataclass(frozen=True)
 class Options:
-    """Which network, on how many phantoms."""
+    """The network, the number of phantoms and the methods."""
 
     run: Path = Path("runs/phantom")
-    """Workdir of a run on phantoms, or a folder with a release."""
+    """Workdir of a run on phantoms, or folder of a release."""
     images: int = 200
-    """Phantoms with an opacity, each of another patient."""
+    """Number of phantoms with an opacity, each of another patient."""
     methods: tuple[Literal["hires-cam", "grad-cam", "occlusion"], ...] = (
         "hires-cam",
         "grad-cam",
         "occlusion",
     )
-    """What makes the heat."""
+    """Methods that make the heat maps."""
     json: Path | None = None
-    """Write what is found to this file."""
+    """Write the results to this file."""
     device: DeviceConfig = field(default_factory=DeviceConfig)
 
     def __post_init__(self) -> None:
@@ -62,7 +62,7 @@ class Options:
 
 
 def draw(count: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns uint8 and bool [count, size, size]: phantoms and where their opacities are."""
+    """Returns phantoms, uint8 [count, size, size], and masks of their opacities, bool."""
     kinds: tuple[phantom.Kind, ...] = ("bacteria", "bacteria", "virus")
     drawn = [phantom.draw(_UNSEEN, i, 0, kinds[i % 3]) for i in range(count)]
     images = np.stack([decode(one.image, size) for one in drawn])
@@ -71,15 +71,15 @@ def draw(count: int, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def score(heat: np.ndarray, opacity: np.ndarray) -> dict[str, Any]:
-    """Holds maps of heat against where the opacities are.
+    """Compares heat maps with the positions of the opacities.
 
     Args:
         heat: float [n, size, size].
-        opacity: bool [n, size, size], each somewhere true.
+        opacity: bool [n, size, size], masks of the opacities; none may be empty.
 
     Returns:
-        `hits`, `of` and `hit_rate` with its 95 % interval; `chance`; `ratio`, the median over
-        images of the mean heat inside over that outside.
+        `hits` of the pointing game, `of` n, `hit_rate` and its 95 % interval `ci95`, and `chance`;
+        `ratio`: mean heat inside the opacity divided by the mean outside, the median over images.
     """
     n, size, _ = heat.shape
     reach = 2 * round(NEAR * size) + 1
@@ -106,7 +106,7 @@ def score(heat: np.ndarray, opacity: np.ndarray) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Reads the flags, judges, prints; returns the exit status."""
+    """Reads the flags, evaluates the heat maps, and prints the results; returns the exit status."""
     options = tyro.cli(Options, description=__doc__)
     predictor = Predictor.open(options.run, devices.make_mesh(options.device))
     images, opacity = draw(options.images, predictor.size)

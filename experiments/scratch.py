@@ -1,9 +1,9 @@
-"""The post's network trained in plain NumPy, with the compiled one beside it.
+"""Trains the blog post's network in plain NumPy and in JAX, side by side.
 
     python experiments/scratch.py --data.root phantom --epochs 3
 
-Both start from the same weights and see the same batches, without augmentation. Each epoch prints
-both losses and the largest difference between them at any step; --alone trains NumPy only.
+Both start from the same weights and see the same batches, without augmentation. After each epoch
+the script prints both losses and their largest difference at any step.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from cnnjax.train import class_weights_of
 
 @dataclass(frozen=True)
 class Options:
-    """What the script takes."""
+    """Data and settings of the training."""
 
     data: DataConfig = field(default_factory=DataConfig)
     epochs: int = 3
-    """Passes over the training images."""
+    """Number of epochs."""
     batch: int = 32
-    """Images per step."""
+    """Batch size."""
     learning_rate: float = 1e-3
-    """Adam's."""
+    """Learning rate of Adam."""
     seed: int = 0
-    """Of the split, the initial weights and the order of images."""
+    """Seed of the split, the initial weights and the order of images."""
     alone: bool = False
-    """Train NumPy only."""
+    """Train the NumPy network only."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch"):
@@ -58,7 +58,7 @@ class Options:
 
 
 def main(options: Options) -> metrics.Evaluation:
-    """Trains, prints, and returns how the NumPy network judges the held-out patients."""
+    """Trains; returns the metrics of the NumPy network on the held-out images."""
     keep_compiled_programs()
     data = training_data(options.data, options.seed, print)
     images, labels = data.decoded.images, data.decoded.labels

@@ -1,12 +1,12 @@
-"""What gives the class away without a lung: file, frame and tone of the images.
+"""Measures shortcuts: how well properties unrelated to the lungs predict the class.
 
     python experiments/shortcuts.py --data DIR --full-resolution DIR --workdir RUN --json FILE
 
-First the AUC of single numbers: size, shape and colour of a file, mean and spread of its gray
-levels. Then what a network learns from a view that shows no diagnosis: the border of the image with
-its middle blank, and the image so blurred that only light and shadow are left. It is the post's
-recipe on a patient-grouped fold, as in `baseline.py`, for `--epochs`, on standardised images: what
-a blur leaves is otherwise too flat to learn from.
+The first part computes the AUC of single numbers: size, shape and colour mode of a file, mean and
+standard deviation of its gray levels. The second part trains networks on changed images that do not
+show the diagnosis: the border of the image only, and the image after a strong blur. The networks
+use the blog post's recipe (`baseline.py`) on a patient-grouped fold for `--epochs`, on standardized
+images. Without standardization, blurred images have too little contrast to learn from.
 """
 
 from __future__ import annotations
@@ -33,30 +33,30 @@ from cnnjax.run.workdir import write_json
 from cnnjax.train import fit
 
 SIZE = baseline.CONFIG.data.size  # pixels
-BORDER = 0.15  # of the side, at each edge
-BLUR = 0.1  # standard deviation, of the side
+BORDER = 0.15  # width of the border as a fraction of the side
+BLUR = 0.1  # standard deviation as a fraction of the side
 
 
 @dataclass(frozen=True)
 class Options:
-    """Which data, and how long the networks are trained."""
+    """Data and settings of the study."""
 
     data: Path
-    """A tree of images."""
+    """Data set: a folder of images."""
     full_resolution: Path | None = None
-    """A tree of images as published; their numbers are given too."""
+    """Folder of the same images as published; the AUC of single numbers is computed for it too."""
     workdir: Path = Path("runs/shortcuts")
-    """Folder of the trees of views, and of the runs."""
+    """Folder for the changed images and the runs."""
     epochs: int = 8
     """Epochs of each network."""
     json: Path | None = None
-    """Write the rows to this file."""
+    """Write the rows of the table to this file."""
     plot: Path | None = None
-    """Draw them to this SVG."""
+    """Write a bar chart to this SVG file."""
 
 
 def numbers(index: Index) -> dict[str, np.ndarray]:
-    """Returns float64 [n] by name: what is known of each image of train without looking at it."""
+    """Returns properties of each training image, float64 [n], by name of the property."""
     rows = []
     for example in tqdm(index.split("train"), "reading", unit="image", disable=None):
         encoded = index.source.read(example.name)
@@ -66,7 +66,7 @@ def numbers(index: Index) -> dict[str, np.ndarray]:
             opened = Image.open(io.BytesIO(encoded))
             opened.load()
         except OSError:
-            raise InputError(f"{index.root}: {example.name} is no image; take it out") from None
+            raise InputError(f"{index.root}: {example.name} is no image; remove it") from None
         with opened as image:
             width, height = image.size
             gray = np.asarray(image.convert("L"), np.float64)
@@ -86,7 +86,12 @@ def numbers(index: Index) -> dict[str, np.ndarray]:
 
 
 def single_numbers(tree: str, root: Path) -> list[dict[str, Any]]:
-    """Returns the AUC of each number, turned so that it is at least one half."""
+    """Returns a row for each property with its AUC; an AUC below 0.5 is replaced by 1 - AUC.
+
+    Args:
+        tree: what to call the images in the rows.
+        root: folder of the images.
+    """
     index = read_index(root)
     examples = index.split("train")
     labels = np.array([e.label for e in examples])
@@ -111,7 +116,7 @@ def single_numbers(tree: str, root: Path) -> list[dict[str, Any]]:
 
 
 def border(image: Image.Image) -> Image.Image:
-    """Blanks all but the border."""
+    """Returns the image with everything but the border set to gray."""
     edge = round(BORDER * image.width)
     image = image.copy()
     image.paste(128, (edge, edge, image.width - edge, image.height - edge))
@@ -119,7 +124,7 @@ def border(image: Image.Image) -> Image.Image:
 
 
 def blurred(image: Image.Image) -> Image.Image:
-    """Leaves light and shadow."""
+    """Returns the image after a strong Gaussian blur."""
     return image.filter(ImageFilter.GaussianBlur(BLUR * image.width))
 
 
@@ -131,7 +136,7 @@ VIEWS: dict[str, Callable[[Image.Image], Image.Image] | None] = {
 
 
 def view(index: Index, change: Callable[[Image.Image], Image.Image], target: Path) -> None:
-    """Writes a tree of the images under another root, each changed."""
+    """Writes the changed images of train and val to the folder `target`, unless it exists."""
     if target.exists():
         return
     partial = target.with_name(f"{target.name}.partial")
@@ -139,7 +144,7 @@ def view(index: Index, change: Callable[[Image.Image], Image.Image], target: Pat
         try:
             image = Image.fromarray(decode(index.source.read(example.name), SIZE))
         except (OSError, DecodeError) as error:
-            raise InputError(f"{index.root}: {example.name} {error}; take it out") from None
+            raise InputError(f"{index.root}: {example.name} {error}; remove it") from None
         to = (partial / example.name).with_suffix(".png")
         to.parent.mkdir(parents=True, exist_ok=True)
         change(image).save(to)
@@ -147,7 +152,7 @@ def view(index: Index, change: Callable[[Image.Image], Image.Image], target: Pat
 
 
 def networks(options: Options) -> list[dict[str, Any]]:
-    """Trains on each view; returns the AUC of the last epoch on the held-out fold."""
+    """Trains a network on each of `VIEWS`; returns rows with the AUC of its last epoch."""
     found = []
     index = read_index(options.data)
     for name, change in VIEWS.items():
@@ -172,7 +177,7 @@ def networks(options: Options) -> list[dict[str, Any]]:
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draws the AUCs with their intervals."""
+    """Draws a bar chart of the AUCs with their 95 % intervals."""
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -188,7 +193,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axes.set_yticks(range(len(rows)), [row["what"] for row in rows])
     axes.invert_yaxis()
     axes.set_xlim(0.5, 1)
-    axes.set_xlabel("AUC (0.5: tells nothing), with 95 % interval")
+    axes.set_xlabel("AUC (0.5: no information), with 95 % interval")
     figure.legend(loc="outside upper center", ncols=len(colors))
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
@@ -204,7 +209,7 @@ def main() -> int:
     if options.full_resolution is not None:
         rows += single_numbers("as published", options.full_resolution)
     small = single_numbers("as given", options.data)
-    rows += [row for row in small if row["auc"] > 0.5]  # not where all images have the same
+    rows += [row for row in small if row["auc"] > 0.5]  # leave out constants
     rows += networks(options)
     for row in rows:
         print(f"{row['what']:<24} {row['images']:<16} {Estimate(row['auc'], row['ci95'] or None)}")

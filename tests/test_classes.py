@@ -222,7 +222,7 @@ def test_the_report(run: Path, films: Path, tmp_path: Path) -> None:
     found = read(run / "summary.json")
     assert found["best_epoch"] > 0
     for name in CLASSES:
-        assert f'<th scope="col">called {name}</th>' in page
+        assert f'<th scope="col">predicted {name}</th>' in page
     assert "Each class against the rest, with 95 % intervals" in page
     assert "--prevalence" not in page
     assert page.count("purple to yellow&#34;") == 0

@@ -204,7 +204,7 @@ def test_the_official_split_is_no_cross_validation(monkeypatch: pytest.MonkeyPat
 
     with pytest.raises(InputError, match="official has no folds"):
         crossval.Options(Config(data=DataConfig(validation="official")))
-    with pytest.raises(InputError, match=r"--train\.patience lets the held-out images end"):
+    with pytest.raises(InputError, match=r"--train\.patience lets the held-out images choose"):
         crossval.Options(Config(train=TrainConfig(patience=3)))
 
 

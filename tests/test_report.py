@@ -132,7 +132,7 @@ def trained(workdir: Workdir) -> list[str]:
 
 def test_patients_on_both_sides_are_told(run: Path, text: str, tmp_path: Path) -> None:
     """As the folders of --data.validation official may have them."""
-    sides = "Images; as far as names tell, {} on both sides"
+    sides = "Number of images; according to the patient IDs, {} in both parts"
     assert sides.format("no patient is") in Page(text).text
     shutil.copytree(run, tmp_path / "run")
     split = Workdir(tmp_path / "run").split
@@ -163,7 +163,7 @@ def test_another_split_is_judged(run: Path, tree: Path, tmp_path: Path) -> None:
     assert "it was trained on" not in out.read_text()
     with pytest.raises(SystemExit):
         cli.main([*command, "--split", "train"])
-    assert "whose images bear names of those it was trained on" in out.read_text()
+    assert "images have the names of images it was trained on" in out.read_text()
     before = (run / "report.html").exists() and (run / "report.html").read_bytes()
     with pytest.raises(SystemExit) as ended:
         cli.main([*command[:-2], "--split", "val"])
@@ -181,7 +181,7 @@ def test_files_that_cannot_be_judged_are_counted(
             image.resize((32, 24)).save(path)
     (tmp_path / "films" / "test" / "NORMAL" / "bad.jpeg").write_bytes(b"nothing")
     judged, page = written(run, data=str(tmp_path / "films"), out=tmp_path / "page.html")
-    assert "1 of whose files cannot be decoded and are left out" in page.text
+    assert "1 files cannot be decoded and are left out" in page.text
     assert "for orientation; this run, on the test split of" in judged
     pictures = re.findall(r'alt="Radiograph [^"]+" width="(\d+)" height="(\d+)"', judged)
     assert set(pictures) == {("160", "120")}  # of the image's aspect ratio
@@ -254,7 +254,7 @@ def test_runs_are_set_side_by_side(run: Path, other: Path, tmp_path: Path) -> No
     assert not re.search(r"""(?:src|href)=["'](?!data:|#)""", text)
     assert [tag for tag, _ in page.tags].count("svg") == 3
     words = re.sub(r"\s+", " ", page.text)
-    assert "All were judged on the same" in words
+    assert "All runs were evaluated on the same" in words
     for folder in (run, other):
         found = json.loads((folder / "summary.json").read_text())["best"]["auc"]["value"]
         assert f"{folder.name} {found:.3f}" in words
@@ -265,7 +265,7 @@ def test_runs_are_set_side_by_side(run: Path, other: Path, tmp_path: Path) -> No
     )
     assert f"Difference from {run.name}" in words
     assert f"{other.name} {second - first:+.4f}" in words
-    assert "--seed" not in words.partition("In what they differ")[2]
+    assert "--seed" not in words.partition("Differences in settings")[2]
 
 
 def test_differences_are_of_the_same_image_whatever_the_order(
@@ -300,12 +300,12 @@ def test_runs_on_other_images_are_not_called_comparable(run: Path, tmp_path: Pat
     (fewer / "summary.json").write_text(json.dumps(summary | {"notes": ["look <here>"]}))
     page = Page(report.compare([run, fewer], tmp_path / "both.html").read_text("utf-8"))
     assert "fewer: look <here>" in page.text
-    assert "They were judged on different held-out images" in page.text
+    assert "The runs were evaluated on different held-out images" in page.text
     assert "Difference from" not in page.text
     data = json.loads((fewer / "data.json").read_text())
     data["classes"].reverse()
     (fewer / "data.json").write_text(json.dumps(data))
-    with pytest.raises(InputError, match="the runs tell different classes apart"):
+    with pytest.raises(InputError, match="the runs have different classes"):
         report.compare([run, fewer], tmp_path / "both.html")
 
 

@@ -1,8 +1,8 @@
-"""One self-contained page that tells a run's story: `write`.
+"""HTML reports: `write` for one run, `compare` for several.
 
-No network, no script, no file beside it: styles and pictures are inside. What it shows of the run
-comes from its workdir; pictures of radiographs come from the data set, and are left out, with a
-sentence that says so, where that is gone.
+A report is one self-contained page with embedded styles and pictures. It needs no network, no
+script and no other file. The results come from the workdir of the run. The radiographs come from
+the data set; if it no longer exists, the page says so and shows none.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from cnnjax.run.workdir import Judged, Workdir, read_json, read_lines, read_tabl
 __all__ = ["compare", "write"]
 
 MISTAKES, SAMPLES, AUGMENTED = 10, 6, 12
-MEASURED = 100  # images whose heat is measured, positive ones of two classes
+MEASURED = 100  # images whose heat is measured; of two classes, positive images only
 _SHOWN = 160  # pixels: longer side of the pictures
 
 
@@ -65,19 +65,20 @@ def write(
     """Writes the report of a finished run.
 
     Args:
-        run: its workdir.
+        run: workdir of the run.
         mesh: the devices to use.
-        data: judge the run on this data set instead of on its held-out images.
-        other: how to read `data`, where not as the run read its own.
-        split: of `data`.
-        out: the page; when None, in the workdir, `report.html`, or `report-SPLIT.html` of `data`.
-        cache: folder of the decoded images; when None, the one that the run was trained with.
+        data: data set to evaluate the run on; its held-out images if None.
+        other: how to read `data`, if it differs from how the run reads its own data set.
+        split: split of `data`.
+        out: the output file. If None, `report.html` in the workdir, or `report-SPLIT.html` if
+            `data` is given.
+        cache: folder of the decoded images; if None, the one that the run was trained with.
 
     Returns:
-        The page's path.
+        The path of the page.
 
     Raises:
-        InputError: the run has not ended, or `data` cannot be read.
+        InputError: the run has not finished, or `data` cannot be read.
     """
     workdir = Workdir(run)
     config = workdir.read_config()
@@ -98,9 +99,9 @@ def write(
         judged, images, broken = _split(predictor, asked, split)
         where = f"the {split} split of {data}"
         if broken:
-            where += f", {broken:,} of whose files cannot be decoded and are left out"
+            where += f" ({broken:,} files cannot be decoded and are left out)"
         if seen := workdir.trained_on(judged.names):
-            where += f", {seen:,} of whose images bear names of those it was trained on"
+            where += f" (warning: {seen:,} images have the names of images it was trained on)"
     rules = workdir.read_summary()["rules"] if data is None else None
     drawn = workdir.read_drawn() or (asked is not None and is_drawn(asked.root))
     page = _render(workdir, config, predictor, judged, where, images, rules, drawn)
@@ -113,27 +114,27 @@ def write(
 
 
 class Images(NamedTuple):
-    """The images that are judged."""
+    """The evaluated images."""
 
     squares: np.ndarray
-    """uint8 [n, side, side], as a `Predictor` takes them."""
+    """uint8 [n, side, side], the input of a `Predictor`."""
     source: Source
-    """Where they were decoded from."""
+    """The files that they were decoded from."""
 
     def sides(self, name: str) -> tuple[int, int]:
-        """Returns width and height of a picture of an image, in its aspect ratio."""
+        """Returns width and height, in pixels, for showing an image in its aspect ratio."""
         try:
             return layout_of(self.source.read(name)).within(_SHOWN)
-        except (OSError, ValueError):  # gone meanwhile
+        except (OSError, ValueError):  # the file no longer exists
             return _SHOWN, _SHOWN
 
 
 def _held_out_images(
     workdir: Workdir, config: Config, names: Sequence[str], *, strict: bool
 ) -> Images | None:
-    """Returns a run's held-out images.
+    """Returns the held-out images of a run; None if they no longer exist.
 
-    None where they are gone, but for an error that `strict` lets through.
+    If `strict`, an InputError in reading them is raised instead.
     """
     try:
         decoded = training_data(config.data, config.seed, lambda _: None).decoded
@@ -150,7 +151,7 @@ def _held_out_images(
 
 
 def _split(predictor: Predictor, config: DataConfig, split: str) -> tuple[Judged, Images, int]:
-    """Returns a split of a data set, judged, its images, and how many cannot be decoded."""
+    """Returns the predictions on a split, its images, and how many files cannot be decoded."""
     index = open_index(config, lambda _: None)
     predictor.expect_classes(index)
     decoded = load(index.split(split), index.source, config.size, folder=config.cache)
@@ -176,7 +177,7 @@ def _render(
     found = evaluate_at(point, judged.logits, judged.labels, judged.patients)
     summary = workdir.read_summary()
     notes = [DRAWN] if drawn else []
-    if rules is not None:  # of the held-out images, as training found them
+    if rules is not None:  # the notes of training are about the held-out images
         notes += [note for note in summary.get("notes", ()) if note != DRAWN]
     history, speeds = read_lines(workdir.metrics), read_lines(workdir.throughput)
     rows = workdir.read_split()
@@ -203,7 +204,7 @@ def _render(
         split=_counts(rows, predictor.classes),
         shared=_shared(rows),
         quarantine=read_table(workdir.quarantine, ("image", "reason")),
-        # Runs of earlier versions did not look for them.
+        # Runs of earlier versions did not search for duplicates.
         duplicates=read_table(workdir.duplicates, COLUMNS) if workdir.duplicates.exists() else None,
         classes=predictor.classes,
         summary=summary,
@@ -227,7 +228,7 @@ def _render(
 def _figures(
     predictor: Predictor, judged: Judged, probabilities: np.ndarray, found: Evaluation
 ) -> dict[str, Callable[[], str]]:
-    """Returns what draws the figures of what is judged; those of a missing class are left out."""
+    """Returns functions that draw the figures, by name; ROC curves need images of both classes."""
     labels, patients = judged.labels, judged.patients
     there = set(labels.tolist())
     if found.threshold is None:
@@ -241,7 +242,7 @@ def _figures(
         return {
             "rocs": lambda: plots.rocs(curves),
             "calibration": lambda: plots.calibration(
-                probabilities.max(1), right, "share that is right"
+                probabilities.max(1), right, "share of correct predictions"
             ),
         }
     threshold = found.threshold
@@ -266,7 +267,7 @@ def _pictures(
     probabilities: np.ndarray,
     found: Evaluation,
 ) -> dict[str, Any]:
-    """Returns the pictures of mistakes, samples and augmented images; None where there are none."""
+    """Returns pictures of mistakes, samples and augmented images; None for each without images."""
     if films is None:
         return {"mistakes": None, "samples": None, "augmented": None, "heat": None}
     images = films.squares
@@ -298,7 +299,7 @@ def _pictures(
             "sides": sides,
             "truth": predictor.classes[judged.labels[row]],
             "said": predictor.classes[decided[row]],
-            # What the probability and the heat are about.
+            # The class that the probability and the heat map are about.
             "of": predictor.classes[decided[row] if predictor.has_softmax else 1],
             "probability": float(probabilities[row].max()),
             "lungs": bool(framed.found[i]),
@@ -321,9 +322,9 @@ def _pictures(
 
 
 def _heat_in_lungs(predictor: Predictor, images: np.ndarray) -> dict[str, Any] | None:
-    """Returns the mean share of the heat, and of the frame, that lies in the lungs.
+    """Returns the mean share of the heat, and of the cropped area, that lies in the lungs.
 
-    None where no images are framed.
+    None if images are not cropped to the lungs or the network has no heat maps.
     """
     if not predictor.framed or not predictor.explains:
         return None
@@ -343,11 +344,12 @@ def _encoded(
     sides: tuple[int, int] = (_SHOWN, _SHOWN),
     box: np.ndarray | None = None,
 ) -> str:
-    """Returns uint8 [height, width] or [height, width, 3] as the address of a picture.
+    """Returns an image as a data URL of a JPEG.
 
-    It has the sides that are given, width and height in pixels.
-
-    What the network saw of it, `box`, is outlined where that is a part.
+    Args:
+        image: uint8 [height, width] or [height, width, 3].
+        sides: width and height of the JPEG, in pixels.
+        box: part of the image that the network saw, as in `draw_box`; its outline is drawn.
     """
     picture = Image.fromarray(image).resize(sides, Image.Resampling.BICUBIC)
     if box is not None:
@@ -359,7 +361,7 @@ def _encoded(
 
 
 def _counts(rows: Sequence[dict[str, str]], classes: Sequence[str]) -> list[dict[str, Any]]:
-    """Returns images by class, and patients, of each side of the run's split."""
+    """Returns the number of images by class and of patients for training and validation."""
     sides = []
     for role in ("train", "validation"):
         mine = [row for row in rows if row["role"] == role]
@@ -375,7 +377,7 @@ def _counts(rows: Sequence[dict[str, str]], classes: Sequence[str]) -> list[dict
 
 
 def _shared(rows: Sequence[dict[str, str]]) -> int:
-    """Returns how many patients are on both sides of the run's split."""
+    """Returns the number of patients in both training and validation."""
     train, validation = (
         {row["patient"] for row in rows if row["role"] == role} for role in ("train", "validation")
     )

@@ -1,4 +1,4 @@
-"""One page that sets runs side by side: `compare`."""
+"""Comparison of finished runs on one HTML page: `compare`."""
 
 from __future__ import annotations
 
@@ -26,40 +26,43 @@ MOST = 8  # runs whose curves can be told apart
 
 @dataclass(frozen=True)
 class Run:
-    """What a finished run found, as its workdir has it."""
+    """Results of a finished run, read from its workdir."""
 
     name: str
     classes: tuple[str, ...]
-    """Names of the labels, 0 and up."""
+    """Names of the labels 0, 1, ..."""
     settings: dict[str, Any]
     """Every flag with its value."""
     summary: dict[str, Any]
     history: list[dict[str, Any]]
     names: list[str]
-    """Of the held-out images, in order, as are what follows."""
+    """Names of the n held-out images; `patients`, `labels` and `margins` have the same order."""
     patients: list[str]
+    """Patient IDs."""
     labels: np.ndarray
+    """int [n]."""
     margins: np.ndarray
-    """Of the best epoch, log-odds above the run's own operating point; of K classes
-    log-probabilities [n, K]."""
+    """Predictions of the best epoch. For two classes, float [n], log-odds minus those of the
+    threshold of the run's operating point; for K classes, log-probabilities [n, K]."""
     found: Evaluation
-    """At the run's own operating point."""
+    """Metrics at the run's operating point."""
     notes: list[str]
-    """What is to be said beside its figures."""
+    """Warnings to show with the results."""
     seconds: float
+    """Total time of training and validation."""
     speed: float
-    """Images a second in training, the median over epochs."""
+    """Training speed in images per second, the median over epochs."""
 
 
 def read(folder: Path, name: str) -> Run:
-    """Returns what a workdir tells of its run.
+    """Reads the results of a finished run.
 
     Args:
         folder: the workdir.
-        name: what to call it.
+        name: name of the run on the page.
 
     Raises:
-        InputError: there is no run, or it has not ended.
+        InputError: there is no run, or it has not finished.
     """
     workdir = Workdir(folder)
     config = workdir.read_config()
@@ -87,7 +90,10 @@ def read(folder: Path, name: str) -> Run:
 
 
 def differences(first: Run, other: Run) -> dict[str, Estimate] | None:
-    """Returns how far the other is above the first by metric; None unless of the same images."""
+    """Returns the metrics of `other` minus those of `first`, with intervals, by metric.
+
+    None if their held-out images differ.
+    """
     images, others = (
         list(zip(run.names, run.labels.tolist(), run.patients, strict=True))
         for run in (first, other)
@@ -104,7 +110,7 @@ def differences(first: Run, other: Run) -> dict[str, Estimate] | None:
 
 
 def _notes(runs: Sequence[Run]) -> list[str]:
-    """Returns each note once, with the names of the runs that it is about."""
+    """Returns each distinct note, preceded by the names of its runs."""
     said = []
     for note in dict.fromkeys(note for run in runs for note in run.notes):
         names = [run.name for run in runs if note in run.notes]
@@ -113,25 +119,25 @@ def _notes(runs: Sequence[Run]) -> list[str]:
 
 
 def compare(folders: Sequence[Path], out: Path) -> Path:
-    """Writes a page that sets finished runs side by side, each on its own held-out images.
+    """Writes a page that compares finished runs, each on its own held-out images.
 
     Args:
-        folders: their workdirs, at least two.
-        out: the page.
+        folders: workdirs of the runs, at least two.
+        out: the output file.
 
     Returns:
-        The page's path.
+        The path of the page.
 
     Raises:
-        InputError: a run is not there or has not ended, they have other classes, or there are too
-            many for one page.
+        InputError: a run does not exist or has not finished, the runs have different classes, or
+            there are more than `MOST` runs.
     """
     if len(folders) > MOST:
         raise InputError(f"{len(folders)} runs are too many for one page; give at most {MOST}")
     shared = Path(os.path.commonpath([folder.absolute().parent for folder in folders]))
     runs = [read(folder, str(folder.absolute().relative_to(shared))) for folder in folders]
     if len({(run.classes, run.margins.ndim) for run in runs}) > 1:
-        raise InputError("the runs tell different classes apart, so they cannot be compared")
+        raise InputError("the runs have different classes and cannot be compared")
     differing = [
         flag
         for flag in runs[0].settings

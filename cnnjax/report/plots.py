@@ -1,6 +1,7 @@
-"""The figures of a report, as SVG that takes the page's ink and font.
+"""Figures of a report as SVG in the text colour and font of the page.
 
-Lines differ in dash and marker as well as in colour (Okabe and Ito's, which nobody confuses).
+Lines differ in dash and marker as well as in colour. The colours are those of Okabe and Ito, which
+are distinguishable with any colour vision.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from cnnjax.metrics import Evaluation, patient_bootstrap
 from cnnjax.operating import reliability
 
 BLUE, ORANGE, GREEN = "#0072b2", "#d55e00", "#009e73"
-_INK = "#010203"  # becomes the page's colour of text
+_INK = "#010203"  # placeholder for the text colour of the page
 _INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
 _STYLE = {
     "svg.fonttype": "none",
@@ -33,11 +34,12 @@ _STYLE = {
 
 
 def svg(name: str, draw: Callable[[Any], None], size: tuple[float, float] = (5.2, 4.0)) -> str:
-    """Returns an SVG element; `draw` is given the axes.
+    """Returns a figure as an SVG element.
 
     Args:
-        name: of the figure, on which the identifiers inside it depend.
-        draw: what draws.
+        name: name of the figure; seeds the identifiers inside the SVG, so that they are unique on a
+            page and the same each time.
+        draw: a function that draws on the matplotlib axes it is given.
         size: width and height, in inches of 72 pixels.
     """
     with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
@@ -49,13 +51,14 @@ def svg(name: str, draw: Callable[[Any], None], size: tuple[float, float] = (5.2
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     text = file.getvalue()
-    # Only the element: the page has a head of its own, and says in words what the figure shows.
+    # Only the <svg> element, without the XML header. It is hidden from screen readers: the page
+    # describes the figure in words.
     text = text[text.index("<svg") :].replace(_INK, "currentColor")
     return text.replace("<svg ", '<svg aria-hidden="true" focusable="false" ', 1)
 
 
 def curves(history: Sequence[dict[str, Any]], best: int) -> str:
-    """Draws the loss of training and validation, epoch by epoch."""
+    """Draws the training and validation loss by epoch."""
     epochs = [line["epoch"] for line in history]
 
     def draw(axes: Any) -> None:
@@ -87,7 +90,7 @@ def quality(history: Sequence[dict[str, Any]], best: int) -> str:
 
 
 def roc(logits: np.ndarray, labels: np.ndarray, patients: Sequence[str], at: Evaluation) -> str:
-    """Draws the ROC curve with a 95 % band by bootstrap of patients, and the operating point."""
+    """Draws the ROC curve with a 95 % band (bootstrap of patients) and the operating point."""
     grid = np.linspace(0, 1, 101)
 
     def sensitivity(weights: np.ndarray) -> np.ndarray:
@@ -111,18 +114,19 @@ def roc(logits: np.ndarray, labels: np.ndarray, patients: Sequence[str], at: Eva
 def precision_at(
     recall: np.ndarray, logits: np.ndarray, labels: np.ndarray, weights: np.ndarray
 ) -> np.ndarray:
-    """Returns the precision, float64 [n], where a part `recall` [n] of the positives is found.
+    """Returns the precision at given recalls, float64 [n].
 
-    Between two recalls that are reached it goes straight; NaN where the weights leave no positive.
+    Between two recalls that thresholds reach, the precision is interpolated linearly. It is NaN if
+    no positive image has a weight above zero.
 
     Args:
         recall: float [n], in (0, 1].
         logits: float [images].
         labels: int [images], 0 or 1.
-        weights: float [images], how often each image counts.
+        weights: float [images], weight of each image.
     """
     false, true = _ranked(logits, labels, weights)
-    rises = np.diff(true, prepend=0) > 0  # of equal recalls, the first has the best precision
+    rises = np.diff(true, prepend=0) > 0  # the first point of each recall has the highest precision
     if not rises.any():
         return np.full(len(recall), np.nan)
     found = true[rises]
@@ -144,7 +148,7 @@ def precision_recall(
         axes.fill_between(grid, low, high, color=BLUE, alpha=0.25, lw=0, label="95 % band")
         axes.plot(grid, precision(np.ones(len(labels))), color=BLUE, label="precision")
         axes.axhline(labels.mean(), ls=":", color="0.5", label="chance")
-        if at.precision.value is not None:  # else nothing is called positive
+        if at.precision.value is not None:  # undefined if no image is predicted positive
             point = at.sensitivity.value, at.precision.value
             axes.plot(*point, "D", color=ORANGE, label="operating point")
         axes.set(xlabel="recall (sensitivity)", ylabel="precision", ylim=(0, 1.02))
@@ -153,7 +157,7 @@ def precision_recall(
 
 
 def thresholds(probabilities: np.ndarray, labels: np.ndarray, threshold: float) -> str:
-    """Draws how sensitivity and specificity move with the threshold."""
+    """Draws sensitivity and specificity by threshold."""
     grid = np.linspace(0, 1, 201)
     positive, negative = probabilities[labels == 1], probabilities[labels == 0]
 
@@ -172,7 +176,7 @@ def thresholds(probabilities: np.ndarray, labels: np.ndarray, threshold: float) 
 def calibration(
     probabilities: np.ndarray, labels: np.ndarray, observed: str = "share of positives"
 ) -> str:
-    """Draws the reliability diagram; a dot's area is the number of images in its bin."""
+    """Draws the reliability diagram; the area of a dot grows with the images in its bin."""
     bins = reliability(probabilities, labels)
 
     def draw(axes: Any) -> None:
@@ -186,7 +190,7 @@ def calibration(
             color=BLUE,
             label="images, in bins",
         )
-        axes.set(xlabel="mean probability given", ylabel=observed, aspect="equal")
+        axes.set(xlabel="mean predicted probability", ylabel=observed, aspect="equal")
 
     return svg("calibration", draw)
 
@@ -194,7 +198,7 @@ def calibration(
 def scores(
     probabilities: np.ndarray, labels: np.ndarray, classes: Sequence[str], threshold: float
 ) -> str:
-    """Draws the histogram of probabilities of each class, on a logarithmic scale."""
+    """Draws a histogram of the probabilities of each class; the axis of counts is logarithmic."""
 
     def draw(axes: Any) -> None:
         edges = np.linspace(0, 1, 31)
@@ -213,13 +217,17 @@ def scores(
     return svg("scores", draw)
 
 
-# Curves side by side: Okabe and Ito's colours but the yellow, which is too light on paper.
+# For several curves: the colours of Okabe and Ito without yellow, which is too light on paper.
 _RUNS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f7f7f", "#8c564b")
 _DASHES = ("-", "--", "-.", ":")
 
 
 def rocs(runs: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> str:
-    """Draws the ROC curves of several runs or classes: their names, logits and labels, 0 or 1."""
+    """Draws the ROC curves of several runs or classes.
+
+    Args:
+        runs: (name, logits [n], labels [n], 0 or 1) for each curve.
+    """
 
     def draw(axes: Any) -> None:
         for i, (name, logits, labels) in enumerate(runs):
@@ -234,7 +242,11 @@ def rocs(runs: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> str:
 
 
 def progress(runs: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> str:
-    """Draws the held-out AUC of several runs, epoch by epoch: their names and histories."""
+    """Draws the held-out AUC of several runs by epoch.
+
+    Args:
+        runs: (name, lines of `metrics.jsonl`) for each run.
+    """
 
     def draw(axes: Any) -> None:
         for i, (name, history) in enumerate(runs):
@@ -249,7 +261,7 @@ def progress(runs: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> str:
 
 
 def forest(runs: Sequence[tuple[str, Evaluation]]) -> str:
-    """Draws sensitivity and specificity of several runs with their intervals."""
+    """Draws the sensitivity and specificity of several runs with 95 % intervals."""
 
     def draw(axes: Any) -> None:
         marks = (("sensitivity", BLUE, "o", -0.12), ("specificity", ORANGE, "s", 0.12))
@@ -269,7 +281,10 @@ def forest(runs: Sequence[tuple[str, Evaluation]]) -> str:
 
 
 def _label(name: str) -> str:
-    """Returns a name as matplotlib shows it: it typesets $...$, and leaves _... out of legends."""
+    """Returns a name escaped for matplotlib.
+
+    Matplotlib typesets $...$ and leaves names that begin with an underscore out of legends.
+    """
     name = name.replace("$", r"\$")
     return f"\u200b{name}" if name.startswith("_") else name
 
@@ -277,7 +292,10 @@ def _label(name: str) -> str:
 def _ranked(
     logits: np.ndarray, labels: np.ndarray, weights: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns false and true positives as the threshold falls past each distinct logit."""
+    """Returns the weights of false and of true positives at each distinct threshold, descending.
+
+    Both arrays are float [k + 1] for k distinct logits; they begin with 0.
+    """
     order = np.argsort(-logits, kind="stable")
     ranked = logits[order]
     last = np.append(ranked[1:] != ranked[:-1], True)
@@ -289,7 +307,7 @@ def _ranked(
 def _band(
     curve: Callable[[np.ndarray], np.ndarray], patients: Sequence[str], draws: int = 300
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the 2.5th and 97.5th percentile of a curve over resampled patients."""
+    """Returns the 2.5th and 97.5th percentile of a curve over bootstrap samples of patients."""
     with np.errstate(invalid="ignore", divide="ignore"):
         drawn = [curve(one) for some in patient_bootstrap(patients, draws) for one in some]
     low, high = np.nanpercentile(drawn, (2.5, 97.5), axis=0)

@@ -1,4 +1,4 @@
-"""A contact sheet: some images of each split and class, as one picture or one page."""
+"""Contact sheets: some images of each split and class, as a PNG or an HTML page."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def write_sheet(path: Path, title: str, rows: Rows) -> None:
     """Writes a contact sheet.
 
     Args:
-        path: a page where it ends in .html, else a PNG.
-        title: of the page.
-        rows: (name, uint8 [size, size]) of images, by split and class.
+        path: the output file: an HTML page if it ends in .html, otherwise a PNG.
+        title: title of the page.
+        rows: images as (name, uint8 [size, size]), by split and class.
     """
     if path.suffix.lower() == ".html":
         pictures = [

@@ -1,4 +1,4 @@
-"""The pages' templates: escaping on, and a name that is missing is an error."""
+"""Rendering of the page templates; values are escaped, and a missing value is an error."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from markupsafe import Markup
 
 
 def render(template: str, figures: Mapping[str, str], **values: Any) -> str:
-    """Returns a page.
+    """Returns a page as HTML.
 
     Args:
-        template: its file in this package.
-        figures: SVG elements by name, which are not escaped.
-        values: what else the template names.
+        template: file name of the template in this package.
+        figures: SVG elements by name; inserted without escaping.
+        values: the other variables of the template.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("cnnjax.report", "."),
@@ -34,5 +34,5 @@ def _number(value: float | None, digits: int = 3) -> str:
 
 
 def _signed(value: float | None) -> str:
-    # Adding zero takes the sign off a negative one.
+    # Adding zero turns -0.0 into 0.0.
     return "undefined" if value is None else f"{round(value, 4) + 0.0:+.4f}"

@@ -84,7 +84,7 @@ def test_it_says_what_is_there(
         "damaged   files that cannot be decoded: 1\n    train/NORMAL/broken.jpeg: broken header",
         "blank     images with a single gray level: 1\n    train/NORMAL/black.png",
         "repeated  images that show the same radiograph as another image: 2\n",
-        "  warning: of these pairs are in two classes: 1\n",
+        "  warning: pairs in two classes: 1\n",
         "leaks     radiographs in more than one given split: 1\n",
         f"  warning: patients in both test and train: 1\n    {patients['patients'][0]}\n",
         "held out  fold 0 of 5, patient-grouped and class-stratified, seed 0\n",

@@ -96,7 +96,7 @@ def _described(found: Survey, protocol: str) -> Iterator[str]:
         if p.image.label != p.like.label
     ]
     if mixed:
-        yield f"  warning: {_some(mixed, 'of these pairs are in two classes')}"
+        yield f"  warning: {_some(mixed, 'pairs in two classes')}"
     yield f"leaks     {_some(_pairs(found.leaks), 'radiographs in more than one given split')}"
     for (a, b), patients in found.patients.items():
         yield f"  warning: {_some(patients, f'patients in both {a} and {b}')}"

@@ -46,7 +46,8 @@ class Evaluate:
     evaluated images, so the Brier score and ECE are undefined."""
     views: int | None = None
     """Test-time augmentation: number of augmented copies of each image whose logits are averaged.
-    By default as in the recipe; 1 uses the original image only and is faster."""
+    Either the number in the recipe (the default), or 1: the original image only, which is
+    faster."""
     json: Path | None = None
     """Write the metrics to this file."""
     csv: Path | None = None

@@ -56,7 +56,8 @@ class Predict:
     the share in the images that calibrated the network."""
     views: int | None = None
     """Test-time augmentation: number of augmented copies of each image whose logits are averaged.
-    By default as in the recipe; 1 uses the original image only and is faster."""
+    Either the number in the recipe (the default), or 1: the original image only, which is
+    faster."""
     format: Literal["auto", "table", "jsonl", "json", "csv"] = "auto"
     """Format on standard output; `auto` is `table` on a terminal and `jsonl` (JSON Lines, one
     object per line) otherwise."""

@@ -191,7 +191,7 @@ def test_a_network_named_on_the_command_line_is_found_again(
         ("mynets:ViT(width=__import__('os'))", "cannot be used"),
         ("mynets:ViT(width=)", "cannot be used"),
         ("mynets:ViT(depth=3)", "ViT has no field depth; its fields are blocks, dropout, heads"),
-        ("subprocess:Popen(args='false')", r"is no flax\.linen\.Module"),
+        ("subprocess:Popen(args='false')", r"is not a subclass of flax\.linen\.Module"),
         ("mynets:ConvNeXtBlock", "cannot be made: .* 'width'"),
         (f"{__name__}:TwoColumns", r"shape \(2, 1\) for two images.*return the only column"),
     ],

@@ -1,7 +1,7 @@
 """Random augmentation of images inside the compiled step: (key, images) -> images.
 
 Each image has its own random key: the key of the step, folded with the image's index in the batch.
-The draws therefore do not depend on the number of devices or on rows that fill up the batch.
+The draws therefore do not depend on the number of devices or on padding rows in the batch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from cnnjax.config import AugmentConfig
 
 Augment = Callable[..., Any]
-"""(key, images) -> images, or (key, images, maps) -> (images, maps)."""
+"""(key, images) -> images, or (key, images, maps) -> (images, maps); see `make_augment`."""
 Views = Callable[[jax.Array, jax.Array], jax.Array]
 """(key, images [batch, ...]) -> views [batch, count, ...]."""
 
@@ -56,9 +56,9 @@ def make_augment(config: AugmentConfig) -> Augment:
     """Returns the pure function (key, images) -> images that the config describes.
 
     Input and output images are float32 [batch, height, width, 1] in [0, 1]. Changes that the config
-    disables are left out of the compiled program. With maps of the same shape as a third argument,
-    the function returns (images, maps). The maps get only the geometric changes of the images, with
-    zero padding.
+    disables are left out of the compiled program. The function accepts maps (such as lung masks) of
+    the same shape as a third argument, and then returns (images, maps). The maps get only the
+    geometric changes of the images, with zero padding.
     """
     moves = (config.shear, config.zoom, config.rotate, config.shift, config.flip, config.crop < 1)
 

@@ -31,8 +31,8 @@ class DataConfig:
     root: str = "phantom"
     """The data set: a folder or zip file of class folders, with or without `train`, `val` and
     `test` folders above them; a MedMNIST .npz file; a CSV table (see --data.table); or the word
-    `phantom` for drawn images. If --data.table is given: the folder that its paths are relative to;
-    if not set, the table's own folder."""
+    `phantom` for synthetic images that the program draws. If --data.table is given, the root is the
+    folder that the table's paths are relative to; its default is then the table's own folder."""
     size: int = 64
     """Side length in pixels of the square that every image is resized to."""
     frame: Frame = "whole"
@@ -43,8 +43,9 @@ class DataConfig:
     classes: str = ""
     """Names of the classes, in the order of their labels, such as `normal,bacteria,virus`. Default:
     all classes found, sorted by name; of two classes, the positive one is last. An image belongs to
-    the class of its folder or label. If that class is not in the list, the cause of the pneumonia
-    in the published file name is used; images with neither are left out."""
+    the class of its folder or label. If that class is not in the list, the image belongs to the
+    class `bacteria` or `virus` if its file name states this cause, as in the Kermany data set. All
+    other images are left out."""
     table: Path | None = None
     """CSV file with one row per image. Columns: `path`, `label` and optionally `patient`, `split`
     and `weight`. The image's loss is multiplied by its weight (see `cnnjax.data.table`)."""
@@ -53,24 +54,27 @@ class DataConfig:
     empty name, `weight=`, ignores the column."""
     patient_pattern: str = ""
     """Regular expression that finds the patient ID in an image's path: the first group, or the
-    whole match if there is no group. Default: the DICOM tags or the published file names."""
+    whole match if there is no group. Default: the DICOM tag PatientID, or the patient in a file
+    name of the Kermany data set; otherwise each file is a patient of its own."""
     validation: Literal["patients", "blocks", "official"] = "patients"
-    """How the held-out images are chosen. `patients`: one fold of all patients of train and val.
-    `blocks`: one block of consecutive file numbers, which differs more from the other images.
-    `official`: the val folder."""
+    """How the held-out images are chosen. `patients`: train and val are pooled, their patients are
+    split into random folds, and one fold is held out. `blocks`: the same, but a fold is a block of
+    consecutive file numbers in each class, which differs more from the other images. `official`:
+    the images of val."""
     folds: int = 5
-    """Number of folds. No patient is in two folds."""
+    """Number of folds. No patient is in two folds. No effect with --data.validation official."""
     fold: int = 0
-    """The fold that is held out for validation, counted from 0."""
+    """The fold that is held out for validation, counted from 0. No effect with --data.validation
+    official."""
     strict: bool = False
     """Stop with an error if a file cannot be decoded or is in two classes, instead of leaving the
     file out."""
     cache: Path | None = None
     """Folder for the cache of decoded images. Default: the user's cache folder."""
     resident_mib: int = 1024
-    """Largest data set in MiB that is kept in device memory; a larger one is streamed. With several
-    processes (--distributed) the data set is sharded over all devices, and the limit holds for each
-    shard."""
+    """Largest data set in MiB that is kept in device memory; a larger one is streamed. Each device
+    holds the whole data set; with several processes (--distributed) it holds one shard, and the
+    limit is for one shard."""
 
     def __post_init__(self) -> None:
         _settle(self, "data.")
@@ -291,9 +295,9 @@ class TrainConfig:
     1, Rajbhandari et al., arXiv:1910.02054)."""
     extend: int = 0
     """Number of epochs to train after --train.epochs. To extend a finished run, repeat its command
-    with this flag. A constant learning rate continues, and the flag can be raised again later. The
-    `cosine` schedule restarts with its warm-up (warm restart, Loshchilov and Hutter,
-    arXiv:1608.03983)."""
+    with this flag. With the `constant` schedule, a run can be extended several times. The `cosine`
+    schedule restarts with its warm-up (warm restart, Loshchilov and Hutter, arXiv:1608.03983) and
+    can be extended once."""
     batch: int = 32
     """Batch size: images per step, summed over all devices."""
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
@@ -334,13 +338,15 @@ class TrainConfig:
     """Mixup: mix each image and its label with another one, in proportions drawn from
     Beta(mixup, mixup) (Zhang et al., arXiv:1710.09412). 0 disables it."""
     label_smoothing: float = 0.0
-    """Label smoothing s: the labels of two classes become s / 2 and 1 - s / 2."""
+    """Label smoothing s: the labels 0 and 1 of two classes become s / 2 and 1 - s / 2; one-hot
+    labels y of K classes become (1 - s) y + s / K."""
     auxiliary: float = 0.0
     """Weight of the loss of an auxiliary head. The head learns to tell viral from bacterial
     pneumonia on the images whose file names state the cause. It is used in training only. 0
     disables it."""
     best: Literal["auc", "accuracy", "loss"] = "auc"
-    """Validation metric that selects the best checkpoint."""
+    """Validation metric that selects the best checkpoint: highest `auc`, highest `accuracy` (at
+    probability 0.5, or of the most probable class), or lowest `loss` (unweighted cross-entropy)."""
     patience: int = 0
     """Early stopping: stop after this many epochs without a better checkpoint. 0 disables it."""
     save_every: float = 15.0
@@ -410,7 +416,7 @@ class OperatingConfig:
     sensitivity: float = 0.95
     """For the criterion `sensitivity`: the smallest sensitivity to reach."""
     cost: float = 1.0
-    """For the criterion `cost`: cost of a false negative, where a false positive costs 1."""
+    """For the criterion `cost`: cost of a false negative relative to that of a false positive."""
     prevalence: float | None = None
     """For the criterion `cost`: proportion of positives where the network will be used. Default:
     the proportion in the held-out images."""

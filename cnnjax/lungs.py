@@ -1,11 +1,11 @@
 """Finds the lungs in radiographs and crops the images to the lungs.
 
-A classifier of whole images learns their framing, and framing differs more between collections than
-anything else. A crop to the lungs removes this difference. The lung finder is the network
-`cnnjax.networks.LungFinder`; `experiments/lungs.py` trains it, and its weights are part of the
-package.
+A classifier of whole images also learns their framing: how much of the body they show, and where.
+Framing differs between collections more than anything else. A crop to the lungs removes this
+difference. The lung finder is the network `cnnjax.networks.LungFinder`; `experiments/lungs.py`
+trains it, and its weights are part of the package.
 
-All functions before `Framer` are pure, so an exported program can include them.
+The functions that take a `jax.Array` are pure, so an exported program can include them.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Framed(NamedTuple):
 
 
 def as_framed(images: np.ndarray) -> Framed:
-    """Returns images uint8 [n, size, size], which are already cropped, as a `Framed`."""
+    """Returns images uint8 [n, size, size] unchanged, as a `Framed` with whole boxes, all found."""
     whole = np.tile(np.array([0, 0, 1, 1], np.float32), (len(images), 1))
     return Framed(images, whole, np.ones(len(images), bool))
 
@@ -84,7 +84,7 @@ def frame(variables: PyTree, films: jax.Array, size: int) -> Framed:
 
 
 def lung_maps(variables: PyTree, films: jax.Array) -> jax.Array:
-    """Returns the probability of lung at each place, float32 [n, SIDE / 2, SIDE / 2].
+    """Returns a map of the probability of lung, float32 [n, SIDE / 2, SIDE / 2], for each image.
 
     Args:
         variables: variables of the `LungFinder`.
@@ -104,8 +104,8 @@ def finder_of(variables: PyTree) -> LungFinder:
 def lung_boxes(probabilities: jax.Array) -> jax.Array:
     """Returns the box around the lungs, float32 [n, 4]: left, top, right, bottom in [0, 1].
 
-    Each side of the box is the position at which the lung fraction of a row or column passes 2 %,
-    interpolated between the places of the map.
+    The box reaches from the first to the last row and column in which at least 2 % are lung; the
+    position of each side is interpolated between rows or columns of the map.
 
     Args:
         probabilities: probability of lung, [n, rows, columns].
@@ -144,8 +144,8 @@ def _ends(share: jax.Array) -> tuple[jax.Array, jax.Array]:
 def lungs_found(probabilities: jax.Array) -> jax.Array:
     """Returns bool [n], whether the maps show the lungs of a frontal chest radiograph.
 
-    The criteria are: enough of the image is lung, the mean probability of these places is high, few
-    places have an intermediate probability, and the box is at least as wide and high as lungs are.
+    The criteria are: enough pixels are lung, their mean probability is high, few pixels have an
+    intermediate probability, and the box is at least as wide and high as lungs are.
 
     Args:
         probabilities: probability of lung, [n, rows, columns].

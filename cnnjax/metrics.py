@@ -1,8 +1,8 @@
 """Metrics of logits with 95 % confidence intervals, computed on the host in float64.
 
-Two classes have one logit, and label 1 is the positive class. K classes have K logits. Each class
-is then compared with all others (one against the rest), and the overall metric is the unweighted
-mean over the classes (macro average). A metric whose denominator is zero is undefined: None.
+Two classes have one logit, and label 1 is the positive class. K classes have K logits. A metric of
+a class is then computed one-vs-rest, and the overall metric is the unweighted mean over the classes
+(macro average). A metric whose denominator is zero is undefined: None.
 """
 
 from __future__ import annotations
@@ -124,10 +124,11 @@ class Evaluation:
         return out | ({"each": [one.to_json() for one in self.each]} if self.each else {})
 
     def elsewhere(self, prevalence: float) -> str:
-        """Returns a sentence with accuracy and precision at another prevalence.
+        """Returns a sentence with accuracy and precision at another prevalence, for two classes.
 
-        Accuracy, precision and F1 depend on the prevalence in the images. The sentence states it,
-        and gives the values that follow from sensitivity and specificity at the given prevalence.
+        Accuracy, precision and F1 depend on the prevalence in the images. The sentence states this
+        prevalence. It also gives the accuracy and precision that follow from sensitivity and
+        specificity at the given prevalence, if they are defined.
 
         Args:
             prevalence: proportion of positives, in (0, 1).
@@ -351,7 +352,9 @@ def _against_rest(
 def patient_bootstrap(
     patients: Sequence[str], replicates: int, seed: int = 0
 ) -> Iterator[np.ndarray]:
-    """Yields bootstrap weights float64 [draws, n]: how often each draw of patients has each image.
+    """Yields bootstrap weights float64 [draws, n]: how often each image occurs in each draw.
+
+    A draw samples as many patients as there are, with replacement, and takes all of their images.
 
     Args:
         patients: n patient IDs, one for each image.

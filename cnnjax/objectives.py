@@ -1,4 +1,4 @@
-"""Objectives: the targets of a batch, the loss of each image and the figures of an epoch.
+"""Objectives: the targets of a batch, the loss of each image and the metrics of an epoch.
 
 An objective is the part of the train step that depends on the task. `Binary` has one logit for two
 classes; `Softmax` has one logit per class, for three or more classes; `Segmentation` has a map of
@@ -61,7 +61,7 @@ class Objective(Protocol):
 
     @property
     def collections(self) -> Sequence[str]:
-        """Names of the variable collections that `losses` reads, besides `batch_stats`."""
+        """Names of the Flax collections that the network writes for `losses`; often none."""
 
     def prepare(self, key: jax.Array, augment: Augment, batch: Batch) -> tuple[jax.Array, PyTree]:
         """Returns the input of the network and the targets.
@@ -81,16 +81,17 @@ class Objective(Protocol):
 
         Args:
             outputs: outputs of the network, [batch, ...].
-            kept: the variable `collections` that the network wrote.
+            kept: the Flax variables that the network wrote, by collection: those of `collections`
+                and `batch_stats`.
             targets: the targets that `prepare` returned.
         """
 
     def figures(self, outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        """Returns the figures that an epoch reports for the held-out images, including `loss`.
+        """Returns the metrics that an epoch reports for the held-out images, including `loss`.
 
         Args:
-            outputs: outputs of the network, float [n, ...].
-            labels: [n, ...].
+            outputs: outputs of the network for all held-out images, float [n, ...].
+            labels: their labels, [n, ...].
         """
 
 
@@ -130,7 +131,7 @@ class Binary(struct.PyTreeNode):
         return images, (labels, weights, own, batch.labels, batch.auxiliary)
 
     def losses(self, outputs: jax.Array, kept: PyTree, targets: PyTree) -> Losses:
-        """See `Objective`; an output is correct if it is on the label's side of probability 0.5."""
+        """See `Objective`; an output is correct if (probability >= 0.5) == (label is 1)."""
         labels, weights, own, truth, second = targets
         reported = whole = cross_entropy(outputs, labels, weights, self.label_smoothing)
         if self.auxiliary:
@@ -191,7 +192,7 @@ class Softmax(struct.PyTreeNode):
 
 
 class Segmentation(struct.PyTreeNode):
-    """Mean cross-entropy over the places of the map plus the soft Dice loss, for each image.
+    """Mean cross-entropy over the pixels of the map plus the soft Dice loss, for each image.
 
     The Dice loss is one minus the soft Dice coefficient of Milletari et al., "V-Net", 3DV 2016
     (arXiv:1606.04797), with sums instead of sums of squares in the denominator. The network returns
@@ -199,8 +200,8 @@ class Segmentation(struct.PyTreeNode):
     """
 
     smooth: float = struct.field(pytree_node=False, default=1e-3)
-    """Added to the numerator and denominator of the Dice coefficient, as a fraction of the places.
-    An empty target with an empty prediction then has no Dice loss."""
+    """Added to the numerator and denominator of the Dice coefficient, which are means over the
+    pixels. The Dice loss is then zero if target and prediction are both empty."""
 
     @property
     def collections(self) -> Sequence[str]:
@@ -236,11 +237,14 @@ def to_float(images: jax.Array) -> jax.Array:
 
 
 def averaged_to(maps: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Averages maps over blocks.
+    """Downsamples maps by averaging over blocks.
 
     Args:
         maps: float [batch, height, width].
-        shape: the new height and width, divisors of the old ones.
+        shape: the new (height, width), divisors of the old ones.
+
+    Returns:
+        float [batch, *shape].
     """
     batch, height, width = maps.shape
     rows, columns = shape

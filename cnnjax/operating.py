@@ -2,7 +2,7 @@
 
 Both are fitted on held-out images, and should be evaluated on other images. The threshold is a
 value of the logit; its sensitivity and specificity do not depend on the prevalence of the disease.
-The probability that belongs to a logit does, so `OperatingPoint.probabilities` accepts a
+The calibrated probability of a logit depends on it, so `OperatingPoint.probabilities` accepts a
 prevalence.
 
 Three or more classes have no positive class, hence no threshold and no prevalence. Their logits are
@@ -174,8 +174,8 @@ def fit_operating_point(
         logits: float [n], or [n, K] for K classes, which have no threshold.
         labels: int [n], 0 or 1, or 0 to K - 1, with at least one image of each class.
         config: criterion of the threshold.
-        weights: float [n], weights of the images for the choice of the threshold (not for the
-            calibration); None for equal weights.
+        weights: float [n], weights of the images for the threshold and for
+            `OperatingPoint.prevalence`, but not for the calibration; None for equal weights.
 
     Raises:
         InputError: the config asks for a threshold on K logits; see `expect_decidable`.
@@ -222,11 +222,13 @@ def evaluate_at(
 
 
 def expect_decidable(config: OperatingConfig, classes: int) -> None:
-    """Raises InputError if a criterion is given that needs a positive class.
+    """Raises InputError if the config has a criterion other than the default, `youden`.
+
+    The others need a positive class, which three or more classes do not have.
 
     Args:
         config: criterion of the threshold.
-        classes: number of classes with a logit each.
+        classes: number of classes, three or more, for the error message.
     """
     if config.criterion != "youden":
         raise InputError(
@@ -345,8 +347,8 @@ def least_cost_threshold(
 ) -> float:
     """Returns the threshold of the logit with the lowest total cost of the errors.
 
-    Equal costs give the highest accuracy. Costs inversely proportional to the number of images of
-    the class give the highest sensitivity + specificity (Youden, Cancer 3, 1950).
+    Equal costs give the highest accuracy. `alarm` = 1 / (number of negatives) and `missed` = 1 /
+    (number of positives) give the highest sensitivity + specificity (Youden, Cancer 3, 1950).
 
     Args:
         logits: float [n].

@@ -50,10 +50,10 @@ def optimizer_at(
     factory: Factory | None = None,
     layers: Sequence[str] = (),
 ) -> optax.GradientTransformation:
-    """Returns the optimizer of the config with a given learning rate schedule.
+    """Returns the optimizer that the config describes, with another learning rate schedule.
 
     Args:
-        rate: the schedule.
+        rate: the schedule; `config.learning_rate` and `config.schedule` have no effect.
         config: see `make_optimizer`.
         factory: see `make_optimizer`.
         layers: see `make_optimizer`.

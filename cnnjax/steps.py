@@ -64,7 +64,15 @@ def init_state(
     *,
     ema: bool = False,
 ) -> TrainState:
-    """Returns a random state before the first step, for images of size x size pixels."""
+    """Returns the state before the first step, with random initial variables.
+
+    Args:
+        model: see `make_train_step`.
+        optimizer: any optax transformation.
+        key: random key of the variables.
+        size: side length of the images, in pixels.
+        ema: whether the state has a moving average of the weights.
+    """
     return state_of(model.init(key, jnp.zeros((1, size, size, 1), jnp.float32)), optimizer, ema=ema)
 
 
@@ -98,8 +106,8 @@ def make_train_step(
     One step augments the batch, computes the gradient of the objective's mean loss, and updates the
     parameters, the batch statistics and the moving average. If the batch has weights, each image's
     loss is multiplied by its weight. If the loss, a gradient or a batch statistic is not finite,
-    the state is returned unchanged and `Metrics.rejected` is true. `key` is the key of the run; the
-    step folds its number into it.
+    the state is returned unchanged and `Metrics.rejected` is true. `key` is the same for all steps;
+    each step folds `state.step` into it.
 
     Args:
         model: any Linen module that is called as `apply(variables, images, train=..., rngs=...)`
@@ -111,7 +119,8 @@ def make_train_step(
             decay warms up as min(decay, (1 + step) / (10 + step)), which reduces the bias towards
             the initial weights.
         freeze: regular expression for the parameters that get no gradient; see
-            `cnnjax.optimizers.held`.
+            `cnnjax.optimizers.held`. The optimizer must not change them either, for example by
+            weight decay; `cnnjax.optimizers.make_optimizer` ensures this.
         accumulate: number of equal parts that the batch is split into. The parts are computed one
             after the other; their mean gradient makes one update. Batch norm uses the statistics of
             each part, and its running statistics are updated once per part. If above 1, the
@@ -199,7 +208,7 @@ def make_eval_step(model: Any, views: Views = unchanged) -> EvalStep:
     Args:
         model: see `make_train_step`.
         views: the function that makes the views of each image; the logits are averaged over them.
-            The step's argument `draw` is the random seed of the views.
+            The step's argument `draw` is the random seed of the views, an integer.
     """
 
     def eval_step(state: TrainState, batch: Batch, draw: jax.Array | int = 0) -> jax.Array:

@@ -99,8 +99,8 @@ class Predictor:
                 None.
             mesh: the devices to use; all of the fastest kind if None.
             kind: checkpoint of a run: `best` by validation, or `latest`.
-            views: number of views of each image for test-time augmentation. By default as in the
-                recipe (`--augment.views`); 1 means the original image.
+            views: number of views of each image for test-time augmentation: 1 (the original image)
+                or, by default, the number in the run's or release's config (`--augment.views`).
 
         Raises:
             InputError: the folder holds neither a run nor a release, or there is no operating point
@@ -133,8 +133,9 @@ class Predictor:
                 imported by the name recorded in the run.
 
         Raises:
-            InputError: the run does not exist, has no checkpoint, or has no operating point for
-                this number of views.
+            InputError: the run does not exist, has no checkpoint, was trained with an objective
+                other than `Binary` and `Softmax`, or has no operating point for this number of
+                views.
         """
         from cnnjax.run.checkpoint import Checkpoints  # Orbax takes half a second
 
@@ -230,13 +231,21 @@ class Predictor:
     def logits(self, images: np.ndarray | Framed) -> np.ndarray:
         """Returns the logits of images, float32 [n], or [n, K] if `has_softmax`.
 
+        They are averaged over networks and views, and not calibrated; see `operating`.
+
         Args:
             images: uint8 [n, size, size], or the result of `frame`.
+
+        Raises:
+            InputError: a logit is not finite.
+            ValueError: see `frame`.
         """
         return self.member_logits(images).mean(0)
 
     def member_logits(self, images: np.ndarray | Framed) -> np.ndarray:
-        """Returns the logits of each network, float32 [members, n(, K)]; see `logits`.
+        """Returns the logits of each network, float32 [members, n] or [members, n, K].
+
+        They are averaged over the views of the network; see `logits`.
 
         Raises:
             InputError: a logit is not finite.
@@ -258,7 +267,7 @@ class Predictor:
 
     @functools.cached_property  # it traces the network
     def explains(self) -> bool:
-        """Whether the network names the feature maps that heat maps need."""
+        """Whether the network provides the feature maps that `heat` needs."""
         shape = (1, self.side, self.side, 1)
         variables, pixels = variables_of(self.members[0]), jax.ShapeDtypeStruct(shape, np.float32)
         _, maps = jax.eval_shape(lambda v, x: features_of(self.model, v, x), variables, pixels)
@@ -268,7 +277,8 @@ class Predictor:
         """Returns HiResCAM heat maps of images, float32 [n, size, size].
 
         A heat map is evidence for a class against the rest, in log-odds, averaged over the
-        networks; see `cnnjax.evaluation.explain`. It is zero outside the part that they see.
+        networks; see `cnnjax.evaluation.explain`. It is never negative, and zero outside the crop
+        to the lungs.
 
         Args:
             images: uint8 [n, size, size], or the result of `frame`.
@@ -276,7 +286,7 @@ class Predictor:
                 positive class, or the predicted class if `has_softmax`.
 
         Raises:
-            InputError: the network does not name its feature maps; see `explains`.
+            InputError: `explains` is false.
         """
         if not self.explains:
             raise InputError(

@@ -12,7 +12,7 @@ following:
 1. Pretraining: it trains the recipe on the other blocks (RUN/pretrained), or uses the run given as
    `--init`, which must have the same recipe and folds. A run that was trained on an image of the
    block is refused.
-2. Split: two fifths of the block's patients become the test images; the images of the others are
+2. Split: a third of the block's patients become the test images; the images of the others are
    the pool to train on. Images of the pool that show the same radiograph as a test image are left
    out.
 3. Training: for each seed it draws 1,000 images from the pool, with the class shares of the pool.
@@ -56,7 +56,7 @@ from cnnjax.steps import variables_of
 from cnnjax.train import fit
 
 EPOCHS = 10  # number of epochs that the steps of a training are split into
-TEST = 2, 5  # 2 of 5 folds of the block's patients are the test images
+TEST = 1, 3  # 2 of 5 folds of the block's patients are the test images
 DRAWS = 1000  # bootstrap samples
 ARMS = "fine-tuned", "from scratch"
 

@@ -210,7 +210,7 @@ def test_a_threshold_for_three_classes_is_refused_before_training(config: Config
         workdir=config.workdir.parent / "refused",
         operating=OperatingConfig("sensitivity", sensitivity=0.9),
     )
-    with pytest.raises(InputError, match=r"--operating\.criterion sensitivity is of a positive"):
+    with pytest.raises(InputError, match=r"--operating\.criterion sensitivity needs a positive"):
         fit(other)
     assert not (other.workdir / "metrics.jsonl").exists()
 

@@ -84,7 +84,7 @@ def test_evaluate(
     assert here["brier"]["value"] is here["ece"]["value"] is None
     right = here["sensitivity"]["value"] * 0.05
     spared = here["specificity"]["value"] * 0.95
-    said = f"where 0.05 are, accuracy is {right + spared:.4f}"
+    said = f"at 0.05, accuracy is {right + spared:.4f}"
     said += f" and precision {right / (right + 0.95 - spared):.4f}"
     assert said in capsys.readouterr().out
 

@@ -335,7 +335,7 @@ def test_a_diverging_run_says_where(tree: Path, tmp_path: Path) -> None:
 def test_a_network_that_an_epochs_last_step_breaks_is_not_kept(tree: Path, tmp_path: Path) -> None:
     """The loss of the only step is that of the network before it."""
     config = config_for(tree, tmp_path / "run", learning_rate=1e30, optimizer="sgd", batch=96)
-    with pytest.raises(TrainingError, match=r"not finite after epoch 1; begin .*clip-norm$"):
+    with pytest.raises(TrainingError, match=r"not finite after epoch 1; start .*clip-norm$"):
         fit(config)
     assert not (config.workdir / "metrics.jsonl").exists()
     assert not list((config.workdir / "checkpoints").glob("*/*"))

@@ -281,5 +281,5 @@ def test_a_run_names_them_in_its_folder_its_report_and_on_screen(
     assert well.name in left
     assert not {row["image"].split("/")[-1] for row in workdir.read_split()} & set(left)
     page = report.write(config.workdir, make_mesh(config.device)).read_text()
-    assert "2 images show the film of another" in page
-    assert f"{other.name} is train/PNEUMONIA/{one.name}" in page
+    assert "2 images show the same radiograph" in page
+    assert f"{other.name} shows the same as train/PNEUMONIA/{one.name}" in page

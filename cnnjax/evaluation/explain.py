@@ -34,13 +34,12 @@ def make_grad_cam(model: Any) -> Explain:
         model: a network of `cnnjax.networks`.
 
     Returns:
-        A function (variables, images, classes=None) -> heat:
-
-        `variables` are Flax variables, `images` uint8 [batch, height, width]. `classes`, int32
-        [batch], are the labels that the heat maps explain: by default the positive class of two, or
-        the class of the highest logit of more. `heat`, float32 [batch, height, width], is evidence
-        for the class against the rest, in log-odds, resized bilinearly from the size of the feature
-        maps. Images of a batch can be compared; `normalized` scales each map to a maximum of 1.
+        A function (variables, images, classes=None) -> heat. `variables` are Flax variables;
+        `images` are uint8 [batch, height, width]. `classes` is int32 [batch], the label that the
+        heat map of each image explains: by default the positive class of two, or the class of the
+        highest logit of more. `heat` is float32 [batch, height, width], resized bilinearly from the
+        size of the feature maps: evidence for the class against the rest, in log-odds. Images of a
+        batch can be compared; `normalized` scales each map to a maximum of 1.
     """
 
     def grad_cam(

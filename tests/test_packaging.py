@@ -55,6 +55,8 @@ def test_the_readme_has_no_link_that_leads_nowhere_on_an_index(built: Path) -> N
     assert len(links) > 3
     for link in links:
         assert "".join(link).startswith("https://"), link
+    assert "![" not in readme
+    assert "heat\nmaps" not in readme  # an image goes with its text
     assert "docs/functional-training.md" in readme  # the text of a link stays
     for minor in range(11, 15):
         assert f"Programming Language :: Python :: 3.{minor}" in found.get_all("Classifier", [])

@@ -12,7 +12,7 @@ calibrated too, and the most probable class is predicted (`SoftmaxPoint`).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -269,20 +269,15 @@ def fit_softmax_calibration(
     def loss(w: np.ndarray) -> float:
         return float(-np.mean((target * log_softmax(design @ w)).sum(1)))
 
-    fitted = np.append(1.0, np.log(counts / n))
-    for _ in range(50):
-        p = softmax(design @ fitted)
+    def derivatives(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        p = softmax(design @ w)
         gradient = np.einsum("nkw,nk->w", design, p - target) / n
         mean = np.einsum("nkw,nk->nw", design, p)
         hessian = np.einsum("nkw,nk,nkv->wv", design, p, design) - mean.T @ mean
         # Softmax ignores a number added to all biases; the ridge makes the solution unique.
-        step = np.linalg.solve(hessian / n + 1e-9 * np.eye(1 + classes), gradient)
-        before, size = loss(fitted), 1.0
-        while loss(fitted - size * step) > before and size > 1e-6:
-            size /= 2
-        fitted = fitted - size * step
-        if np.abs(size * step).max() < 1e-10:
-            break
+        return gradient, hessian / n + 1e-9 * np.eye(1 + classes)
+
+    fitted = _minimized(loss, derivatives, np.append(1.0, np.log(counts / n)))
     if fitted[0] <= 0:  # see `fit_calibration`
         slope, bias = _FLAT, np.log(counts + 1)
     else:
@@ -312,23 +307,17 @@ def fit_calibration(logits: np.ndarray, labels: np.ndarray) -> tuple[float, floa
     # Newton's steps are well scaled for standardized logits.
     centre, scale = x.mean(), x.std() or 1.0
     design = np.stack([(x - centre) / scale, np.ones_like(x)], axis=1)
-    fitted = np.array([1.0, 0.0])
 
     def loss(w: np.ndarray) -> float:
         z = design @ w
         return float(np.mean(np.logaddexp(0, z) - target * z))
 
-    for _ in range(50):
-        p = sigmoid(design @ fitted)
+    def derivatives(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        p = sigmoid(design @ w)
         gradient = design.T @ (p - target) / len(x)
-        hessian = (design.T * (p * (1 - p))) @ design / len(x) + 1e-12 * np.eye(2)
-        step = np.linalg.solve(hessian, gradient)
-        before, size = loss(fitted), 1.0
-        while loss(fitted - size * step) > before and size > 1e-6:
-            size /= 2
-        fitted = fitted - size * step
-        if np.abs(size * step).max() < 1e-10:
-            break
+        return gradient, (design.T * (p * (1 - p))) @ design / len(x) + 1e-12 * np.eye(2)
+
+    fitted = _minimized(loss, derivatives, np.array([1.0, 0.0]))
     slope = fitted[0] / scale
     if slope <= 0:  # ranks no better than chance: the logit carries almost no information
         return _FLAT, math.log((n1 + 1) / (n0 + 1))
@@ -432,3 +421,28 @@ def reliability(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -
 
 def _log_odds(p: float) -> float:
     return math.log(p) - math.log1p(-p)
+
+
+def _minimized(
+    loss: Callable[[np.ndarray], float],
+    derivatives: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
+    start: np.ndarray,
+) -> np.ndarray:
+    """Returns the minimum of a convex loss, by Newton's method with halved steps.
+
+    Args:
+        loss: from float64 [w].
+        derivatives: from float64 [w] to the gradient [w] and the Hessian [w, w].
+        start: float64 [w].
+    """
+    fitted = start
+    for _ in range(50):
+        gradient, hessian = derivatives(fitted)
+        step = np.linalg.solve(hessian, gradient)
+        before, size = loss(fitted), 1.0
+        while loss(fitted - size * step) > before and size > 1e-6:
+            size /= 2
+        fitted = fitted - size * step
+        if np.abs(size * step).max() < 1e-10:
+            break
+    return fitted

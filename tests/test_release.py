@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,14 +31,76 @@ DATA = ROOT.parent / "shared" / "data" / "chest_xray"
 def test_they_are_small_and_hold_no_pickles() -> None:
     files = list(release.SHIPPED.iterdir())
     assert sum(path.stat().st_size for path in files) < 6 * 2**20
-    released = release.read()
-    assert released.classes == ("NORMAL", "PNEUMONIA")
+    assert release.read().classes == ("NORMAL", "PNEUMONIA")
+
+
+RECORDED = ROOT / "docs" / "results" / "crossval.json"
+PROPORTIONS = ("accuracy", "sensitivity", "specificity")
+
+
+def test_the_record_is_of_these_weights() -> None:
+    figures = release.read().about["figures"]
+    recorded = json.loads(RECORDED.read_text("utf-8"))
+    assert figures == {name: recorded[name] for name in figures}
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_the_tables_of_a_page_have_the_recorded_figures(page: str) -> None:
+    found = json.loads(RECORDED.read_text("utf-8"))
+    plain = [estimate(found["plain"][name]) for name in ("auc", *PROPORTIONS)]
+    middle = found["sets"]["middle 0.7"]
+    rows = {
+        "as they are": plain,
+        "the middle 0.7 of the side, enlarged": [f"{middle[x]:.3f}" for x in ("auc", *PROPORTIONS)],
+        "*score*: mean of the groups' worst AUC": [f"**{found['score']:.3f}**", "", "", ""],
+    }
+    for group, worst in found["groups"].items():
+        rows[f"{group}, worst rendering"] = [f"{worst[x]:.3f}" for x in ("auc", *PROPORTIONS)]
+    expect_rows(page, rows)
+
+
+def test_the_tables_of_the_model_card_have_the_recorded_figures() -> None:
+    found = json.loads(RECORDED.read_text("utf-8"))
+    names = {"auc": "AUC, pooled", "brier": "Brier score", "ece": "expected calibration error"}
+    rows = {names.get(x, x): [estimate(value)] for x, value in found["plain"].items()}
+    folds = ", ".join(f"{area:.4f}" for area in found["auc_by_fold"])
+    between = f"{found['auc_mean']:.4f}, deviation between folds {found['auc_sd']:.4f} ({folds})"
+    rows["AUC, mean over folds"] = [between]
+    for group, worst in found["groups"].items():
+        cells = [f"{worst[x]:.4f}" for x in ("auc", "across")]
+        rows[group] = cells + [f"{worst[x]:.3f}" for x in (*PROPORTIONS, "ece")]
+    for name, shown in found["sets"].items():
+        rows[name] = [f"{shown['auc']:.4f}", *(f"{shown[x]:.3f}" for x in PROPORTIONS)]
+    for name, areas in zip(("all", "AP views", "PA views"), by_view(found), strict=True):
+        rows[name] = [f"{np.mean(areas):.2f} ({min(areas):.2f} to {max(areas):.2f})"]
+    expect_rows("MODEL_CARD.md", rows)
     card = (ROOT / "MODEL_CARD.md").read_text("utf-8")
-    figures = released.about["figures"]
-    assert f"{figures['auc_mean']:.4f}" in card
-    for name in ("accuracy", "sensitivity", "specificity"):
-        low, high = figures["plain"][name]["ci95"]
-        assert f"{figures['plain'][name]['value']:.3f} [{low:.3f}, {high:.3f}]" in card
+    for point in found["points"]:
+        worst = point["framing at worst"]
+        both = f"{worst['sensitivity']:.3f}, {worst['specificity']:.3f}"
+        cells = [f"{point['threshold']:.3f}", *(estimate(point["plain"][x]) for x in PROPORTIONS)]
+        assert f"| {' | '.join([*cells, both])} |" in card
+    assert f"the first column: {found['score']:.4f}" in card
+
+
+def estimate(value: dict[str, Any]) -> str:
+    low, high = value["ci95"]
+    return f"{value['value']:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def by_view(found: dict[str, Any]) -> list[list[float]]:
+    return [[one[name] for one in found["external"]] for name in ("all", "AP", "PA")]
+
+
+def expect_rows(page: str, rows: dict[str, list[str]]) -> None:
+    """The page has a table row for each of these, ending in these cells."""
+    lines = (ROOT / page).read_text("utf-8").splitlines()
+    for name, cells in rows.items():
+        ending = f" {' | '.join(cells)} |".replace("  ", " ")
+        assert any(
+            line.startswith(f"| {name} |") and line.replace("  ", " ").endswith(ending)
+            for line in lines
+        ), f"{page} has no row: | {name} |{ending}"
 
 
 def test_they_answer_on_one_image() -> None:

@@ -131,6 +131,10 @@ CLASSES: dict[str, tuple[str, ...]] = {
         "test_train.py::test_a_checkpoint_goes_at_once",
         "test_train.py::test_a_line_that_was_left_unfinished_is_dropped",
     ),
+    "a run of several processes that loses one": (
+        "test_processes.py::test_where_one_is_killed_the_others_end_with_a_sentence",
+        "test_processes.py::test_a_process_that_nobody_joins_ends_with_a_sentence",
+    ),
     "bytes changed at random": ("faults/test_fuzz.py",),
 }
 """For each class, tests by file and name, or all of a file, relative to this folder's parent."""

@@ -78,6 +78,13 @@ CHANGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
+@pytest.mark.parametrize("size", [16, 33, 64])
+def test_a_thumbnail_is_that_of_its_image_alone(size: int) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (70, size, size), np.uint8)
+    alone = [Image.fromarray(image).resize((32, 32), Image.Resampling.BOX) for image in images]
+    np.testing.assert_array_equal(duplicates.thumbnails(images), np.stack(alone))
+
+
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_a_film_that_was_made_anew_is_found_and_no_other(change: str, mirrored: bool) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from cnnjax.data import jpeg
 from cnnjax.data.decode import DecodeError, decode
 
 RAMP = np.add.outer(np.arange(64), np.arange(64)).astype(np.uint8) * 2
@@ -159,6 +160,26 @@ def test_jpegs_have_pillows_pixels(orientation: int, size: int) -> None:
         expected = ImageOps.exif_transpose(image).convert("L")
     expected = expected.resize((size, size), Image.Resampling.HAMMING)
     np.testing.assert_array_equal(decode(encoded, size), np.asarray(expected))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_plain_jpegs_are_judged_as_by_pillow(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded = encode(Image.fromarray(RAMP[:16, :24]).convert(mode), "JPEG", restart_marker_rows=1)
+    scan = encoded.index(b"\xff\xda") + 14
+    changed = [encoded, *(encoded[:at] for at in range(scan))]
+    for at in range(scan):
+        changed += [encoded[:at] + bytes([byte]) + encoded[at + 1 :] for byte in (0, 3, 17, 255)]
+
+    def outcome(file: bytes) -> bytes | str:
+        try:
+            return decode(file, 8).tobytes()
+        except DecodeError as error:
+            return str(error)
+
+    found = [outcome(file) for file in changed]
+    assert jpeg.plain_size(encoded) == (24, 16)
+    monkeypatch.setattr(jpeg, "plain_size", lambda file: None)
+    assert found == [outcome(file) for file in changed]
 
 
 def test_a_warning_that_is_no_damage_refuses_nothing() -> None:

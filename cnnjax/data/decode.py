@@ -81,6 +81,8 @@ def decode(encoded: bytes | np.ndarray, size: int) -> np.ndarray:
         return _to_square(Image.fromarray(encoded), size)
     if len(encoded) > LARGEST_FILE:
         raise DecodeError(TOO_LARGE)
+    if (square := _plain_jpeg(encoded, size)) is not None:
+        return square
     if dicom.is_dicom(encoded):
         try:
             levels = dicom.read(encoded, LARGEST_PIXELS)
@@ -161,6 +163,27 @@ def _decode(encoded: bytes, size: int) -> np.ndarray:
             raise DecodeError(f"broken image: {error or type(error).__name__}") from None
 
 
+def _plain_jpeg(encoded: bytes, size: int) -> np.ndarray | None:
+    """Decodes a plain, undamaged JPEG without Pillow's parser, a quarter of a small file's time.
+
+    Returns:
+        None for any other file, which the caller decodes or reports.
+    """
+    sides = jpeg.plain_size(encoded)
+    if sides is None or dicom.is_dicom(encoded) or pixel_fault(*sides):
+        return None
+    try:
+        pixels = jpeg.luma(encoded, *sides, _reduction(*sides, size))
+    except ValueError:
+        return None
+    return _to_square(Image.fromarray(pixels), size)
+
+
+def _reduction(width: int, height: int, size: int) -> int:
+    """Returns the factor by which libjpeg reduces the sides during decoding."""
+    return next(k for k in (8, 4, 2, 1) if k <= max(1, min(width // size, height // size)))
+
+
 def _unidentified(encoded: bytes) -> str:
     for name, signature in (("JPEG", _JPEG_SIGNATURE), ("PNG", png.SIGNATURE)):
         if encoded.startswith(signature):
@@ -172,9 +195,8 @@ def _jpeg(image: Image.Image, encoded: bytes, size: int) -> np.ndarray:
     """Decodes a JPEG whose header Pillow has read."""
     width, height = image.size
     if image.mode in ("L", "RGB"):
-        reduced = next(k for k in (8, 4, 2, 1) if k <= max(1, min(width // size, height // size)))
         try:
-            pixels = jpeg.luma(encoded, width, height, reduced)
+            pixels = jpeg.luma(encoded, width, height, _reduction(width, height, size))
         except ValueError:
             pass  # damage is reported below; Pillow ignores other warnings too
         else:
@@ -223,7 +245,8 @@ def _to_square(
         image = gray
     if image.mode == "CMYK":
         image = image.convert("RGB")  # Pillow's direct way to L ignores the black plate
-    image = image.convert("L")
+    if image.mode != "L":
+        image = image.convert("L")
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.HAMMING)
     return np.asarray(image)

@@ -8,6 +8,7 @@ give the same pixels.
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -22,7 +23,10 @@ MOST_SCANNED = 400_000_000  # pixels times scans
 
 _DAMAGE = "Corrupt JPEG data", "Premature end of JPEG", "Inconsistent progression"
 _MARKER = re.compile(rb"\xff([^\x00\xff])")  # may follow fill bytes
-_SCAN, _ADOBE = 0xDA, 0xEE
+_SOF0, _SCAN, _ADOBE = 0xC0, 0xDA, 0xEE
+_TABLES = {0xC4, 0xDB, 0xDD}  # DHT, DQT and DRI
+_JFIF = b"\xff\xd8\xff\xe0\0\x10JFIF\0"
+_FRAME = struct.Struct(">BHHB")
 _WITHOUT_LENGTH = {0x01, *range(0xD0, 0xD9)}
 _FRAMES = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}  # SOF of JPEG and of JPEG-LS
 _PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}
@@ -62,6 +66,35 @@ def header_of(encoded: bytes) -> Header | None:
     height, width = int.from_bytes(body[1:3], "big"), int.from_bytes(body[3:5], "big")
     named = body[6:15:3] in (b"RGB", b"rgb")
     return Header(width, height, body[5], body[0], marker in _PROGRESSIVE, adobe or named)
+
+
+def plain_size(encoded: bytes) -> tuple[int, int] | None:
+    """Returns width and height of a plain JPEG, and None for any other file.
+
+    A plain JPEG is a baseline file with 8 bits per sample, one or three components, and all of them
+    in its first scan. Its header contains a JFIF segment and the segments that decoding needs, so
+    there is no Exif and no orientation. Pillow accepts every such file that libjpeg accepts; most
+    copies of data sets consist of such files.
+    """
+    if not encoded.startswith(_JFIF):
+        return None
+    at, size, components = len(_JFIF) + 9, None, 0
+    while at + 4 <= len(encoded) and encoded[at] == 0xFF:
+        marker, length = encoded[at + 1], encoded[at + 2] << 8 | encoded[at + 3]
+        start, at = at + 4, at + 2 + length
+        if length < 2 or at > len(encoded):
+            return None
+        if marker == _SCAN:
+            whole = length == 6 + 2 * components and encoded[start] == components
+            return size if whole else None
+        if marker == _SOF0 and size is None and length in (11, 17):
+            bits, height, width, components = _FRAME.unpack_from(encoded, start)
+            size = width, height
+            if bits != 8 or length != 8 + 3 * components:
+                return None
+        elif marker not in _TABLES:
+            return None
+    return None
 
 
 def scan_fault(encoded: bytes, width: int, height: int, components: int, progressive: bool) -> str:

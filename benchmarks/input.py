@@ -24,7 +24,6 @@ from unittest import mock
 import jax
 import numpy as np
 import tyro
-from jax.sharding import Mesh
 from PIL import Image
 
 from benchmarks.measure import (
@@ -47,7 +46,7 @@ from cnnjax.data.batches import Feeder
 from cnnjax.data.index import read_index
 from cnnjax.errors import InputError
 from cnnjax.machine.host import cpu_cores
-from cnnjax.steps import TrainStep
+from cnnjax.run import training
 
 
 @dataclass(frozen=True)
@@ -176,8 +175,8 @@ def waiting_share(options: Options, scratch: Path, resident: bool) -> float:
         epochs.append((waited - before, time.perf_counter() - start))
         return found
 
-    def stepwise(mesh: Mesh, train_step: TrainStep) -> train.Steps:
-        steps = compile_steps(mesh, train_step)
+    def stepwise(*arguments: Any) -> train.Steps:
+        steps = compile_steps(*arguments)
         return steps._replace(one=lambda *x: jax.block_until_ready(steps.one(*x)), together=1)
 
     config = Config(
@@ -189,7 +188,8 @@ def waiting_share(options: Options, scratch: Path, resident: bool) -> float:
     if not resident:
         config = replace(config, data=replace(config.data, resident_mib=0))
     compile_steps, take_epoch = train.compile_steps, train.take_epoch
-    with mock.patch.multiple(train, Feeder=Watched, compile_steps=stepwise, take_epoch=epoch):
+    fed = mock.patch.object(training, "Feeder", Watched)
+    with fed, mock.patch.multiple(train, compile_steps=stepwise, take_epoch=epoch):
         train.fit(config)
     return sum(wait for wait, _ in epochs[1:]) / sum(seconds for _, seconds in epochs[1:])
 

@@ -22,6 +22,7 @@ import jax  # noqa: E402
 
 from cnnjax import train  # noqa: E402
 from cnnjax.logits import make_logits  # noqa: E402
+from cnnjax.run import opening, result, training  # noqa: E402
 from cnnjax.run.checkpoint import Checkpoints  # noqa: E402
 from cnnjax.run.workdir import append_line  # noqa: E402
 
@@ -91,11 +92,13 @@ def main() -> None:
     def logits(*arguments: Any) -> Any:
         return phases.watch("validate", make_logits(*arguments))
 
-    vars(train).update(compile_steps=steps, append_line=line, make_logits=logits)
-    phases.watch_all("index and decode", train, "training_data")
+    vars(train).update(compile_steps=steps, make_logits=logits)
+    vars(result).update(make_logits=logits)
+    vars(training).update(append_line=line)
+    phases.watch_all("index and decode", opening, "training_data")
     phases.watch_all("train", train, "take_epoch")
     phases.watch_all("checkpoints", Checkpoints, "__init__", "save", "close")
-    phases.watch_all("evaluate", train.Run, "conclude")
+    phases.watch_all("evaluate", train, "conclude")
     report = phases.watch("report", importlib.import_module)("cnnjax.report")
     phases.watch_all("report", report, "write")
     recipe, sys.argv[1:] = sys.argv[1], sys.argv[2:]

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from cnnjax.evaluation.predict import Predictor
     from cnnjax.metrics import Evaluation, evaluate
     from cnnjax.operating import OperatingPoint, SoftmaxPoint
-    from cnnjax.train import Result, fit
+    from cnnjax.run.result import Result
+    from cnnjax.train import fit
 
 __version__ = "0.3.0"
 
@@ -54,7 +55,8 @@ _HOMES = {
     "cnnjax.metrics": ("Evaluation", "evaluate"),
     "cnnjax.operating": ("OperatingPoint", "SoftmaxPoint"),
     "cnnjax.evaluation.predict": ("Predictor",),
-    "cnnjax.train": ("Result", "fit"),
+    "cnnjax.run.result": ("Result",),
+    "cnnjax.train": ("fit",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

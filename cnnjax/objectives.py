@@ -18,7 +18,8 @@ from flax import struct
 
 from cnnjax import metrics
 from cnnjax.augment import Augment
-from cnnjax.networks import AUXILIARY
+from cnnjax.config import TrainConfig
+from cnnjax.networks import AUXILIARY, second_head
 
 PyTree = Any
 
@@ -229,6 +230,31 @@ class Segmentation(struct.PyTreeNode):
         """See `Objective`."""
         found = self.losses(jnp.asarray(outputs), {}, jnp.asarray(labels, jnp.float32) / 255)
         return {"loss": float(found.reported.mean()), "accuracy": float(found.correct.mean())}
+
+
+def objective_of(config: TrainConfig, classes: Sequence[str], labels: np.ndarray) -> Objective:
+    """Returns the objective of a config: `Binary` for two classes, `Softmax` for more.
+
+    Args:
+        config: class weights, label smoothing, mixup and the auxiliary head.
+        classes: names of the classes.
+        labels: int [n], the labels of the training images.
+    """
+    weights = class_weights_of(labels) if config.class_weights else (1.0,) * len(classes)
+    if len(classes) == 2:
+        head = second_head(config, classes)
+        return Binary(weights, config.label_smoothing, config.mixup, head)
+    return Softmax(np.array(weights, np.float32), config.label_smoothing, config.mixup)
+
+
+def class_weights_of(labels: np.ndarray) -> tuple[float, ...]:
+    """Returns n / (K n_c) for each label c of K; each class then has the same total weight.
+
+    Args:
+        labels: int [n], with n_c images of label c.
+    """
+    counts = np.bincount(labels).tolist()
+    return tuple(len(labels) / (len(counts) * count) for count in counts)
 
 
 def to_float(images: jax.Array) -> jax.Array:

@@ -33,8 +33,11 @@ from cnnjax.data.batches import Resident, load
 from cnnjax.errors import InputError, TrainingError
 from cnnjax.logits import make_logits
 from cnnjax.machine import devices
+from cnnjax.run.opening import open_run
+from cnnjax.run.result import Result
+from cnnjax.run.training import STEP, Run
 from cnnjax.steps import Metrics, TrainState
-from cnnjax.train import Result, Run, fit, means, open_run
+from cnnjax.train import fit, means
 
 
 @dataclass(frozen=True)
@@ -121,12 +124,12 @@ def _train(runs: list[Run], mesh: Mesh) -> None:
             jax.tree.map(lambda *x: np.stack([np.asarray(each) for each in x]), *trees), by_member
         )
 
-    keys = jax.device_put(jnp.stack([run.key(2) for run in filled]), by_member)
+    keys = jax.device_put(jnp.stack([run.key(STEP) for run in filled]), by_member)
     objectives = jax.tree.map(lambda x: np.float32(x), [run.objective for run in filled])
     given = keys, stacked(objectives)
     states = stacked(
         [
-            jax.device_get(run.restored("latest") if run.done else run.first_state()[0])
+            jax.device_get(run.restored("latest") if run.done else run.first_state())
             for run in filled
         ]
     )
@@ -141,8 +144,9 @@ def _train(runs: list[Run], mesh: Mesh) -> None:
             feeds = jax.device_put(order[at : at + fused], NamedSharding(mesh, by_step))
             states, found = epoch_of(states, data, feeds, given)
             sums.append(found)
-        fetched, each_state = jax.device_get(sums), jax.device_get(states)
-        if any(np.any(found.rejected) for found in fetched):
+        parts: list[Any] = [np.concatenate(x) for x in zip(*jax.device_get(sums), strict=True)]
+        taken, each_state = Metrics(*parts), jax.device_get(states)  # metrics [steps, members]
+        if np.any(taken.rejected):
             raise TrainingError(
                 f"the loss of a member is not finite in epoch {epoch}; train it with fit"
             )
@@ -151,7 +155,7 @@ def _train(runs: list[Run], mesh: Mesh) -> None:
             state = jax.device_put(
                 jax.tree.map(lambda x, i=i: x[i], each_state), devices.replicated(run.mesh)
             )
-            trained = means([Metrics(*(x[:, i] for x in found)) for found in fetched])
+            trained = means(Metrics(*(x[:, i] for x in taken)))
             outputs = outputs_of(state, feeder, run.data.validation)
             seconds = middle - start, time.perf_counter() - middle
             tqdm.write(run.record(state, trained, outputs, seconds))

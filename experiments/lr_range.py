@@ -44,9 +44,11 @@ from cnnjax.machine import devices
 from cnnjax.objectives import Batch, Objective
 from cnnjax.optimizers import layers_of, optimizer_at
 from cnnjax.report.plots import BLUE, GREEN, ORANGE, svg
+from cnnjax.run.opening import open_run
+from cnnjax.run.training import Run
 from cnnjax.run.workdir import write_json
 from cnnjax.steps import Metrics, TrainState, make_train_step
-from cnnjax.train import Run, calls, compile_steps, open_run
+from cnnjax.train import calls, compile_steps
 
 SMOOTHING = 0.95  # decay of the moving average of the loss
 DIVERGED = 4  # the test ends when the smoothed loss exceeds its minimum by this factor
@@ -101,7 +103,7 @@ def losses_of(run: Run, options: Options) -> Iterator[float]:
     given = jax.device_put(
         (jax.random.key(config.seed), run.objective), devices.replicated(run.mesh)
     )
-    state, _ = run.first_state()
+    state = run.first_state()
     taken = epoch = 0
     while taken < options.steps:
         epoch += 1

@@ -26,13 +26,12 @@ from cnnjax.data.prepare import expect_two_classes, training_data
 from cnnjax.errors import InputError
 from cnnjax.machine.devices import keep_compiled_programs
 from cnnjax.networks import BaselineCNN
-from cnnjax.objectives import Batch, Binary
+from cnnjax.objectives import Batch, Binary, class_weights_of
 from cnnjax.optimizers import make_optimizer
 from cnnjax.scratch import models as scratch_models
 from cnnjax.scratch import steps as scratch_steps
 from cnnjax.scratch.convert import from_flax
 from cnnjax.scratch.optimizers import adam
-from cnnjax.train import class_weights_of
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from cnnjax.evaluation import explain, release, shifted
 from cnnjax.evaluation.predict import FEW
 from cnnjax.evaluation.rerender import RENDERINGS
 from cnnjax.networks import make_model
-from cnnjax.objectives import Batch, Binary, Softmax
+from cnnjax.objectives import Batch, Binary, Softmax, class_weights_of
 from cnnjax.operating import (
     OperatingPoint,
     SoftmaxPoint,
@@ -43,7 +43,7 @@ from cnnjax.operating import (
     fit_softmax_calibration,
 )
 from cnnjax.run.workdir import Workdir, read_table
-from cnnjax.train import class_weights_of, fit
+from cnnjax.train import fit
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 CLASSES = ("BACTERIA", "NORMAL", "VIRUS")

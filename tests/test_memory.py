@@ -18,8 +18,8 @@ from cnnjax.config import AugmentConfig, DataConfig, ModelConfig, TrainConfig
 from cnnjax.data.prepare import TrainingData, data_of
 from cnnjax.networks import make_model
 from cnnjax.objectives import Batch, Binary
+from cnnjax.run.opening import open_run
 from cnnjax.steps import init_state, make_train_step
-from cnnjax.train import open_run
 
 BASELINE = ModelConfig("baseline")
 RESNET = ModelConfig("resnet", width=4, stages=2)
@@ -105,7 +105,7 @@ def small(workdir: Path, **train: Any) -> tuple[Config, TrainingData]:
 def test_each_device_keeps_a_part_of_the_optimizer(tmp_path: Path) -> None:
     config, data = small(tmp_path / "parts", shard_optimizer=True)
     with open_run(config, data) as run:
-        state, _ = run.first_state()
+        state = run.first_state()
         kernel = state.opt_state[0].mu["stage2_block1"]["conv2"]["kernel"]
         assert len(kernel.sharding.device_set) == run.mesh.size == 4
         assert kernel.addressable_shards[0].data.size == kernel.size // 4

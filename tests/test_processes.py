@@ -92,30 +92,28 @@ WORKER = """
     from pathlib import Path
 
     from several import batches, config_of
-    from cnnjax import fit, train
+    from cnnjax import fit
     from cnnjax.cli import guarded
     from cnnjax.cli.evaluate import Evaluate
     from cnnjax.cli.predict import Predict
     from cnnjax.config import DeviceConfig, DistributedConfig
     from cnnjax.machine import devices, processes
     from cnnjax.run.signals import Ended
+    from cnnjax.run.training import Saver
 
     folder, root = map(Path, sys.argv[1:])
     cache, distributed = folder / "cache", DistributedConfig(**GIVEN)
     mesh = devices.make_mesh(DeviceConfig(), distributed)
     found = {"batches": [batches(mesh, mib) for mib in (1024, -1)], "devices": mesh.size}
 
-    saver = train.Run.saver
-    def with_a_signal(run, held):
-        save, steps = saver(run, held), []
-        def after_step(state, sums):
-            steps.append(None)
-            last = GIVEN["process"] == GIVEN["processes"] - 1
-            if last and run.done == 1 and len(steps) == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
-            save(state, sums)
-        return after_step
-    train.Run.saver = with_a_signal
+    is_due, asked = Saver.is_due, []
+    def with_a_signal(saver):
+        asked.append(saver)
+        last = GIVEN["process"] == GIVEN["processes"] - 1
+        if last and saver.run.done == 1 and asked.count(saver) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return is_due(saver)
+    Saver.is_due = with_a_signal
     try:
         fit(config_of(folder / "several", root, cache, **GIVEN))
     except Ended as end:

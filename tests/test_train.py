@@ -35,7 +35,10 @@ from cnnjax.config import (
 from cnnjax.data.prepare import training_data
 from cnnjax.errors import InputError, TrainingError
 from cnnjax.machine import devices
-from cnnjax.run import checkpoint
+from cnnjax.run import checkpoint, training
+from cnnjax.run.opening import open_run
+from cnnjax.run.result import Result
+from cnnjax.run.training import Run
 from cnnjax.run.workdir import append_line, claim, read_lines
 from cnnjax.steps import TrainState
 
@@ -45,15 +48,14 @@ _SHARED: dict[str, Any] = {}
 _compile_steps = functools.cache(train.compile_steps)
 
 
-def fit(config: Config) -> train.Result:
+def fit(config: Config) -> Result:
     """`cnnjax.train.fit`; but runs of one kind share a step, which is slow to trace, not to take.
 
     A run in `test_cli`, whose process is killed, goes on with a step that is traced anew.
     """
-    open_run = train.open_run
 
     @contextlib.contextmanager
-    def opened(*arguments: Any) -> Iterator[train.Run]:
+    def opened(*arguments: Any) -> Iterator[Run]:
         with open_run(*arguments) as run:
             kind = run.config.model, run.config.train, run.config.augment, run.steps_per_epoch
             here = repr((kind, run.mesh, devices.traits(run.mesh)))
@@ -127,7 +129,7 @@ def test_a_stopped_run_ends_with_the_same_bytes(
     tree: Path, tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     config = config_for(tree, tmp_path / "run")
-    append, write = train.append_line, checkpoint.Checkpoints._write
+    append, write = training.append_line, checkpoint.Checkpoints._write
     calls = {"append": 0}
     best = max(line["epoch"] for line in read_metrics(finished) if line["best"])
 
@@ -146,7 +148,7 @@ def test_a_stopped_run_ends_with_the_same_bytes(
         write(self, kind, epoch, *rest)
 
     with monkeypatch.context() as patched:
-        patched.setattr(train, "append_line", stopping_append)
+        patched.setattr(training, "append_line", stopping_append)
         patched.setattr(checkpoint.Checkpoints, "_write", stopping_write)
         with pytest.raises(KeyboardInterrupt):
             fit(config)
@@ -441,7 +443,7 @@ def test_resnet_with_every_option_resumes_on_other_devices(tree: Path, tmp_path:
         model=ModelConfig("resnet", width=4),
     )
     whole = fit(config).summary["last"]
-    append = train.append_line
+    append = training.append_line
 
     def stop(path: Path, values: Any) -> None:
         append(path, values)
@@ -450,7 +452,7 @@ def test_resnet_with_every_option_resumes_on_other_devices(tree: Path, tmp_path:
 
     other = replace(config, workdir=tmp_path / "b")
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(train, "append_line", stop)
+        patched.setattr(training, "append_line", stop)
         with pytest.raises(KeyboardInterrupt):
             fit(other)
     resumed = fit(replace(other, device=DeviceConfig(count=3))).summary["last"]
@@ -466,7 +468,7 @@ def test_folds_share_a_compiled_program(tree: Path, tmp_path: Path) -> None:
     held_out[np.flatnonzero(~held_out & (data.labels == 1))[0]] = True
     lowered, weights = set(), set()
     for i, each in enumerate((data, replace(data, held_out=held_out))):
-        with train.open_run(replace(config, workdir=tmp_path / f"run{i}"), each) as run:
+        with open_run(replace(config, workdir=tmp_path / f"run{i}"), each) as run:
             step = train.compile_steps(run.mesh, run.train_step).one
             state = jax.eval_shape(run.new_state, run.key(0))
             given = (run.key(2), run.objective)

@@ -18,7 +18,7 @@ from cnnjax.config import Config
 from cnnjax.errors import InputError, first_line
 
 if TYPE_CHECKING:
-    from cnnjax.train import Result
+    from cnnjax.run.result import Result
 
 RECIPES = {"baseline": recipes.baseline, "pneumonia": recipes.pneumonia}
 _DEFAULT = "pneumonia"

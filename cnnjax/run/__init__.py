@@ -1,1 +1,1 @@
-"""The folder of a run, and its files."""
+"""A run: its start, its state, its folder and its results; the loop is `cnnjax.train`."""

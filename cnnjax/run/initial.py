@@ -133,6 +133,21 @@ def expect_fit(network: Any, config: Config, weights: Weights | None) -> None:
         _copied(shapes, weights, config)
 
 
+def expect_shapes(given: PyTree, wanted: PyTree) -> None:
+    """Raises InputError if the initial variables differ from the network's in names or shapes."""
+    shapes = [
+        {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (given, wanted))
+    ]
+    ours, theirs = shapes
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            raise InputError(
+                f"init does not fit the network: {name} has shape"
+                f" {ours.get(name, 'none')} in init and {theirs.get(name, 'none')} in the network"
+            )
+
+
 def started(drawn: PyTree, weights: Weights, config: Config) -> tuple[PyTree, dict[str, Any]]:
     """Replaces the layers of drawn variables that fit with the layers of the weights.
 

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -78,14 +79,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _settle(self, "data.")
-        _require(8 <= self.size <= 4096, "--data.size", "be between 8 and 4096 pixels", self.size)
-        _require(self.folds >= 2, "--data.folds", "be at least 2", self.folds)
-        _require(
-            0 <= self.fold < self.folds,
-            "--data.fold",
-            f"be between 0 and {self.folds - 1} for {self.folds} folds",
-            self.fold,
-        )
+        _require(self, "data.", "be between 8 and 4096 pixels", lambda x: 8 <= x <= 4096, "size")
+        _require(self, "data.", "be at least 2", lambda x: x >= 2, "folds")
+        rule = f"be between 0 and {self.folds - 1} for {self.folds} folds"
+        _require(self, "data.", rule, lambda x: 0 <= x < self.folds, "fold")
         self._settle_table()
         names = [name.casefold() for name in self.class_names]
         if self.classes and (len(names) < 2 or len(set(names)) < len(names)):
@@ -207,10 +204,8 @@ class ModelConfig:
                 "--model.local-contrast needs --model.standardize;"
                 " also give --model.no-local-contrast, or give neither"
             )
-        _require(self.channels in (1, 3), "--model.channels", "be 1 or 3", self.channels)
-        _require(self.width >= 1, "--model.width", "be at least 1", self.width)
-        _require(self.depth >= 1, "--model.depth", "be at least 1", self.depth)
-        _require(self.stages >= 1, "--model.stages", "be at least 1", self.stages)
+        _require(self, "model.", "be 1 or 3", lambda x: x in (1, 3), "channels")
+        _require(self, "model.", "be at least 1", lambda x: x >= 1, "width", "depth", "stages")
 
 
 @dataclass(frozen=True)
@@ -257,19 +252,14 @@ class AugmentConfig:
 
     def __post_init__(self) -> None:
         _settle(self, "augment.")
-        _require(0 <= self.shear < 90, "--augment.shear", "be in [0, 90) degrees", self.shear)
-        _require(0 <= self.zoom < 1, "--augment.zoom", "be in [0, 1)", self.zoom)
-        _require(0 <= self.rotate <= 180, "--augment.rotate", "be in [0, 180]", self.rotate)
-        _require(0 <= self.shift <= 1, "--augment.shift", "be in [0, 1]", self.shift)
-        _require(0 <= self.black <= 1, "--augment.black", "be in [0, 1]", self.black)
-        _require(0 <= self.contrast <= 1, "--augment.contrast", "be in [0, 1]", self.contrast)
-        _require(0 <= self.brightness <= 1, "--augment.brightness", "be in [0, 1]", self.brightness)
-        _require(0 < self.crop <= 1, "--augment.crop", "be in (0, 1]", self.crop)
-        _require(0 <= self.gamma <= 2, "--augment.gamma", "be in [0, 2]", self.gamma)
-        _require(0 <= self.sharpness <= 1, "--augment.sharpness", "be in [0, 1]", self.sharpness)
-        _require(0 <= self.noise <= 1, "--augment.noise", "be in [0, 1]", self.noise)
-        _require(0 <= self.erase <= 1, "--augment.erase", "be in [0, 1]", self.erase)
-        _require(self.views >= 1, "--augment.views", "be at least 1", self.views)
+        _require(self, "augment.", "be in [0, 90) degrees", lambda x: 0 <= x < 90, "shear")
+        _require(self, "augment.", "be in [0, 1)", lambda x: 0 <= x < 1, "zoom")
+        _require(self, "augment.", "be in [0, 180]", lambda x: 0 <= x <= 180, "rotate")
+        shares = "shift", "black", "contrast", "brightness", "sharpness", "noise", "erase"
+        _require(self, "augment.", "be in [0, 1]", lambda x: 0 <= x <= 1, *shares)
+        _require(self, "augment.", "be in (0, 1]", lambda x: 0 < x <= 1, "crop")
+        _require(self, "augment.", "be in [0, 2]", lambda x: 0 <= x <= 2, "gamma")
+        _require(self, "augment.", "be at least 1", lambda x: x >= 1, "views")
 
     @property
     def looks(self) -> tuple[int, ...]:
@@ -359,23 +349,22 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _settle(self, "train.")
-        _require(self.epochs >= 1, "--train.epochs", "be at least 1", self.epochs)
-        _require(self.accumulate >= 1, "--train.accumulate", "be at least 1", self.accumulate)
+        counts = "epochs", "accumulate", "batch"
+        _require(self, "train.", "be at least 1", lambda x: x >= 1, *counts)
         if self.batch % self.accumulate:
             raise InputError(
                 f"--train.batch {self.batch} must be a multiple of --train.accumulate"
                 f" {self.accumulate}"
             )
-        _require(self.extend >= 0, "--train.extend", "be at least 0", self.extend)
-        _require(self.batch >= 1, "--train.batch", "be at least 1", self.batch)
-        _require(self.learning_rate > 0, "--train.learning-rate", "be positive", self.learning_rate)
-        _require(self.warmup >= 0, "--train.warmup", "be at least 0", self.warmup)
-        _require(self.weight_decay >= 0, "--train.weight-decay", "be at least 0", self.weight_decay)
+        amounts = "extend", "warmup", "weight_decay", "clip_norm", "mixup", "auxiliary", "patience"
+        _require(self, "train.", "be at least 0", lambda x: x >= 0, *amounts, "save_every")
+        _require(self, "train.", "be positive", lambda x: x > 0, "learning_rate")
+        _require(self, "train.", "be in (0, 1]", lambda x: 0 < x <= 1, "layer_decay")
+        _require(self, "train.", "be in [0, 1)", lambda x: 0 <= x < 1, "ema", "label_smoothing")
         if self.weight_decay and self.optimizer != "adamw":
             raise InputError(
                 f"--train.weight-decay needs --train.optimizer adamw, not {self.optimizer}"
             )
-        _require(self.clip_norm >= 0, "--train.clip-norm", "be at least 0", self.clip_norm)
         for flag, pattern in (
             ("--train.init-without", self.init_without),
             ("--train.freeze", self.freeze),
@@ -386,18 +375,6 @@ class TrainConfig:
                 raise InputError(
                     f"{flag} {pattern!r} is not a valid regular expression ({error})"
                 ) from None
-        _require(0 < self.layer_decay <= 1, "--train.layer-decay", "be in (0, 1]", self.layer_decay)
-        _require(self.mixup >= 0, "--train.mixup", "be at least 0", self.mixup)
-        _require(0 <= self.ema < 1, "--train.ema", "be in [0, 1)", self.ema)
-        _require(
-            0 <= self.label_smoothing < 1,
-            "--train.label-smoothing",
-            "be in [0, 1)",
-            self.label_smoothing,
-        )
-        _require(self.auxiliary >= 0, "--train.auxiliary", "be at least 0", self.auxiliary)
-        _require(self.patience >= 0, "--train.patience", "be at least 0", self.patience)
-        _require(self.save_every >= 0, "--train.save-every", "be at least 0", self.save_every)
 
     @property
     def all_epochs(self) -> int:
@@ -423,11 +400,10 @@ class OperatingConfig:
 
     def __post_init__(self) -> None:
         _settle(self, "operating.")
-        flag = "--operating."
-        _require(0 < self.sensitivity <= 1, f"{flag}sensitivity", "be in (0, 1]", self.sensitivity)
-        _require(self.cost > 0, f"{flag}cost", "be positive", self.cost)
+        _require(self, "operating.", "be in (0, 1]", lambda x: 0 < x <= 1, "sensitivity")
+        _require(self, "operating.", "be positive", lambda x: x > 0, "cost")
         if self.prevalence is not None:
-            _require(0 < self.prevalence < 1, f"{flag}prevalence", "be in (0, 1)", self.prevalence)
+            _require(self, "operating.", "be in (0, 1)", lambda x: 0 < x < 1, "prevalence")
 
 
 @dataclass(frozen=True)
@@ -443,7 +419,7 @@ class DeviceConfig:
 
     def __post_init__(self) -> None:
         _settle(self, "device.")
-        _require(self.count >= 0, "--device.count", "be at least 0", self.count)
+        _require(self, "device.", "be at least 0", lambda x: x >= 0, "count")
 
 
 @dataclass(frozen=True)
@@ -474,14 +450,10 @@ class DistributedConfig:
             raise InputError(f"give {flag}coordinator or --distributed off, not both")
         host, _, port = self.coordinator.rpartition(":")
         proper = bool(host) and port.isdecimal() and 0 < int(port) < 2**16
-        _require(proper, f"{flag}coordinator", "be HOST:PORT", self.coordinator)
-        _require(self.processes >= 1, f"{flag}processes", "be at least 1", self.processes)
-        _require(
-            0 <= self.process < self.processes,
-            f"{flag}process",
-            f"be between 0 and {self.processes - 1} for {self.processes} processes",
-            self.process,
-        )
+        _require(self, "distributed.", "be HOST:PORT", lambda _: proper, "coordinator")
+        _require(self, "distributed.", "be at least 1", lambda x: x >= 1, "processes")
+        rule = f"be between 0 and {self.processes - 1} for {self.processes} processes"
+        _require(self, "distributed.", rule, lambda x: 0 <= x < self.processes, "process")
 
 
 @dataclass(frozen=True)
@@ -509,7 +481,7 @@ class Config:
 
     def __post_init__(self) -> None:
         _settle(self, "")
-        _require(0 <= self.seed < 2**32, "--seed", "be between 0 and 2**32 - 1", self.seed)
+        _require(self, "", "be between 0 and 2**32 - 1", lambda x: 0 <= x < 2**32, "seed")
         if self.model.name == "baseline" and self.data.size < 10:
             raise InputError(
                 f"--data.size must be at least 10 for --model.name baseline, got {self.data.size}"
@@ -598,7 +570,7 @@ def from_json(text: str, source: str) -> Config:
 def flags(config: Config) -> dict[str, Any]:
     """Returns all command-line flags, such as `--train.learning-rate`, with their values."""
     flat = _flatten(dataclasses.asdict(config))
-    return {f"--{name.replace('_', '-')}": value for name, value in flat.items()}
+    return {_flag(name): value for name, value in flat.items()}
 
 
 def differences(ours: Config, theirs: Config) -> list[str]:
@@ -681,7 +653,7 @@ def _settle(config: Any, prefix: str) -> None:
             value = os.fspath(value) if hint is str else Path(value)
         object.__setattr__(config, name, value)
         plain = str(value) if isinstance(value, Path) else value
-        flag = f"--{prefix}{name}".replace("_", "-")
+        flag = _flag(prefix + name)
         if not (type(value) is hint or _fits(plain, hint)):
             raise InputError(f"{flag} must be {_wanted(hint)}, got {value!r}")
         if isinstance(value, float) and not math.isfinite(value):
@@ -717,6 +689,23 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _require(holds: bool, flag: str, rule: str, value: object) -> None:
-    if not holds:
-        raise InputError(f"{flag} must {rule}, got {value}")
+def _require(
+    config: Any, prefix: str, rule: str, holds: Callable[[Any], bool], *names: str
+) -> None:
+    """Raises InputError for the first of some fields whose value breaks a rule.
+
+    Args:
+        config: a config dataclass.
+        prefix: of its flags, such as `train.`.
+        rule: the rule in words, after "must", such as `be positive`.
+        holds: whether a value obeys the rule.
+        names: names of the fields.
+    """
+    for name in names:
+        if not holds(value := getattr(config, name)):
+            raise InputError(f"{_flag(prefix + name)} must {rule}, got {value}")
+
+
+def _flag(path: str) -> str:
+    """Returns the flag of a field, such as `--train.learning-rate` of `train.learning_rate`."""
+    return f"--{path.replace('_', '-')}"

@@ -31,12 +31,13 @@ import tyro
 from cnnjax.cli import guarded
 from cnnjax.config import Config, OperatingConfig
 from cnnjax.errors import InputError
-from cnnjax.evaluation import release, shifted
+from cnnjax.evaluation import shifted
 from cnnjax.evaluation.predict import Predictor
 from cnnjax.evaluation.rerender import read_facts
 from cnnjax.machine import devices
 from cnnjax.metrics import Estimate, auc
 from cnnjax.operating import OperatingPoint
+from cnnjax.run import release
 from cnnjax.run.workdir import Workdir, write_json
 from cnnjax.steps import variables_of
 from cnnjax.train import fit

@@ -26,7 +26,7 @@ from cnnjax.config import (
 from cnnjax.data import cache
 from cnnjax.data.index import read_index
 from cnnjax.errors import InputError
-from cnnjax.evaluation import release, shifted
+from cnnjax.evaluation import shifted
 from cnnjax.evaluation.predict import Predictor
 from cnnjax.evaluation.rerender import GROUPS, RENDERINGS
 from cnnjax.machine import devices
@@ -34,6 +34,7 @@ from cnnjax.metrics import auc
 from cnnjax.networks import AUXILIARY, make_model
 from cnnjax.objectives import to_float
 from cnnjax.operating import fit_operating_point
+from cnnjax.run import release
 from cnnjax.run.workdir import Workdir, read_table
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"

@@ -19,14 +19,13 @@ from cnnjax import Predictor
 from cnnjax.config import AugmentConfig, Config, DataConfig, DeviceConfig, ModelConfig, TrainConfig
 from cnnjax.data.prepare import TrainingData, data_of
 from cnnjax.errors import InputError
-from cnnjax.evaluation import release
 from cnnjax.evaluation.export import export
 from cnnjax.machine.devices import make_mesh
 from cnnjax.networks import ResNet
 from cnnjax.networks.variables import flatten
 from cnnjax.objectives import Batch
 from cnnjax.optimizers import layers_of, make_optimizer, schedule_of
-from cnnjax.run import initial
+from cnnjax.run import initial, release
 from cnnjax.run.checkpoint import Checkpoints
 from cnnjax.steps import init_state, make_train_step
 from cnnjax.train import fit

@@ -1,8 +1,10 @@
-"""What a package index gets: a wheel, a source distribution with tests and docs, a readme."""
+"""The order of the modules, and what a package index gets: distributions and a readme."""
 
 from __future__ import annotations
 
+import ast
 import email
+import graphlib
 import os
 import re
 import subprocess
@@ -14,6 +16,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+
+
+def test_imports_between_packages_have_one_direction() -> None:
+    """Also those within functions; of modules of the same package, any may import another."""
+    needs: dict[str, set[str]] = {}
+    for file in (ROOT / "cnnjax").rglob("*.py"):
+        package = file.relative_to(ROOT / "cnnjax").with_suffix("").parts[0]
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            if isinstance(node, ast.ImportFrom) and package not in ("__init__", "__main__"):
+                first, *rest = (node.module or "").split(".")
+                names = rest[:1] or [each.name for each in node.names]
+                found = {name for name in names if first == "cnnjax" and name != package}
+                needs.setdefault(package, set()).update(found)
+    order = list(graphlib.TopologicalSorter(needs).static_order())  # raises CycleError
+    assert order.index("config") < order.index("run") < order.index("train") < order.index("cli")
+    assert "evaluation" not in needs["train"] | needs["run"]  # training without what judges it
 
 
 @pytest.fixture(scope="module")

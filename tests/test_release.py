@@ -18,11 +18,11 @@ from cnnjax.data import framing
 from cnnjax.data.index import read_index
 from cnnjax.data.patients import grouped_folds
 from cnnjax.errors import InputError
-from cnnjax.evaluation import release
 from cnnjax.evaluation.predict import Predictor
 from cnnjax.lungs import as_framed
 from cnnjax.machine import devices
 from cnnjax.metrics import auc
+from cnnjax.run import release
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data" / "chest_xray"

@@ -75,12 +75,12 @@ class Evaluate:
         from cnnjax.cli import outputs
         from cnnjax.data import framing
         from cnnjax.data.prepare import open_index
-        from cnnjax.evaluation import release
         from cnnjax.evaluation.predict import Predictor
         from cnnjax.machine import processes
         from cnnjax.machine.files import write_atomically
         from cnnjax.operating import SoftmaxPoint
         from cnnjax.phantom import DRAWN, is_drawn
+        from cnnjax.run import release
         from cnnjax.run.workdir import Workdir, write_json
 
         predictor = Predictor.open(self.run, mesh, self.checkpoint, self.views)

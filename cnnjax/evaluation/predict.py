@@ -16,7 +16,6 @@ from cnnjax.config import AugmentConfig, DeviceConfig, Frame
 from cnnjax.data.batches import Feeder, in_batches
 from cnnjax.data.index import Index
 from cnnjax.errors import InputError
-from cnnjax.evaluation import release
 from cnnjax.evaluation.explain import features_of, make_hires_cam
 from cnnjax.logits import make_logits
 from cnnjax.lungs import Framed, Framer
@@ -24,7 +23,7 @@ from cnnjax.machine import processes
 from cnnjax.machine.devices import divided, full_float32, make_mesh, replicated, traits
 from cnnjax.networks import FINE, make_model, model_of
 from cnnjax.operating import Point, SoftmaxPoint, at_views
-from cnnjax.run import parts
+from cnnjax.run import parts, release
 from cnnjax.run.workdir import BINARY, SOFTMAX, Workdir
 from cnnjax.steps import TrainState, variables_of
 

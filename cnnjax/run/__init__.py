@@ -1,1 +1,1 @@
-"""A run: its start, its state, its folder and its results; the loop is `cnnjax.train`."""
+"""A run: its start, its state, its folder, its results, and releases of it."""

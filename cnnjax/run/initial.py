@@ -13,10 +13,10 @@ import numpy as np
 
 from cnnjax.config import Config, DataConfig, flags
 from cnnjax.errors import InputError
-from cnnjax.evaluation import release
 from cnnjax.machine import processes
 from cnnjax.networks.variables import flatten, unflatten
 from cnnjax.optimizers import expect_trainable
+from cnnjax.run import release
 from cnnjax.run.parts import fingerprint
 from cnnjax.run.workdir import Workdir
 

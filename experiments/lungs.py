@@ -15,6 +15,7 @@ recipe holds out is not used for training.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, get_args
@@ -33,7 +34,8 @@ from cnnjax.config import AugmentConfig, DeviceConfig, TrainConfig
 from cnnjax.data import cache
 from cnnjax.data.batches import Feeder, step_rows
 from cnnjax.data.decode import decode
-from cnnjax.data.index import Example, read_index
+from cnnjax.data.examples import Example
+from cnnjax.data.index import read_index
 from cnnjax.data.names import IMAGE_SUFFIXES
 from cnnjax.data.patients import grouped_folds
 from cnnjax.errors import InputError
@@ -165,7 +167,7 @@ def train(options: Options) -> None:
         write_json(options.json, {"parameters": size, "epochs": options.epochs} | found)
 
 
-def outlines_of(folder: Path, examples: tuple[Example, ...]) -> list[np.ndarray | None]:
+def outlines_of(folder: Path, examples: Sequence[Example]) -> list[np.ndarray | None]:
     """Returns the lung mask, bool [224, 224], of each image; None for images without an outline."""
     names, masks = read_masks(folder)
     place = {name: i for i, name in enumerate(names)}

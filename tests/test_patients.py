@@ -11,7 +11,7 @@ import pytest
 from sklearn.model_selection import StratifiedGroupKFold
 
 from cnnjax.config import DataConfig
-from cnnjax.data.index import Example
+from cnnjax.data.examples import Example
 from cnnjax.data.patients import (
     block_folds,
     group_of,

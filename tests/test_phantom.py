@@ -14,7 +14,8 @@ from sklearn.metrics import roc_auc_score
 
 from cnnjax import phantom
 from cnnjax.data.decode import decode
-from cnnjax.data.index import Example, read_index
+from cnnjax.data.examples import Example
+from cnnjax.data.index import read_index
 from cnnjax.data.kermany import group_of
 from cnnjax.data.patients import in_several_splits
 from cnnjax.phantom import tree as tree_module

@@ -16,7 +16,7 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from cnnjax.data import duplicates
 from cnnjax.data.decode import DecodeError, MissingDecoder, decode
-from cnnjax.data.index import Example
+from cnnjax.data.examples import Example, Examples
 from cnnjax.data.kermany import viral_of
 from cnnjax.data.sources import Source
 from cnnjax.errors import InputError
@@ -49,6 +49,8 @@ _VERSION = 3  # increase it when decode() returns other pixels for the same file
 # waking another thread. Each thread gets several turns, so that all finish at about the same time.
 _TURN, _TURNS = 32, 8
 
+_ROWS = 4096  # rows that are converted to JSON at a time
+
 
 @dataclass(frozen=True)
 class Decoded:
@@ -56,7 +58,7 @@ class Decoded:
 
     images: np.ndarray
     """uint8 [n, size, size], memory-mapped."""
-    examples: tuple[Example, ...]
+    examples: Examples
     """The n examples that could be decoded."""
     quarantine: tuple[tuple[str, str], ...]
     """(name, reason) of each file that could not be decoded, or is left out because its radiograph
@@ -74,23 +76,26 @@ class Decoded:
     found: np.ndarray | None = None
     """bool [n], whether lungs were found."""
     thumbnails: np.ndarray | None = None
-    """uint8 [n, 32, 32], thumbnails of the whole images, see `cnnjax.data.duplicates`."""
+    """uint8 [n, 32, 32], memory-mapped, thumbnails of the whole images, see
+    `cnnjax.data.duplicates`."""
+    home: Path | None = None
+    """The folder of the images in the cache."""
 
     @property
     def labels(self) -> np.ndarray:
-        """int32 [n]; see `cnnjax.data.index.Example.label`."""
-        return np.array([e.label for e in self.examples], np.int32)
+        """int32 [n]; see `cnnjax.data.examples.Example.label`."""
+        return self.examples.labels
 
     @property
     def weights(self) -> np.ndarray | None:
         """float32 [n], loss weights; None if all are 1."""
-        weights = np.array([e.weight for e in self.examples], np.float32)
+        weights = self.examples.weights.astype(np.float32)
         return None if (weights == 1).all() else weights
 
     @property
     def viral(self) -> np.ndarray:
         """int32 [n], 1 for viral pneumonia, 0 for bacterial, -1 if the file name does not tell."""
-        return np.array([viral_of(e.name) for e in self.examples], np.int32)
+        return np.fromiter(map(viral_of, self.examples.names), np.int32, len(self.examples))
 
 
 def load(
@@ -119,6 +124,7 @@ def load(
             folder cannot be written.
     """
     folder = cache_folder() if folder is None else folder
+    examples = Examples.of(examples)
     key = _key(examples, source, size)
     home = folder / f"images-{size}-{key[:32]}"
     kept = _read(home)
@@ -141,7 +147,9 @@ def load(
         more = f", and {len(quarantine) - 1} more files like it" if len(quarantine) > 1 else ""
         raise InputError(f"{name} cannot be decoded ({reason}){more}; fix it or drop --data.strict")
     broken = {name for name, _ in quarantine}
-    whole = tuple(e for e in examples if e.name not in broken)
+    whole = examples
+    if broken:
+        whole = whole.take(np.array([name not in broken for name in examples.names]))
     if not whole:
         name, reason = quarantine[0]
         raise InputError(f"none of the {len(examples)} images can be decoded: {name}: {reason}")
@@ -149,11 +157,12 @@ def load(
     if processes.are_several():
         processes.on_main(lambda: len(_thumbnails(home, kept)))  # the others may then find them
     small = _thumbnails(home, kept)
-    return Decoded(kept.images, whole, quarantine, fingerprint, thumbnails=small)
+    return Decoded(kept.images, whole, quarantine, fingerprint, thumbnails=small, home=home)
 
 
-def decoded_of(images: np.ndarray, examples: tuple[Example, ...]) -> Decoded:
+def decoded_of(images: np.ndarray, examples: Sequence[Example]) -> Decoded:
     """Wraps images that are already decoded, uint8 [n, size, size], in a `Decoded`."""
+    examples = Examples.of(examples)
     return Decoded(images, examples, (), _fingerprint(examples, (), checksum(images)))
 
 
@@ -187,42 +196,71 @@ def write_quarantine(path: Path, quarantine: Sequence[tuple[str, str]]) -> None:
         write_rows(file, [("image", "reason"), *quarantine])
 
 
-def _key(examples: Sequence[Example], source: Source, size: int) -> str:
-    made_from = [_VERSION, size, *((e.name, *source.signature(e.name)) for e in examples)]
-    return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
+def _key(examples: Examples, source: Source, size: int) -> str:
+    """Returns the SHA-256 of the JSON [version, size, [name, *signature], ...]."""
+    digest = hashlib.sha256(f"[{_VERSION}, {size}, ".encode())
+    for part in _json_of([name, *source.signature(name)] for name in examples.names):
+        digest.update(part)
+    digest.update(b"]")
+    return digest.hexdigest()
 
 
-def _fingerprint(
-    examples: Sequence[Example], quarantine: Sequence[tuple[str, str]], pixels: str
-) -> str:
+def _fingerprint(examples: Examples, quarantine: Sequence[tuple[str, str]], pixels: str) -> str:
+    """Returns the SHA-256 of the JSON [pixels, [[name, label, patient(, weight)], ...](, broken)].
+
+    An image's weight is included if it is not 1, and the names of broken files if there are any.
+    """
+    digest = hashlib.sha256(f"[{json.dumps(pixels)}, [".encode())
+    for part in _json_of(
+        [e.name, e.label, e.patient, *([e.weight] if e.weight != 1 else [])] for e in examples
+    ):
+        digest.update(part)
     broken = sorted(name for name, _ in quarantine)
-    rows = [(e.name, e.label, e.patient, *([e.weight] if e.weight != 1 else [])) for e in examples]
-    content = [pixels, rows, *([broken] if broken else [])]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    digest.update(f"], {json.dumps(broken)}]".encode() if broken else b"]]")
+    return digest.hexdigest()
+
+
+def _json_of(rows: Iterable[Any]) -> Iterator[bytes]:
+    """Yields the JSON of rows as in a list, in parts, so that few rows are in memory at a time."""
+    rows, before = iter(rows), ""
+    while part := list(itertools.islice(rows, _ROWS)):
+        yield (before + json.dumps(part)[1:-1]).encode()
+        before = ", "
 
 
 def _thumbnails(home: Path, kept: _Kept) -> np.ndarray:
-    """Returns the thumbnails of the images, from the cache folder if it has them."""
+    """Returns the thumbnails of the images, memory-mapped, from the cache folder if it has them.
+
+    If the folder cannot be written, they are in memory.
+    """
     path, told = home / "thumbnails.npy", home / "thumbnails.json"
+
+    def made_from(small: np.ndarray) -> list[Any]:
+        """Valid thumbnails are made from these images, at this side, and undamaged."""
+        return [duplicates.SIDE, kept.pixels, checksum(small)]
+
     try:
-        small = np.load(path, allow_pickle=False)
-        # Valid if made from these images, at this side, and undamaged.
-        made_from = [duplicates.SIDE, kept.pixels, checksum(small)]
-        if json.loads(told.read_text("utf-8")) == made_from and len(small) == len(kept.images):
+        small = np.load(path, mmap_mode="r", allow_pickle=False)
+        known = json.loads(told.read_text("utf-8"))
+        if len(small) == len(kept.images) and known == made_from(small):
             return small
     except (OSError, EOFError, ValueError):
         pass
-    small = duplicates.thumbnails(kept.images)
-    with contextlib.suppress(OSError):  # a read-only cache is still usable
-        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        try:
-            save_array(partial, small)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        shape = len(kept.images), duplicates.SIDE, duplicates.SIDE
+        out = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
+        _claim_disk(partial)
+        duplicates.thumbnails(kept.images, out)
+        out.flush()
+        partial.replace(path)
         with write_atomically(told) as file:
-            json.dump([duplicates.SIDE, kept.pixels, checksum(small)], file)
-    return small
+            json.dump(made_from(out), file)
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except OSError:  # a read-only cache is still usable
+        return duplicates.thumbnails(kept.images)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def make_together(folder: Path, missing: bool) -> bool:

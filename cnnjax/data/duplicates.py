@@ -23,17 +23,16 @@ images below 28 pixels.
 from __future__ import annotations
 
 import hashlib
-import itertools
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
+from tqdm.auto import tqdm
 
-from cnnjax.data.index import Example
+from cnnjax.data.examples import Example, Examples
 from cnnjax.data.kermany import group_of
 from cnnjax.data.sources import Source
 from cnnjax.machine.files import write_atomically, write_rows
@@ -48,7 +47,9 @@ LEAST_CORRELATION = 0.85
 SMALLEST = 28
 """Smallest side of images, in pixels, at which near duplicates are searched."""
 
-_ENTRIES = 2**22  # entries in a block of distances
+_ENTRIES = 2**22  # distances after which the order changes to mirror images, and back
+_TILE = 2048  # thumbnails whose distances from as many others are computed at a time
+_PART = 1024  # thumbnails that are read at a time
 _BITS = 240
 _STACKED = 64  # images that a thread reduces at a time
 
@@ -76,13 +77,17 @@ class Duplicate(NamedTuple):
     done: str
 
 
-def thumbnails(images: np.ndarray) -> np.ndarray:
-    """Returns uint8 [n, 32, 32], block means of uint8 [n, size, size].
+def thumbnails(images: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    """Returns uint8 [n, 32, 32], block means of uint8 [n, size, size]; they are written to `out`.
 
     Stacked images are reduced together, along rows and then along columns. The windows of a box
     filter do not cross the images' borders, so each result is that of the image alone.
+
+    Args:
+        images: the images; may be memory-mapped.
+        out: uint8 [n, 32, 32]; by default a new array.
     """
-    found = np.empty((len(images), SIDE, SIDE), np.uint8)
+    found = np.empty((len(images), SIDE, SIDE), np.uint8) if out is None else out
 
     def reduce(start: int) -> None:
         some = images[start : start + _STACKED]
@@ -124,102 +129,167 @@ def detail(small: np.ndarray) -> np.ndarray:
 def find(small: np.ndarray, size: int) -> list[Pair]:
     """Finds images that show the same radiograph, or its mirror image.
 
-    Computes n^2 dot products of 240 bits, a few megabytes at a time. Images of a single gray level
-    are no radiographs, and are skipped.
+    Computes n^2 dot products of 240 bits, a few megabytes at a time (`cnnjax.data.comparisons`
+    keeps the result). Images of a single gray level are no radiographs, and are skipped.
 
     Args:
-        small: uint8 [n, 32, 32], from `thumbnails`.
+        small: uint8 [n, 32, 32], from `thumbnails`; may be memory-mapped.
         size: side, in pixels, of the images from which the thumbnails were made.
 
     Returns:
         Pairs sorted by image. Images that pairs connect, directly or through others, show the same
         radiograph; each such group of k images has k - 1 pairs.
     """
-    pairs: list[Pair] = []
-    first: dict[bytes, int] = {}
-    for row, one in enumerate(small):
-        if one.min() == one.max():
-            continue
-        like = first.setdefault(one.tobytes(), row)
-        if like != row:
-            pairs.append(Pair(row, like, 0, 1.0))
+    rows, pairs = _distinct(small)
     if size < SMALLEST:
         return pairs
-    rows = np.fromiter(first.values(), np.int64, len(first))
-    plain = small[rows]
-    signs = _signs(plain)
-    seen = (plain, signs, False), (mirrored := plain[:, :, ::-1], _signs(mirrored), True)
     film = np.arange(len(rows))  # the first image of the same radiograph that is known so far
-    block = max(1, _ENTRIES // max(1, len(rows)))
-    for start, (theirs, their_signs, turned) in itertools.product(range(0, len(rows), block), seen):
-        stop = min(start + block, len(rows))
-        # If b bits differ, the dot product of the signs is 240 - 2b.
-        near = signs[start:stop] @ their_signs[start:].T >= _BITS - 2 * MOST_BITS
-        near[np.tril_indices(stop - start)] = False
-        for i in np.flatnonzero(near.any(1)):
-            at = start + int(i)
-            others = start + np.flatnonzero(near[i])
-            others = others[film[others] != film[at]]
-            alike = detail(theirs[others]) @ detail(plain[at : at + 1])[0]
-            for j in np.flatnonzero(alike >= LEAST_CORRELATION):
-                other = int(others[j])
-                ends = sorted((int(film[other]), int(film[at])))
-                if ends[0] != ends[1]:
-                    film[film == ends[1]] = ends[0]
-                    bits = int((signs[at] != their_signs[other]).sum())
-                    found = int(rows[other]), int(rows[at]), bits, float(alike[j])
-                    pairs.append(Pair(*found, mirrored=turned))
+    for at, others, turned in _near(small, rows):
+        others = others[film[others] != film[at]]
+        if not len(others):
+            continue
+        plain, theirs = small[rows[at : at + 1]], small[rows[others]]
+        alike = detail(theirs[:, :, ::-1] if turned else theirs) @ detail(plain)[0]
+        for j in np.flatnonzero(alike >= LEAST_CORRELATION):
+            other = int(others[j])
+            ends = sorted((int(film[other]), int(film[at])))
+            if ends[0] != ends[1]:
+                film[film == ends[1]] = ends[0]
+                one, two = plain, theirs[j : j + 1]
+                bits = hashes(one) != hashes(two[:, :, ::-1] if turned else two)
+                pair = int(rows[other]), int(rows[at]), int(bits.sum()), float(alike[j])
+                pairs.append(Pair(*pair, mirrored=turned))
     return sorted(pairs)
 
 
-def _signs(small: np.ndarray) -> np.ndarray:
-    """Returns the bits of `hashes` as 1 or -1, float32 [n, 240]."""
-    return hashes(small).astype(np.float32) * 2 - 1
+def _distinct(small: np.ndarray) -> tuple[np.ndarray, list[Pair]]:
+    """Finds identical thumbnails; those of a single gray level are left out.
+
+    Returns:
+        int64 [m], the first row of each distinct thumbnail; and a pair for each other row.
+    """
+    codes, flat = np.empty(len(small), np.int64), np.empty(len(small), bool)
+    for part in _parts(len(small)):
+        some = np.ascontiguousarray(small[part])
+        codes[part] = [hash(one.tobytes()) for one in some]
+        flat[part] = some.min((1, 2)) == some.max((1, 2))
+    rows = np.flatnonzero(~flat)
+    rows = rows[np.argsort(codes[rows], kind="stable")]
+    same = np.diff(codes[rows]) == 0
+    alike = np.zeros(len(rows), bool)
+    alike[1:] |= same
+    alike[:-1] |= same
+    pairs: list[Pair] = []
+    code, first = 0, dict[bytes, int]()
+    for row in rows[alike].tolist():
+        if codes[row] != code or not first:
+            code, first = codes[row], {}
+        like = first.setdefault(small[row].tobytes(), row)
+        if like != row:
+            pairs.append(Pair(row, like, 0, 1.0))
+    again = np.array([pair.image for pair in pairs], np.int64)
+    return np.setdiff1d(rows, again), sorted(pairs)
+
+
+def _near(small: np.ndarray, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray, bool]]:
+    """Finds thumbnails whose hashes differ in few bits, also mirrored.
+
+    Args:
+        small: uint8 [n, 32, 32].
+        rows: int64 [m], the rows of the thumbnails to compare.
+
+    Yields:
+        (i, int64 [k], mirrored): an image, and later images whose hashes, or the hashes of whose
+        mirror images, are near. All are positions in `rows`.
+    """
+    m = len(rows)
+    plain, mirrored = np.empty((2, m, _BITS // 8), np.uint8)
+    for part in _parts(m):
+        some = small[rows[part]]
+        plain[part] = np.packbits(hashes(some), axis=1)
+        mirrored[part] = np.packbits(hashes(some[:, :, ::-1]), axis=1)
+    turn = max(1, _ENTRIES // max(1, m))  # images that are compared before their mirror images
+    block = turn * max(1, _TILE // turn)
+    bar = tqdm(total=m * (m + 1) // 2, desc="comparing", unit="pair", unit_scale=True, disable=None)
+    for start in range(0, m, block):
+        stop = min(start + block, m)
+        ours = _signs(plain[start:stop])
+        near: list[np.ndarray] = []  # int64 [k, 3]: mirrored, i, j
+        for column in range(start, m, _TILE):
+            for turned, theirs in enumerate((plain, mirrored)):
+                # If b bits differ, the dot product of the signs is 240 - 2b.
+                signs = _signs(theirs[column : column + _TILE])
+                i, j = np.nonzero(ours @ signs.T >= _BITS - 2 * MOST_BITS)
+                i, j = i + start, j + column
+                near.append(np.stack([np.full(len(i), turned), i, j], 1)[j > i])
+            bar.update((stop - start) * min(_TILE, m - column))
+        found = np.concatenate(near)
+        turned, i, j = found[np.lexsort((found[:, 2], found[:, 1], found[:, 0]))].T
+        order = np.argsort((i - start) // turn, kind="stable")
+        turned, i, j = turned[order], i[order], j[order]
+        for some in np.split(np.arange(len(i)), np.flatnonzero(np.diff(i * 2 + turned)) + 1):
+            if len(some):
+                yield int(i[some[0]]), j[some], bool(turned[some[0]])
+    bar.close()
+
+
+def _signs(packed: np.ndarray) -> np.ndarray:
+    """Returns packed bits, uint8 [n, 30], as 1 or -1, float32 [n, 240]."""
+    return np.unpackbits(packed, axis=1).astype(np.float32) * 2 - 1
+
+
+def _parts(n: int) -> list[slice]:
+    return [slice(start, min(start + _PART, n)) for start in range(0, n, _PART)]
 
 
 def films(pairs: Sequence[Pair], n: int) -> np.ndarray:
     """Returns int64 [n], for each of n images the first image that shows the same radiograph."""
-    film = np.arange(n)
-    for pair in pairs:
-        a, b = sorted((int(film[pair.image]), int(film[pair.like])))
-        film[film == b] = a
-    return film
+    return _first([(pair.image, pair.like) for pair in pairs], n)
+
+
+def _first(pairs: Iterable[tuple[int, int]], n: int) -> np.ndarray:
+    """Returns int64 [n], for each of n numbers the smallest that pairs connect with it."""
+    first: dict[int, int] = {}  # a number leads to a smaller one, and at last to the smallest
+
+    def of(number: int) -> int:
+        while (smaller := first.setdefault(number, number)) != number:
+            first[number] = number = first[smaller]
+        return number
+
+    for a, b in pairs:
+        one, other = sorted((of(a), of(b)))
+        first[other] = one
+    found = np.arange(n)
+    for number in first:
+        found[number] = of(number)
+    return found
 
 
 def contradicting(pairs: Sequence[Pair], labels: np.ndarray) -> np.ndarray:
     """Returns bool [n], whether an image's radiograph occurs in two classes, by labels int [n]."""
     film = films(pairs, len(labels))
-    shown = np.zeros((len(labels), 1 + max(labels, default=0)), bool)
+    shown = np.zeros((len(labels), 1 + labels.max(initial=0)), bool)
     shown[film, labels] = True
     return shown[film].sum(1) > 1
 
 
 def shared_folds(
-    folds: np.ndarray, groups: Sequence[str], alike: Sequence[tuple[str, str]]
+    folds: np.ndarray, groups: np.ndarray, alike: Sequence[tuple[int, int]]
 ) -> np.ndarray:
     """Moves patients who share a radiograph into one fold, that of the first; no other image moves.
 
     Args:
         folds: int [n], the fold of each image, the same for all images of a patient.
-        groups: the patients of the n images, as named by `cnnjax.data.patients.group_of`.
+        groups: int [n], the numbers of the patients (`cnnjax.data.patients.groups_of`).
         alike: pairs of patients with images of the same radiograph.
 
     Returns:
         int [n], the new folds.
     """
-    place: dict[str, int] = {}
-    for row, group in enumerate(groups):
-        place.setdefault(group, row)
-    leader = {group: group for pair in alike for group in pair}
-    for a, b in alike:
-        one, other = sorted((leader[a], leader[b]), key=place.__getitem__)
-        if one != other:
-            leader = {group: one if its == other else its for group, its in leader.items()}
-    moved = folds.copy()
-    for row, group in enumerate(groups):
-        if group in leader:
-            moved[row] = folds[place[leader[group]]]
-    return moved
+    numbers, first, group = np.unique(groups, return_index=True, return_inverse=True)
+    rows = first[np.searchsorted(numbers, np.array(alike, np.int64).reshape(-1, 2))]
+    leader = _first(rows.tolist(), len(folds))[first][group]
+    return np.where(leader == first[group], folds, folds[leader])
 
 
 def copies(examples: Sequence[Example], source: Source) -> list[tuple[Example, Example]]:
@@ -230,25 +300,32 @@ def copies(examples: Sequence[Example], source: Source) -> list[tuple[Example, E
     Returns:
         (image of test, the first identical image of train or val).
     """
-    sized: dict[int, list[Example]] = defaultdict(list)
-    for example in examples:
-        sized[source.signature(example.name)[0]].append(example)
+    examples = Examples.of(examples)
+    sizes = (source.signature(name)[0] for name in examples.names)
+    rows = copied(examples, source, np.fromiter(sizes, np.int64, len(examples)))
+    return [(examples[test], examples[like]) for test, like in rows]
+
+
+def copied(examples: Examples, source: Source, sizes: np.ndarray) -> list[tuple[int, int]]:
+    """Finds the rows of the pairs that `copies` returns; sizes are those of the files, int [n]."""
+    test = examples.of_split("test")
+    rows = np.flatnonzero(np.isin(sizes, np.intersect1d(sizes[test], sizes[~test])))
+    rows = rows[np.lexsort((test[rows], sizes[rows]))]
     found = []
-    for alike in sized.values():
-        if len({example.split == "test" for example in alike}) < 2:
-            continue
-        first: dict[bytes, Example] = {}
-        for example in sorted(alike, key=lambda e: e.split == "test"):
-            try:
-                content = source.read(example.name)
-            except OSError:
-                continue  # decoding reports it
-            digest = hashlib.sha256(np.ascontiguousarray(content).data).digest()
-            if example.split != "test":
-                first.setdefault(digest, example)
-            elif digest in first:
-                found.append((example, first[digest]))
-    return sorted(found, key=lambda pair: pair[0].name)
+    size, first = -1, dict[bytes, int]()
+    for row in rows.tolist():
+        if sizes[row] != size:
+            size, first = sizes[row], {}
+        try:
+            content = source.read(examples.names[row])
+        except OSError:
+            continue  # decoding reports it
+        digest = hashlib.sha256(np.ascontiguousarray(content).data).digest()
+        if not test[row]:
+            first.setdefault(digest, row)
+        elif digest in first:
+            found.append((row, first[digest]))
+    return sorted(found, key=lambda pair: examples.names[pair[0]])
 
 
 def write_duplicates(path: Path, duplicates: Sequence[Duplicate]) -> None:

@@ -20,7 +20,7 @@ from cnnjax import lungs
 from cnnjax.config import DataConfig, DeviceConfig
 from cnnjax.data import cache
 from cnnjax.data.cache import Decoded
-from cnnjax.data.index import Example
+from cnnjax.data.examples import Example
 from cnnjax.data.sources import Source
 from cnnjax.errors import InputError
 from cnnjax.machine import devices, processes

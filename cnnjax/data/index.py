@@ -7,16 +7,19 @@ index can be counted, split by patient, and decoded with `cnnjax.data.cache`.
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from cnnjax.data import dicom
+from cnnjax.data.examples import Examples
 from cnnjax.data.kermany import cause_of, patient_of
 from cnnjax.data.names import (
     IMAGE_SUFFIXES,
@@ -41,22 +44,6 @@ _NAMED = 10  # links listed by name; the rest are counted
 
 
 @dataclass(frozen=True)
-class Example:
-    """One image of the index."""
-
-    name: str
-    """Path relative to the root, with forward slashes."""
-    split: str
-    """`train`, `val` or `test`; `all` if the data set has no splits."""
-    label: int
-    """Index of the class in `Index.classes`; of two classes, 1 is the positive one."""
-    patient: str
-    """Patient ID; the image's own name if the patient is unknown."""
-    weight: float = 1.0
-    """Factor on the image's loss in training."""
-
-
-@dataclass(frozen=True)
 class Index:
     """The images under a root, with their classes and patients, and the files left out."""
 
@@ -64,7 +51,7 @@ class Index:
     """The folder, archive or table from which the index was read."""
     classes: tuple[str, ...]
     """Names of the labels 0, 1, ...; of two classes, the positive one is last."""
-    examples: tuple[Example, ...]
+    examples: Examples
     """Every image, sorted by split and name."""
     empty: tuple[str, ...]
     """`split/class` folders that hold no image."""
@@ -72,7 +59,7 @@ class Index:
     """(name, reason) of each file that is not one of the images."""
     source: Source
 
-    def split(self, *names: str) -> tuple[Example, ...]:
+    def split(self, *names: str) -> Examples:
         """Returns the images of these splits.
 
         The images of a data set without splits all count as `train`. The name `all` selects every
@@ -84,26 +71,25 @@ class Index:
         """
         wanted = " or ".join(names)
         every = ALL in names
-        chosen = tuple(
-            e
-            for e in self.examples
-            if every or e.split in names or (e.split == ALL and "train" in names)
-        )
+        wanted_too = (ALL,) if "train" in names else ()
+        chosen = self.examples
+        if not every:
+            chosen = chosen.take(chosen.of_split(*names, *wanted_too))
         for folder in self.empty:
             if every or folder.partition("/")[0] in names:
                 raise InputError(f"{self.root}: the class folder {folder} holds no image")
         if not chosen:
-            there = sorted({e.split for e in self.examples})
-            if there == [ALL]:
+            there = self.examples.splits
+            if there == (ALL,):
                 raise InputError(
                     f"{self.root} has no {wanted} split: it is not divided into splits;"
                     " train with --data.validation patients, evaluate with --split all"
                 )
             raise InputError(f"{self.root} has no {wanted} split, only {', '.join(there)}")
-        labels = {e.label for e in chosen}
+        labels = np.unique(chosen.labels)
         if len(labels) == 1:
             raise InputError(
-                f"{self.root}: {wanted} holds only one class, {self.classes[labels.pop()]};"
+                f"{self.root}: {wanted} holds only one class, {self.classes[labels[0]]};"
                 f" add images of {' and '.join(c for c in self.classes if c)}"
             )
         return chosen
@@ -112,18 +98,19 @@ class Index:
         """Returns a few lines: images per split and class, patients, and files left out."""
         lines = [f"data      {self.root}"]
         for split in (*SPLITS, ALL):
-            members = [e for e in self.examples if e.split == split]
+            members = self.examples.take(self.examples.of_split(split))
             if members:
-                count = Counter(e.label for e in members)
-                per_class = ", ".join(f"{count[k]:,} {c}" for k, c in enumerate(self.classes))
-                patients = len({e.patient for e in members})
+                counts = np.bincount(members.labels, minlength=len(self.classes))
+                each = zip(counts, self.classes, strict=True)
+                per_class = ", ".join(f"{count:,} {name}" for count, name in each)
+                patients = len(np.unique(members.patient_numbers))
                 lines.append(f"  {split:<6} {per_class}; {patients:,} patients")
-        nameless = sum(e.patient == e.name for e in self.examples)
+        nameless = int(self.examples.without_patient.sum())
         if nameless:
             lines.append(f"  {nameless:,} file names give no patient ID: each counts as a patient")
-        weights = {e.weight for e in self.examples}
-        if weights != {1.0}:
-            lines.append(f"  losses are weighted by {min(weights):g} to {max(weights):g}")
+        weights = self.examples.weights
+        if (weights != 1).any():
+            lines.append(f"  losses are weighted by {weights.min():g} to {weights.max():g}")
         reasons = Counter(reason for _, reason in self.left_out)
         lines += [f"  left out: {n:,} {reason}" for reason, n in sorted(reasons.items())]
         refused = [name for name, reason in self.left_out if reason.startswith("a link")]
@@ -194,19 +181,27 @@ def read_index(
 
 
 class _Found(NamedTuple):
-    """An image whose class has no number yet."""
+    """Images whose classes have no numbers yet, in columns."""
 
-    name: str
-    split: str
-    kind: str
-    """The class name in the folder or the table, in the spelling of `same_name`."""
-    patient: str | None = None
-    weight: float = 1.0
+    names: Sequence[str]
+    splits: Sequence[str]
+    kinds: Sequence[str]
+    """The class names in the folders or the table, in the spelling of `same_name`."""
+    patients: Sequence[str | None] | None = None
+    weights: Sequence[float] | None = None
+
+    def at(self, rows: Sequence[int]) -> _Found:
+        """Returns the images at these rows."""
+
+        def some(column: Sequence[Any] | None) -> Any:
+            return None if column is None else [column[row] for row in rows]
+
+        return _Found(*map(some, self))
 
 
 def _index_of(
     root: Path,
-    found: Sequence[_Found],
+    found: _Found,
     source: Source,
     reading: Reading,
     kinds: Iterable[str] = (),
@@ -229,32 +224,38 @@ def _index_of(
     """
     out = list(left_out)
     if reading.classes:
-        told = [(each, _kind(each, reading.classes)) for each in found]
+        pairs = zip(found.names, found.kinds, strict=True)
+        told = [_kind(name, kind, reading.classes) for name, kind in pairs]
         out += [
-            (each.name, f"of class {each.kind}, which is none of {', '.join(reading.classes)}")
-            for each, kind in told
-            if kind is None
+            (name, f"of class {kind}, which is none of {', '.join(reading.classes)}")
+            for name, kind, ours in zip(found.names, found.kinds, told, strict=True)
+            if ours is None
         ]
-        found = [each._replace(kind=kind) for each, kind in told if kind is not None]
+        found = found._replace(kinds=[kind or "" for kind in told])
+        found = found.at([row for row, kind in enumerate(told) if kind is not None])
         kinds = ()
-    classes = _classes(root, {each.kind for each in found} | set(kinds), reading)
+    classes = _classes(root, set(found.kinds) | set(kinds), reading)
     label = {name: k for k, name in enumerate(classes)}
-    patients = _patients(root, found, source, reading.patient_pattern)
-    examples = (
-        Example(each.name, each.split, label[each.kind], patient, each.weight)
-        for each, patient in zip(found, patients, strict=True)
+    searched = _pattern(root, found, reading.patient_pattern)
+    rank = {split: k for k, split in enumerate((*SPLITS, ALL))}
+    rows = sorted(range(len(found.names)), key=found.names.__getitem__)
+    found = found.at(sorted(rows, key=lambda row: rank[found.splits[row]]))
+    examples = Examples(
+        found.names,
+        found.splits,
+        (label[kind] for kind in found.kinds),
+        _patients(found, source, searched),
+        found.weights,
     )
-    order = (*SPLITS, ALL)
-    ranked = sorted(examples, key=lambda e: (order.index(e.split), e.name))
     bare = tuple(sorted(f"{split}/{kind}" for split, kind in empty if kind in label))
-    return Index(root, classes, tuple(ranked), bare, tuple(sorted(out)), source)
+    return Index(root, classes, examples, bare, tuple(sorted(out)), source)
 
 
-def _kind(found: _Found, classes: tuple[str, ...]) -> str | None:
+def _kind(name: str, kind: str, classes: tuple[str, ...]) -> str | None:
     """Returns the class of an image if it is among these classes, else None."""
-    if found.kind in classes:
-        return found.kind
-    cause = cause_of(found.name)
+    if kind in classes:
+        return kind
+    cause = cause_of(name)
     return cause if cause in classes else None
 
 
@@ -287,11 +288,15 @@ def _classes(root: Path, names: set[str], reading: Reading) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
-def _patients(root: Path, found: Sequence[_Found], source: Source, pattern: str) -> list[str]:
-    """Returns the patient ID of each image."""
+def _pattern(root: Path, found: _Found, pattern: str) -> re.Pattern[str] | None:
+    """Returns the pattern that finds the patients in the names; None if there is none.
+
+    Raises:
+        InputError: it is not a pattern, has no effect, or finds no patient.
+    """
     if not pattern:
-        return [each.patient or _patient(each.name, source) for each in found]
-    if any(each.patient is not None for each in found):
+        return None
+    if found.patients is not None:
         raise InputError(
             f"{root} has a column of patients, so --data.patient-pattern has no effect; remove"
             " one of them (--data.columns patient= ignores the column)"
@@ -307,43 +312,50 @@ def _patients(root: Path, found: Sequence[_Found], source: Source, pattern: str)
             f"--data.patient-pattern {pattern} has {searched.groups} groups; mark the patient"
             " with one, and write (?:...) for the others"
         )
-    matches = [searched.search(each.name) for each in found]
-    patients = [match and match[searched.groups] for match in matches]
-    if not any(patients):
+    if not any((match := searched.search(name)) and match[searched.groups] for name in found.names):
         raise InputError(
-            f"--data.patient-pattern {pattern} finds no patient in any of {len(found):,} names,"
-            f" such as {found[0].name}"
+            f"--data.patient-pattern {pattern} finds no patient in any of {len(found.names):,}"
+            f" names, such as {found.names[0]}"
         )
-    return [patient or each.name for patient, each in zip(patients, found, strict=True)]
+    return searched
+
+
+def _patients(found: _Found, source: Source, searched: re.Pattern[str] | None) -> Iterator[str]:
+    """Yields the patient ID of each image."""
+    if searched is not None:
+        for name in found.names:
+            match = searched.search(name)
+            yield (match and match[searched.groups]) or name
+        return
+    for name, patient in zip(found.names, found.patients or itertools.repeat(None), strict=False):
+        yield patient or _patient(name, source)
 
 
 def _from_names(root: Path, walked: Walked, source: Tree | Zip, reading: Reading) -> Index:
     """Finds split and class folders in the paths of a folder or a zip."""
-    found: list[tuple[str, str, str, str]] = []  # (prefix, split, class, name)
-    left_out = [pair for pair in walked.refused if not any(map(hidden, pair[0].split("/")))]
+    place, is_hidden = functools.cache(_place), functools.cache(_hidden)
+    left_out = [pair for pair in walked.refused if not is_hidden(pair[0])]
     class_folders: set[tuple[str, str, str]] = set()
     for folder in walked.folders:
-        parts = folder.split("/")
-        if not any(map(hidden, parts)) and len(parts) >= 2 and parts[-2].lower() in SPLITS:
-            class_folders.add(("/".join(parts[:-2]), parts[-2].lower(), same_name(parts[-1])))
+        if not is_hidden(folder) and (found_in := place(folder)):
+            class_folders.add(found_in)
     images = []
     for name in walked.files:
-        parts = name.split("/")
-        if any(map(hidden, parts)):
+        folder, _, file = name.rpartition("/")
+        if is_hidden(folder) or hidden(file):
             continue
-        in_class = len(parts) >= 3 and parts[-3].lower() in SPLITS
+        found_in = place(folder)
         if not name.lower().endswith(IMAGE_SUFFIXES) and not (
-            in_class and _is_bare_dicom(name, source)
+            found_in and _is_bare_dicom(name, source)
         ):
             left_out.append((name, f"not {SUFFIXES}"))
-        elif not in_class:
+        elif not found_in:
             left_out.append((name, "not in a class folder of train, val or test"))
         else:
             images.append(name)
-            class_folders.add(_place(name))
+            class_folders.add(found_in)
     once, again = walked.once(images)
     left_out += again
-    found = [(*_place(name), name) for name in once]
     if not class_folders:
         _expect_no_links_out(root, walked)
         return _from_flat(root, walked, source, reading)
@@ -351,31 +363,38 @@ def _from_names(root: Path, walked: Walked, source: Tree | Zip, reading: Reading
     top = min({prefix for prefix, _, _ in class_folders}, key=lambda p: (len(p.split("/")), p))
     if top.count("/") > 1:
         raise InputError(f"{root} has its splits too deep, in {top}; give that folder as the root")
-    left_out += [(name, "in a second copy of the tree") for p, _, _, name in found if p != top]
-    class_folders = {key for key in class_folders if key[0] == top}
-    found = [entry for entry in found if entry[0] == top]
-    if not found:
+    names, splits, kinds = [], [], []
+    for name in once:
+        prefix, split, kind = place(name.rpartition("/")[0]) or ("", "", "")
+        if prefix == top:
+            names.append(name)
+            splits.append(split)
+            kinds.append(kind)
+        else:
+            left_out.append((name, "in a second copy of the tree"))
+    if not names:
         _expect_no_links_out(root, walked)
         raise InputError(f"{root} holds class folders but no {SUFFIXES} in them")
-
-    filled = {(split, c) for _, split, c, _ in found}
+    there = {(split, kind) for prefix, split, kind in class_folders if prefix == top}
     return _index_of(
         root,
-        [_Found(name, split, kind) for _, split, kind, name in found],
+        _Found(names, splits, kinds),
         source,
         reading,
-        {kind for _, _, kind in class_folders},
-        [(split, kind) for _, split, kind in class_folders if (split, kind) not in filled],
+        {kind for _, kind in there},
+        there - set(zip(splits, kinds, strict=True)),
         left_out,
     )
 
 
 def _from_flat(root: Path, walked: Walked, source: Tree | Zip, reading: Reading) -> Index:
     """Finds class folders that lie side by side, without split folders."""
-    left_out = [pair for pair in walked.refused if not any(map(hidden, pair[0].split("/")))]
+    is_hidden = functools.cache(_hidden)
+    left_out = [pair for pair in walked.refused if not is_hidden(pair[0])]
     images = []
     for name in walked.files:
-        if any(map(hidden, name.split("/"))):
+        folder, _, file = name.rpartition("/")
+        if is_hidden(folder) or hidden(file):
             continue
         if name.lower().endswith(IMAGE_SUFFIXES) or _is_bare_dicom(name, source):
             images.append(name)
@@ -383,7 +402,7 @@ def _from_flat(root: Path, walked: Walked, source: Tree | Zip, reading: Reading)
             left_out.append((name, f"not {SUFFIXES}"))
     once, again = walked.once(images)
     left_out += again
-    folders = {PurePosixPath(name).parent for name in once}
+    folders = {PurePosixPath(folder) for folder in {name.rpartition("/")[0] for name in once}}
     above = {parent for folder in folders for parent in folder.parents}
     folders -= above | {PurePosixPath()}  # files beside or above class folders have no class
     parents = sorted({folder.parent for folder in folders})
@@ -401,20 +420,30 @@ def _from_flat(root: Path, walked: Walked, source: Tree | Zip, reading: Reading)
             f"{root} holds images in {a} and in {b}, which are not side by side as class folders"
             " should be; move them, or list the images in a table (--data.table)"
         )
-    found = []
+    kind_of = {str(folder): same_name(folder.name) for folder in folders}
+    names, kinds = [], []
     for name in once:
-        folder = PurePosixPath(name).parent
-        if folder in folders:
-            found.append(_Found(name, ALL, same_name(folder.name)))
-        else:
+        kind = kind_of.get(name.rpartition("/")[0])
+        if kind is None:
             left_out.append((name, "not in a class folder"))
+        else:
+            names.append(name)
+            kinds.append(kind)
+    found = _Found(names, [ALL] * len(names), kinds)
     return _index_of(root, found, source, reading, left_out=left_out)
 
 
-def _place(name: str) -> tuple[str, str, str]:
-    """Returns (prefix, split, class) of an image in a class folder."""
-    parts = name.split("/")
-    return "/".join(parts[:-3]), parts[-3].lower(), same_name(parts[-2])
+def _place(folder: str) -> tuple[str, str, str] | None:
+    """Returns (prefix, split, class) of a class folder; None if it is in no split folder."""
+    parts = folder.split("/")
+    if len(parts) < 2 or parts[-2].lower() not in SPLITS:
+        return None
+    return "/".join(parts[:-2]), parts[-2].lower(), same_name(parts[-1])
+
+
+def _hidden(path: str) -> bool:
+    """Returns whether a path, or a folder above it, is ignored."""
+    return any(map(hidden, path.split("/")))
 
 
 def _expect_no_links_out(root: Path, walked: Walked) -> None:
@@ -447,7 +476,9 @@ def _patient(name: str, source: Source) -> str:
 
 def _from_npz(path: Path, reading: Reading) -> Index:
     source = Arrays(path)
-    found: list[tuple[str, str, int]] = []  # (name, split, number of the class)
+    found: list[str] = []
+    splits: list[str] = []
+    numbers: list[int] = []
     for split in SPLITS:
         if f"{split}_labels.npy" not in source.members:
             continue
@@ -470,20 +501,14 @@ def _from_npz(path: Path, reading: Reading) -> Index:
             raise InputError(f"{path}: {len(labels)} {split}_labels for {len(images)} images")
         if not ((labels >= 0) & (labels == labels.astype(np.int64))).all():
             raise InputError(f"{path}: {split}_labels holds values other than 0, 1, 2 and so on")
-        found += [
-            (f"{split}/{number:05d}", split, int(label)) for number, label in enumerate(labels)
-        ]
+        found += [f"{split}/{number:05d}" for number in range(len(labels))]
+        splits += [split] * len(labels)
+        numbers += map(int, labels)
     if not found:
         raise InputError(f"{path} holds no train_images and train_labels, as MedMNIST files do")
-    binary = all(label < 2 for _, _, label in found)
-    names = _MEDMNIST_CLASSES if binary else [str(k) for k in range(1 + max(k for *_, k in found))]
-    return _index_of(
-        path,
-        [_Found(name, split, names[label]) for name, split, label in found],
-        source,
-        reading,
-        names,
-    )
+    names = _MEDMNIST_CLASSES if max(numbers) < 2 else [str(k) for k in range(1 + max(numbers))]
+    kinds = [names[number] for number in numbers]
+    return _index_of(path, _Found(found, splits, kinds), source, reading, names)
 
 
 def _from_table(path: Path, columns: str, root: Path, reading: Reading) -> Index:
@@ -494,8 +519,13 @@ def _from_table(path: Path, columns: str, root: Path, reading: Reading) -> Index
     if not root.is_dir() and root.suffix.lower() != ".zip":
         raise InputError(f"{root} is not a folder or .zip; give the one with the files of {path}")
     source = Tree(root) if root.is_dir() else Zip(root)
-    found = [
-        _Found(row.name, row.split or ALL, same_name(row.label), row.patient, row.weight)
-        for row in read_rows(path, columns, source)
-    ]
+    rows = read_rows(path, columns, source)
+    kind = functools.cache(same_name)
+    found = _Found(
+        [row.name for row in rows],
+        [row.split or ALL for row in rows],
+        [kind(row.label) for row in rows],
+        [row.patient for row in rows] if rows[0].patient is not None else None,
+        [row.weight for row in rows],
+    )
     return _index_of(path, found, source, reading)

@@ -37,8 +37,9 @@ def patient_of(name: str) -> str:
 
     The schemes are listed above.
     """
+    start = name.rfind("/") + 1
     for scheme, spelled in _PATIENT:
-        if match := scheme.match(PurePosixPath(name).stem):
+        if match := scheme.match(name, start):
             return spelled(match[1])
     return name
 
@@ -48,7 +49,7 @@ def cause_of(name: str) -> str | None:
 
     (`IM-...` does not imply a class: other programs use such names too.)
     """
-    match = _CAUSE.match(PurePosixPath(name).name)
+    match = _CAUSE.match(name, name.rfind("/") + 1)
     return match[1].upper() if match else None
 
 

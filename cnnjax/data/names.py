@@ -27,8 +27,13 @@ _OF_DICOM = ("", ".dicom", ".dic", ".ima")
 class Walked:
     """The content of a folder or an archive; names are relative to it, with forward slashes."""
 
-    files: dict[str, str] = field(default_factory=dict)
-    """The target file of each name; links give several names the same target."""
+    home: str = ""
+    """The real path of the folder; empty for an archive."""
+    files: list[str] = field(default_factory=list)
+    """The names of the files, each once."""
+    linked: dict[str, str] = field(default_factory=dict)
+    """The real path of each file that is a link, or that lies below one; links may give several
+    names the same real path. The real path of the others is `home/name`."""
     folders: list[str] = field(default_factory=list)
     refused: list[tuple[str, str]] = field(default_factory=list)
     """(name, reason) of each file or link that is not followed."""
@@ -38,16 +43,18 @@ class Walked:
 
         Of several names of a file, the one that is not a link is kept, or else the first.
         """
+        if not self.linked:
+            return sorted(names), []
         kept: dict[str, str] = {}
         again: list[tuple[str, str]] = []
         for name in sorted(names, key=lambda name: (self._is_link(name), name)):
-            first = kept.setdefault(self.files[name], name)
+            first = kept.setdefault(self.linked.get(name) or f"{self.home}/{name}", name)
             if first != name:
                 again.append((name, "a link to an image that is listed"))
         return sorted(kept.values()), again
 
     def _is_link(self, name: str) -> bool:
-        return not self.files[name].endswith("/" + name)
+        return not self.linked.get(name, f"/{name}").endswith(f"/{name}")
 
 
 def same_name(part: str) -> str:
@@ -96,15 +103,21 @@ def walk(root: Path, *, confined: bool) -> Walked:
     Raises:
         InputError: a folder cannot be read.
     """
-    found = Walked()
     home = os.path.realpath(root)
+    found = Walked("" if home == "/" else home)
     followed: set[str] = set()
     # (name, target, targets of it and the folders above) of folders to list
     waiting: list[tuple[str, str, tuple[str, ...]]] = [("", home, (home,))]
     while waiting:
         folder, real, above = waiting.pop()
-        for entry in _listed(root / folder):
-            name = f"{folder}/{entry.name}" if folder else entry.name
+        prefix = f"{folder}/" if folder else ""
+        names, others = _listed(root / folder, prefix)
+        found.files += names
+        if folder and real != f"{found.home}/{folder}":
+            beside = real.rstrip("/")
+            found.linked |= {name: f"{beside}/{name.removeprefix(prefix)}" for name in names}
+        for entry in others:
+            name = prefix + entry.name
             target = os.path.join(real, entry.name)  # noqa: PTH118
             if entry.is_symlink():
                 linked = Path(os.path.realpath(target))
@@ -123,17 +136,32 @@ def walk(root: Path, *, confined: bool) -> Walked:
             elif not entry.is_file() and Path(target).exists():
                 found.refused.append((name, NOT_REGULAR))
             else:
-                found.files[name] = target
+                found.files.append(name)
+                if target != f"{found.home}/{name}":
+                    found.linked[name] = target
     return found
 
 
-def _listed(folder: Path) -> list[os.DirEntry[str]]:
-    """Returns the entries of a folder, without hidden ones, sorted by name in reverse."""
+def _listed(folder: Path, prefix: str) -> tuple[list[str], list[os.DirEntry[str]]]:
+    """Returns the content of a folder, without hidden entries.
+
+    Returns:
+        The names of regular files, each after the prefix; and all other entries, sorted by name in
+        reverse.
+    """
+    plain, others = [], []
     try:
         with os.scandir(folder) as entries:
-            visible = [entry for entry in entries if not hidden(entry.name)]
+            for entry in entries:
+                if hidden(entry.name):
+                    continue
+                # Only the name is kept: an entry takes four times its memory.
+                if entry.is_file(follow_symlinks=False):
+                    plain.append(prefix + entry.name)
+                else:
+                    others.append(entry)
     except OSError as error:
         raise InputError(
             f"{folder} cannot be read ({error.strerror}); change its permissions"
         ) from None
-    return sorted(visible, key=lambda entry: entry.name, reverse=True)
+    return plain, sorted(others, key=lambda entry: entry.name, reverse=True)

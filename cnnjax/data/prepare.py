@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,9 +13,10 @@ from jax.sharding import Mesh
 
 from cnnjax.config import DataConfig
 from cnnjax.data import cache, duplicates, framing
-from cnnjax.data.index import Example, Index, read_index
-from cnnjax.data.kermany import group_of
-from cnnjax.data.patients import block_folds, grouped_folds, in_several_splits
+from cnnjax.data.comparisons import copies_of, pairs_of
+from cnnjax.data.examples import Example, Examples
+from cnnjax.data.index import Index, read_index
+from cnnjax.data.patients import block_folds, grouped_folds, groups_of, in_several_splits
 from cnnjax.errors import InputError
 from cnnjax.machine.files import no_cache, sweep
 from cnnjax.machine.host import cache_folder
@@ -96,8 +99,7 @@ def data_of(
     shared &= {p for p, h in zip(patients, held_out, strict=True) if not h}
     if shared:
         raise InputError(f"patient {min(shared)} is in both the training and the held-out images")
-    each = zip(names, np.asarray(labels).tolist(), patients, strict=True)
-    examples = tuple(Example(name, "train", label, patient) for name, label, patient in each)
+    examples = Examples(names, itertools.repeat("train", n), np.asarray(labels).tolist(), patients)
     return TrainingData(cache.decoded_of(images, examples), held_out, classes)
 
 
@@ -183,11 +185,11 @@ def training_data(
     if (
         config.table is not None
         and config.validation != "official"
-        and {"train", "val"} <= {e.split for e in examples}
+        and {"train", "val"} <= {*examples.splits}
     ):
         say("  train and val are pooled and split again; --data.validation official keeps them")
     if config.validation == "official":
-        folds = np.array([int(e.split != "val") for e in examples])
+        folds = 1 - examples.of_split("val").astype(np.int64)
         held_out_fold = 0
     elif config.validation == "blocks":
         folds, held_out_fold = block_folds(examples, config.folds, index.classes), config.fold
@@ -195,14 +197,14 @@ def training_data(
         folds = grouped_folds(examples, config.folds, seed, index.classes)
         held_out_fold = config.fold
     _expect_classes_on_both_sides(
-        np.array([e.label for e in examples]),
+        examples.labels,
         folds == held_out_fold,
         index.classes,
         f"{index.root}: with --data.validation {config.validation}, --data.folds {config.folds} and"
         f" --data.fold {config.fold},",
         "choose others",
     )
-    _warn_of_copies(index, say)
+    _warn_of_copies(index, say, config)
     decoded, folds, twice = _each_film_once(examples, folds, index, config)
     if decoded.quarantine:
         both = sum(reason.startswith(_BOTH) for _, reason in decoded.quarantine)
@@ -260,7 +262,7 @@ _SHOWN = 2  # duplicates listed by name; duplicates.csv has all of them
 
 
 def _each_film_once(
-    examples: Sequence[Example], folds: np.ndarray, index: Index, config: DataConfig
+    examples: Examples, folds: np.ndarray, index: Index, config: DataConfig
 ) -> tuple[cache.Decoded, np.ndarray, tuple[duplicates.Duplicate, ...]]:
     """Decodes the images, and handles those of the same radiograph.
 
@@ -279,16 +281,17 @@ def _each_film_once(
     """
     size, folder = framing.decoded_size(config), config.cache
     decoded = cache.load(examples, index.source, size, folder=folder, strict=config.strict)
-    assert decoded.thumbnails is not None
-    drawn = {e.name: fold for e, fold in zip(examples, folds.tolist(), strict=True)}
-    before = np.array([drawn[e.name] for e in decoded.examples])
-    pairs = duplicates.find(decoded.thumbnails, size)
+    before = folds
+    if len(decoded.examples) < len(examples):
+        drawn = dict(zip(examples.names, folds.tolist(), strict=True))
+        before = np.array([drawn[name] for name in decoded.examples.names])
+    pairs = pairs_of(decoded, size)
     both = duplicates.contradicting(pairs, decoded.labels)
     after = before
     if config.validation != "official":
-        groups = [group_of(e.patient) for e in decoded.examples]
-        alike = [(groups[p.image], groups[p.like]) for p in pairs if not both[p.image]]
-        after = duplicates.shared_folds(before, groups, alike)
+        _, group = groups_of(decoded.examples)
+        alike = [(int(group[p.image]), int(group[p.like])) for p in pairs if not both[p.image]]
+        after = duplicates.shared_folds(before, group, alike)
     twice = duplicates.told(decoded.examples, pairs, both, before, after)
     if not both.any():
         return decoded, after, twice
@@ -303,11 +306,32 @@ def _each_film_once(
         raise InputError(f"{name} is {reason}; remove the wrong one or drop --data.strict")
     if both.all():
         raise InputError(f"{index.root}: every radiograph is in two classes; give each one class")
-    left = tuple(e for e in examples if e.name not in reasons)
-    known = dict(zip((e.name for e in decoded.examples), decoded.images, strict=True))
+    left = examples.take(np.array([name not in reasons for name in examples.names]))
+    known = _Known(decoded)
     fewer = cache.load(left, index.source, size, folder=folder, progress=False, known=known)
     quarantine = (*fewer.quarantine, *reasons.items())
     return replace(fewer, quarantine=quarantine), after[~both], twice
+
+
+class _Known(Mapping[str, np.ndarray]):
+    """The decoded images by name."""
+
+    def __init__(self, decoded: cache.Decoded) -> None:
+        self.decoded = decoded
+
+    @functools.cached_property
+    def _rows(self) -> dict[str, int]:
+        return {name: row for row, name in enumerate(self.decoded.examples.names)}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        image: np.ndarray = self.decoded.images[self._rows[name]]
+        return image
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
 
 
 def _describe(twice: Sequence[duplicates.Duplicate]) -> str:
@@ -324,18 +348,18 @@ def _describe(twice: Sequence[duplicates.Duplicate]) -> str:
     )
 
 
-def _warn_of_copies(index: Index, say: Say) -> None:
+def _warn_of_copies(index: Index, say: Say, config: DataConfig) -> None:
     """Warns of files of the test split that are identical to files of train or val."""
-    found = duplicates.copies(index.examples, index.source)
+    found = copies_of(index, config.cache)
     if found:
         named = ", ".join(f"{ours.name} is {theirs.name}" for ours, theirs in found[:_SHOWN])
         more = ", ..." if len(found) > _SHOWN else ""
         say(f"warning: {len(found):,} files of test are copies from train or val: {named}{more}")
 
 
-def _expect_each_class(examples: Sequence[Example], index: Index, config: DataConfig) -> None:
+def _expect_each_class(examples: Examples, index: Index, config: DataConfig) -> None:
     """Raises InputError if a class has no image, or --data.positive has no effect."""
-    there = {e.label for e in examples}
+    there = set(examples.labels.tolist())
     for label, name in enumerate(index.classes):
         if label not in there:
             others = ", ".join(index.classes[k] for k in sorted(there))
@@ -354,5 +378,5 @@ def _expect_classes_on_both_sides(
     labels: np.ndarray, held_out: np.ndarray, classes: Sequence[str], when: str, do: str
 ) -> None:
     for side, name in ((~held_out, "training"), (held_out, "validation")):
-        for label in sorted(set(range(len(classes))) - set(labels[side].tolist())):
+        for label in sorted(set(range(len(classes))) - set(np.unique(labels[side]).tolist())):
             raise InputError(f"{when} {name} lacks the class {classes[label]}; {do}")

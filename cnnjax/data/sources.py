@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,7 +54,7 @@ class Tree:
     def signature(self, name: str) -> tuple[int, ...]:
         """See `Source`."""
         try:
-            status = (self.root / name).stat()
+            status = os.stat(os.path.join(self.root, name))  # noqa: PTH116, PTH118 (ten times faster)
         except OSError:  # broken link; reading reports it
             return -1, 0
         # A copy may preserve the modification time of the content, but not that of the inode.
@@ -84,7 +85,7 @@ class Zip:
                 self.walked.folders.append(name)
             else:
                 self.infos[name] = info
-                self.walked.files[name] = "/" + name
+        self.walked.files = list(self.infos)
 
     def read(self, name: str) -> bytes:
         """See `Source`."""

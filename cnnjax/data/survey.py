@@ -14,7 +14,8 @@ from tqdm.auto import tqdm
 from cnnjax.config import DataConfig
 from cnnjax.data import cache, duplicates, framing
 from cnnjax.data.decode import Layout, layout_of
-from cnnjax.data.index import ALL, SPLITS, Example, Index
+from cnnjax.data.examples import Example
+from cnnjax.data.index import ALL, SPLITS, Index
 from cnnjax.data.prepare import (
     TrainingData,
     leaking_patients,

@@ -207,11 +207,10 @@ def test_copies_in_test_are_told_before_training(copy: Path) -> None:
 def test_thumbnails_are_kept_and_made_anew_where_they_are_damaged(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = prepared(copy)[0].decoded.thumbnails
-    assert first is not None
+    first = np.array(prepared(copy)[0].decoded.thumbnails)
     (kept,) = (copy.parent / "cache").glob("images-*/thumbnails.npy")
     with monkeypatch.context() as patched:
-        patched.setattr(duplicates, "thumbnails", lambda _: pytest.fail("made again"))
+        patched.setattr(duplicates, "thumbnails", lambda *_: pytest.fail("made again"))
         prepared(copy)
     whole = kept.read_bytes()
     for damaged in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1]), b""):
@@ -255,6 +254,8 @@ def test_a_run_of_a_version_that_did_not_look_for_them_is_not_gone_on_with(
     with monkeypatch.context() as earlier:
         earlier.setattr(duplicates, "find", lambda *_: [])
         fit(config)
+    for kept in (tmp_path / "cache").glob("images-*/duplicates.json"):
+        kept.unlink()
     split = (config.workdir / "split.csv").read_bytes()
     with pytest.raises(
         InputError,

@@ -18,7 +18,7 @@ from cnnjax.cli.outputs import Csv
 from cnnjax.cli.train import train_recipe
 from cnnjax.config import Config, DataConfig, DeviceConfig, TrainConfig
 from cnnjax.data.cache import write_quarantine
-from cnnjax.data.index import Example
+from cnnjax.data.examples import Example
 from cnnjax.data.patients import write_split
 from cnnjax.machine.files import read_cell, write_rows
 from cnnjax.run.workdir import read_table

@@ -82,7 +82,7 @@ def open_run(
 def _claim_rest(workdir: Workdir, data: TrainingData, given: Parts) -> None:
     """Records or checks the parts and the split of a run, and writes the tables of its images."""
     workdir.claim_parts(given.described())
-    workdir.expect_split([e.name for e in data.decoded.examples], data.held_out)
+    workdir.expect_split(data.decoded.examples.names, data.held_out)
     write_split(workdir.split, data.decoded.examples, data.held_out)
     write_quarantine(workdir.quarantine, data.decoded.quarantine)
     write_duplicates(workdir.duplicates, data.duplicates)

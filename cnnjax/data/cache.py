@@ -3,8 +3,8 @@
 The array lies in a folder whose name is a hash of its sources (names, sizes, times and inodes; in a
 zip, checksums) and of the decode settings. The folder appears whole or not at all, so any number of
 processes may look for it or create it at the same time. Its checksum is verified at each read, and
-a damaged array is decoded again. The processes of a run that share a cache folder each decode a
-part of the images.
+a damaged array is decoded again; therefore nothing waits until the data are on disk. The processes
+of a run that share a cache folder each decode a part of the images.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _VERSION = 3  # increase it when decode() returns other pixels for the same file
 
 # Images that a thread decodes before it returns them: decoding a small image takes about as long as
 # waking another thread. Each thread gets several turns, so that all finish at about the same time.
-_TURN, _TURNS = 32, 8
+_TURN, _TURNS = 32, 32
 
 _ROWS = 4096  # rows that are converted to JSON at a time
 
@@ -252,10 +252,8 @@ def _thumbnails(home: Path, kept: _Kept) -> np.ndarray:
         out = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
         _claim_disk(partial)
         duplicates.thumbnails(kept.images, out)
-        out.flush()
         partial.replace(path)
-        with write_atomically(told) as file:
-            json.dump(made_from(out), file)
+        told.write_text(json.dumps(made_from(out)), "utf-8")
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError:  # a read-only cache is still usable
         return duplicates.thumbnails(kept.images)
@@ -294,13 +292,12 @@ def _decode_into(
             return
         joined(sorted(work.glob("part-*.npy")), work / "images.npy")
         images = np.load(work / "images.npy", mmap_mode="r")
-        with write_atomically(work / "done.json") as file:
-            done = {
-                "pixels": checksum(images),
-                "quarantine": [broken for one in each for broken in one["quarantine"]],
-                "final": all(one["final"] for one in each),
-            }
-            json.dump(done, file)
+        done = {
+            "pixels": checksum(images),
+            "quarantine": [broken for one in each for broken in one["quarantine"]],
+            "final": all(one["final"] for one in each),
+        }
+        (work / "done.json").write_text(json.dumps(done), "utf-8")
         if home.exists() and ((kept := _read(home)) is None or not kept.final):
             home.rename(work.with_name("before"))  # removed with the work folder
         try:
@@ -406,7 +403,8 @@ def _decode_part(
             else:
                 images[row] = outcome
                 row += 1
-    images.flush()
+    if processes.are_several():  # another machine may read them
+        images.flush()
     del images
     if quarantine:
         _shorten(path, row)

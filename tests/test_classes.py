@@ -30,7 +30,7 @@ from cnnjax.config import (
 from cnnjax.data.index import read_index
 from cnnjax.data.prepare import data_of
 from cnnjax.errors import InputError
-from cnnjax.evaluation import explain, release, shifted
+from cnnjax.evaluation import explain, shifted
 from cnnjax.evaluation.predict import FEW
 from cnnjax.evaluation.rerender import RENDERINGS
 from cnnjax.networks import make_model
@@ -42,6 +42,7 @@ from cnnjax.operating import (
     fit_operating_point,
     fit_softmax_calibration,
 )
+from cnnjax.run import release
 from cnnjax.run.workdir import Workdir, read_table
 from cnnjax.train import fit
 
@@ -332,6 +333,22 @@ def test_two_classes_with_a_logit_each_are_as_with_one() -> None:
     assert (same, biases[1] - biases[0]) == pytest.approx((slope, bias))
 
 
+def test_the_text_of_three_classes_is_a_table() -> None:
+    logits, labels = 5 * np.eye(3)[[0, 1, 2, 2]], np.array([0, 1, 2, 0])
+    found = metrics.evaluate(logits, labels, list("aabc"), replicates=0)
+    lines = found.report(("NORMAL", "BACTERIA", "VIRUS")).splitlines()
+    assert lines[-6:] == [
+        "truth     called NORMAL  BACTERIA   VIRUS",
+        "NORMAL                1         0       1",
+        "BACTERIA              0         1       0",
+        "VIRUS                 0         0       1",
+        "",
+        "predicted: the most probable class; 4 images of 3 patients",
+    ]
+    assert [line.partition(" ")[0] for line in lines[11:14]] == ["NORMAL", "BACTERIA", "VIRUS"]
+    assert len({line.index(".") for line in lines[11:14]}) == 1
+
+
 def test_a_missing_class_is_undefined() -> None:
     logits, labels = drawn(2, 60)
     found = metrics.evaluate(logits, np.minimum(labels, 1), [str(i) for i in range(60)])
@@ -431,6 +448,11 @@ def test_points_of_both_kinds_are_read_back() -> None:
 
     points = {1: OperatingPoint(), 4: SoftmaxPoint(0.5, (0.1, 0.2, -0.3))}
     assert points_from_json(json.loads(json.dumps(points_to_json(points)))) == points
+
+
+def test_without_calibration_the_probabilities_are_the_networks() -> None:
+    logits, _ = drawn(6, 10)
+    np.testing.assert_allclose(SoftmaxPoint().probabilities(logits), metrics.softmax(logits))
 
 
 @pytest.mark.parametrize("classes", [2, 3])

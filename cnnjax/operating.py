@@ -135,7 +135,7 @@ def at_views(points: Points, views: int, source: str) -> Point:
         InputError: there is no operating point for this number of views.
     """
     if views not in points:
-        known = " or ".join(str(n) for n in sorted(points))
+        known = " or ".join(map(str, points))
         several = "view" if set(points) == {1} else "views"
         raise InputError(
             f"--views {views}: {source} has an operating point for {known} {several} of an image"

@@ -44,6 +44,9 @@ def test_values_against_scikit_learn(ties: bool, threshold: float) -> None:
         assert ours.ci95 is not None
         assert ours.ci95[0] <= theirs <= ours.ci95[1]
     assert (found.n, found.patients) == (300, 100)
+    if threshold == 0.5:
+        undecided = {name: getattr(found, name).value for name in metrics.AT_ZERO}
+        assert metrics.at_zero(logits, labels) == pytest.approx(undecided)
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 10), (10, 10), (3, 7), (950, 1000)])
@@ -164,8 +167,10 @@ def test_draws_that_all_agree_tell_no_interval(patients: list[str]) -> None:
 
 
 def test_json_has_the_documented_form() -> None:
-    out = metrics.evaluate(*drawn(3)).to_json()
-    assert set(out["confusion"]) == {"tn", "fp", "fn", "tp"}
+    logits, labels, patients = drawn(3)
+    out = metrics.evaluate(logits, labels, patients).to_json()
+    counts = reference.confusion_matrix(labels, logits >= 0).ravel().tolist()
+    assert out["confusion"] == dict(zip(("tn", "fp", "fn", "tp"), counts, strict=True))
     for name in ("accuracy", "sensitivity", "specificity", "precision", "f1", "auc", "brier"):
         low, high = out[name]["ci95"]
         assert 0 <= low <= out[name]["value"] <= high <= 1
@@ -193,6 +198,10 @@ def test_sigmoid_of_large_logits() -> None:
 def test_lengths_must_agree(n: int) -> None:
     with pytest.raises(ValueError, match="logits, labels, patients must have the same length"):
         metrics.evaluate(np.zeros(n), np.zeros(3 if n else 0), ["a"] * n)
+    for lengths in ((2, 3, 3, 3), (3, 2, 3, 3), (3, 3, 2, 3), (3, 3, 3, 2)):
+        first, second, labels, patients = map(np.zeros, lengths)
+        with pytest.raises(ValueError, match="must have the same length"):
+            metrics.paired_differences(first, second, labels, patients)
 
 
 def test_auc_of_one_class() -> None:
@@ -276,6 +285,12 @@ def test_the_design_effect_is_kishs_and_one_patient_more() -> None:
     effect = (n / people + 2 * ratio) / 3
     found = metrics.clustered_proportion(hits, patients)
     assert found.ci95 == pytest.approx(metrics.proportion(k, n, n / effect).ci95)
+
+
+def test_the_design_effect_is_at_least_one() -> None:
+    """Each patient has one hit and one miss: all have the same proportion, by chance."""
+    found = metrics.clustered_proportion(np.arange(8) % 2 == 0, np.arange(8) // 2)
+    assert found == metrics.proportion(4, 8, 8 / ((2 + 4 * 1) / 5))
 
 
 def test_an_estimate_is_shown_with_its_interval() -> None:

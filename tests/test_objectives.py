@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import log_loss, roc_auc_score
 
+from cnnjax.config import TrainConfig
 from cnnjax.networks import AUXILIARY
 from cnnjax.objectives import (
     Batch,
@@ -18,6 +20,7 @@ from cnnjax.objectives import (
     Softmax,
     averaged_to,
     cross_entropy,
+    objective_of,
     to_float,
     weights_of,
 )
@@ -152,3 +155,24 @@ def test_a_dice_coefficient_of_nine_tenths_is_right() -> None:
     p = jnp.asarray([0.83, 0.81])  # Dice is 2 p / (1 + p): 0.907 and 0.895
     found = Segmentation(smooth=0.0).losses(jnp.log(p / (1 - p))[:, None, None], {}, targets)
     np.testing.assert_array_equal(found.correct, [True, False])
+
+
+def test_an_empty_picture_needs_an_empty_map() -> None:
+    """The smoothing of the Dice loss is small against one percent of the pixels."""
+    logits = jnp.log(jnp.asarray([0.01, 1e-6]))[:, None, None]
+    found = Segmentation().losses(logits, {}, jnp.zeros((2, 1, 1)))
+    np.testing.assert_allclose(found.minimized, [0.01 + 1 - 1 / 11, 1e-3], atol=1e-3)
+
+
+def test_the_objective_of_a_config_depends_on_the_classes() -> None:
+    config = TrainConfig(label_smoothing=0.1, mixup=0.2, auxiliary=0.3)
+    labels, names = np.array([0, 0, 0, 1]), ("NORMAL", "PNEUMONIA")
+    assert objective_of(config, names, labels) == Binary((2 / 3, 2.0), 0.1, 0.2, 0.3)
+    alike = replace(config, class_weights=False)
+    assert objective_of(alike, names, labels) == Binary((1.0, 1.0), 0.1, 0.2, 0.3)
+    causes = objective_of(config, ("BACTERIA", "VIRUS"), labels)  # what the head would tell
+    assert causes == Binary((2 / 3, 2.0), 0.1, 0.2, 0.0)
+    three = objective_of(config, ("A", "B", "C"), np.array([0, 0, 1, 2]))
+    assert isinstance(three, Softmax)
+    np.testing.assert_allclose(three.class_weights, [2 / 3, 4 / 3, 4 / 3], rtol=1e-6)
+    assert (three.label_smoothing, three.mixup) == (0.1, 0.2)

@@ -13,6 +13,7 @@ from cnnjax.metrics import sigmoid
 from cnnjax.operating import (
     OperatingPoint,
     at_views,
+    evaluate_at,
     fit_calibration,
     fit_operating_point,
     least_cost_threshold,
@@ -148,6 +149,14 @@ def test_a_point_turns_logits_into_probabilities_and_margins() -> None:
     plain = OperatingPoint()
     assert plain.probability_threshold() == 0.5
     np.testing.assert_array_equal(plain.calibrated(np.array([2.0]), 0.5), [2])
+
+
+def test_a_point_is_judged_by_its_decisions_and_probabilities() -> None:
+    point = OperatingPoint(slope=0.5, bias=-1.0, threshold=3.0)
+    logits, labels = np.array([4.0, 3.0, 2.0, 5.0]), np.array([0, 1, 1, 1])
+    found = evaluate_at(point, logits, labels, list("abcd"))
+    assert found.confusion.counts == ((0, 1), (1, 2))  # the logit 3 is at the threshold
+    assert found.brier.value == pytest.approx(np.mean((point.probabilities(logits) - labels) ** 2))
 
 
 def test_points_are_kept_for_each_number_of_views() -> None:

@@ -361,45 +361,45 @@ def _decode_part(
     """
     passing = []  # files that may be readable at a later attempt
 
-    cores = cpu_cores()
-    turn = max(1, min(_TURN, len(examples) // (cores * _TURNS)))
+    names, cores = Examples.of(examples).names, cpu_cores()
+    turn = max(1, min(_TURN, len(names) // (cores * _TURNS)))
 
     def decode_some(start: int) -> list[np.ndarray | str]:
-        return [decode_one(example) for example in examples[start : start + turn]]
+        return [decode_one(name) for name in names[start : start + turn]]
 
-    def decode_one(example: Example) -> np.ndarray | str:
-        if example.name in known:
-            return known[example.name]
+    def decode_one(name: str) -> np.ndarray | str:
+        if name in known:
+            return known[name]
         try:
-            return decode(source.read(example.name), size)
+            return decode(source.read(name), size)
         except DecodeError as error:
             if isinstance(error, MissingDecoder):
-                passing.append(example.name)
+                passing.append(name)
             return str(error)
         except OSError as error:
             # An error of the system, not of the content. (The signature of a link is its target's.)
             if error.errno is not None and not isinstance(error, FileNotFoundError):
-                passing.append(example.name)
+                passing.append(name)
             return f"cannot be read: {error.strerror or error}"
 
-    shape = len(examples), size, size
+    shape = len(names), size, size
     images = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
     _claim_disk(path)
     quarantine: list[tuple[str, str]] = []
     row = 0
     # Threads suffice: Pillow decodes and resizes without holding the interpreter's lock.
     with ThreadPoolExecutor(cores) as pool:
-        turns = pool.map(decode_some, range(0, len(examples), turn))
+        turns = pool.map(decode_some, range(0, len(names), turn))
         outcomes = tqdm(
-            zip(examples, itertools.chain.from_iterable(turns), strict=True),
+            zip(names, itertools.chain.from_iterable(turns), strict=True),
             desc="decoding",
-            total=len(examples),
+            total=len(names),
             unit="image",
             disable=None if progress else True,
         )
-        for example, outcome in outcomes:
+        for name, outcome in outcomes:
             if isinstance(outcome, str):
-                quarantine.append((example.name, outcome))
+                quarantine.append((name, outcome))
             else:
                 images[row] = outcome
                 row += 1

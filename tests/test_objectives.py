@@ -117,6 +117,15 @@ def test_figures_of_several_classes_are_those_of_scikit_learn() -> None:
     assert {name: found[name] for name in ("loss", "accuracy")} == expected
 
 
+def test_by_default_no_class_weighs_more() -> None:
+    batch = Batch(jnp.zeros((2, 2, 2), jnp.uint8), jnp.asarray([0, 1]))
+    one, two = jnp.ones(2), jnp.asarray([[0.0, 1.0], [0.0, 1.0]])
+    for objective, outputs in ((Binary(), one), (Softmax(), two)):
+        _, targets = objective.prepare(KEY, unmoved, batch)
+        found = objective.losses(outputs, {}, targets)
+        np.testing.assert_allclose(found.minimized, np.log1p(np.exp([1, -1])), rtol=1e-6)
+
+
 def test_maps_are_averaged_over_blocks() -> None:
     maps = np.random.default_rng(0).random((2, 6, 8)).astype(np.float32)
     expected = [

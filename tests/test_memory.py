@@ -37,6 +37,7 @@ def after(model: ModelConfig, steps: int = 3, remat: bool = False, **how: Any) -
     network = make_model(model, remat=remat)
     optimizer = optax.sgd(0.1, momentum=0.9)
     state = init_state(network, optimizer, jax.random.key(0), 16)
+    assert state.ema is None
     step = make_train_step(network, optimizer, lambda _, x: x, Binary((0.8, 1.2)), **how)
     for _ in range(steps):
         state, sums = step(state, batch(), jax.random.key(1))

@@ -387,6 +387,7 @@ def test_each_step_drops_others() -> None:
     def losses(key: jax.Array) -> list[float]:
         optimizer = optax.sgd(0.0)
         state = state_of(Dropping().init(KEY, jnp.zeros((1, 2, 2, 1)), train=False), optimizer)
+        assert state.ema is None
         step = make_train_step(Dropping(), optimizer, still)
         found = []
         for _ in range(2):

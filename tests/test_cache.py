@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cnnjax.data import cache
+from cnnjax.data import cache, decoding
 from cnnjax.data.decode import MissingDecoder, decode
 from cnnjax.data.index import Index, read_index
 from cnnjax.errors import InputError
@@ -39,7 +39,7 @@ def test_second_start_decodes_nothing(
     copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = load(copy, tmp_path)
-    monkeypatch.setattr(cache, "decode", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(decoding, "decode", lambda *_: pytest.fail("decoded again"))
     second = load(copy, tmp_path)
     np.testing.assert_array_equal(first.images, second.images)
     assert first.fingerprint == second.fingerprint
@@ -95,14 +95,14 @@ def test_what_may_be_readable_the_next_time_is_tried_again(
 
     bad = copy / read_index(copy).split("test")[3].name
     with monkeypatch.context() as patched:
-        patched.setattr(cache, "decode", fail_on_one)
+        patched.setattr(decoding, "decode", fail_on_one)
         first = load(copy, tmp_path)
     assert [copy / name for name, _ in first.quarantine] == [bad]
     second = load(copy, tmp_path)
     assert second.quarantine == ()
     np.testing.assert_array_equal(np.delete(second.images, 3, axis=0), first.images)
     np.testing.assert_array_equal(second.images[3], decode(bad.read_bytes(), 16))
-    monkeypatch.setattr(cache, "decode", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(decoding, "decode", lambda *_: pytest.fail("decoded again"))
     assert load(copy, tmp_path).fingerprint == second.fingerprint
 
 
@@ -147,7 +147,7 @@ def test_interrupted_decoding_leaves_nothing(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(cache, "decode", interrupt)
+        patched.setattr(decoding, "decode", interrupt)
         with pytest.raises(KeyboardInterrupt):
             load(copy, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []

@@ -203,7 +203,7 @@ def test_each_process_decodes_its_share(tmp_path: Path, images: Path) -> None:
 
         folder, root = map(Path, sys.argv[1:])
         devices.make_mesh(DeviceConfig(), DistributedConfig(**GIVEN))
-        index, decode, names = read_index(root, "PNEUMONIA"), cache.decode, []
+        index, names = read_index(root, "PNEUMONIA"), []
         class Source:
             signature = index.source.signature
             def read(self, name):

@@ -17,7 +17,6 @@ import os
 import secrets
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +25,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from cnnjax.data import duplicates
-from cnnjax.data.decode import DecodeError, MissingDecoder, decode
+from cnnjax.data.decoding import Undecodable, decode_all
 from cnnjax.data.examples import Example, Examples
 from cnnjax.data.kermany import viral_of
 from cnnjax.data.sources import Source
@@ -41,13 +40,9 @@ from cnnjax.machine.files import (
     write_atomically,
     write_rows,
 )
-from cnnjax.machine.host import cache_folder, cpu_cores
+from cnnjax.machine.host import cache_folder
 
 _VERSION = 3  # increase it when decode() returns other pixels for the same file
-
-# Images that a thread decodes before it returns them: decoding a small image takes about as long as
-# waking another thread. Each thread gets several turns, so that all finish at about the same time.
-_TURN, _TURNS = 32, 32
 
 _ROWS = 4096  # rows that are converted to JSON at a time
 
@@ -359,47 +354,20 @@ def _decode_part(
         `quarantine`, the name and the reason of each file that cannot be decoded, and `final`,
         whether a later attempt would also fail for these files.
     """
-    passing = []  # files that may be readable at a later attempt
-
-    names, cores = Examples.of(examples).names, cpu_cores()
-    turn = max(1, min(_TURN, len(names) // (cores * _TURNS)))
-
-    def decode_some(start: int) -> list[np.ndarray | str]:
-        return [decode_one(name) for name in names[start : start + turn]]
-
-    def decode_one(name: str) -> np.ndarray | str:
-        if name in known:
-            return known[name]
-        try:
-            return decode(source.read(name), size)
-        except DecodeError as error:
-            if isinstance(error, MissingDecoder):
-                passing.append(name)
-            return str(error)
-        except OSError as error:
-            # An error of the system, not of the content. (The signature of a link is its target's.)
-            if error.errno is not None and not isinstance(error, FileNotFoundError):
-                passing.append(name)
-            return f"cannot be read: {error.strerror or error}"
-
+    names = Examples.of(examples).names
     shape = len(names), size, size
     images = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
     _claim_disk(path)
     quarantine: list[tuple[str, str]] = []
-    row = 0
-    # Threads suffice: Pillow decodes and resizes without holding the interpreter's lock.
-    with ThreadPoolExecutor(cores) as pool:
-        turns = pool.map(decode_some, range(0, len(names), turn))
-        outcomes = tqdm(
-            zip(names, itertools.chain.from_iterable(turns), strict=True),
-            desc="decoding",
-            total=len(names),
-            unit="image",
-            disable=None if progress else True,
-        )
-        for name, outcome in outcomes:
-            if isinstance(outcome, str):
-                quarantine.append((name, outcome))
+    row, final = 0, True
+    new = [name for name in names if name not in known] if known else names
+    bar = tqdm(names, desc="decoding", unit="image", disable=None if progress else True)
+    with contextlib.closing(decode_all(source, new, size)) as decoded:
+        for name in bar:
+            outcome = known[name] if name in known else next(decoded)
+            if isinstance(outcome, Undecodable):
+                quarantine.append((name, outcome.reason))
+                final = final and not outcome.passing
             else:
                 images[row] = outcome
                 row += 1
@@ -408,7 +376,7 @@ def _decode_part(
     del images
     if quarantine:
         _shorten(path, row)
-    return {"quarantine": quarantine, "final": not passing}
+    return {"quarantine": quarantine, "final": final}
 
 
 def _claim_disk(path: Path) -> None:

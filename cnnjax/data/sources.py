@@ -75,6 +75,7 @@ class Zip:
         # ValueError: names that are not in their declared encoding.
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
             raise InputError(f"{path} cannot be read as a zip ({error}); download again") from None
+        self.path = path
         self.infos: dict[str, zipfile.ZipInfo] = {}
         self.walked = Walked()
         for info in self.archive.infolist():
@@ -86,6 +87,9 @@ class Zip:
             else:
                 self.infos[name] = info
         self.walked.files = list(self.infos)
+
+    def __reduce__(self) -> tuple[type[Zip], tuple[Path]]:
+        return Zip, (self.path,)  # another process opens the file again
 
     def read(self, name: str) -> bytes:
         """See `Source`."""

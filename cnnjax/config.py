@@ -72,14 +72,23 @@ class DataConfig:
     file out."""
     cache: Path | None = None
     """Folder for the cache of decoded images. Default: the user's cache folder."""
+    cache_mib: int = 65536
+    """Largest array of decoded images in MiB that is written to the cache. The images of a larger
+    data set are decoded each time that they are needed, in training by worker processes; this needs
+    `pip install "cnnjax[stream]"`."""
+    workers: int = 0
+    """Number of worker processes that decode the images of a data set larger than --data.cache-mib
+    during training. 0 starts one for each CPU core. With several processes (--distributed), each
+    starts so many."""
     resident_mib: int = 1024
-    """Largest data set in MiB that is kept in device memory; a larger one is streamed. Each device
-    holds the whole data set; with several processes (--distributed) it holds one shard, and the
-    limit is for one shard."""
+    """Largest data set in MiB that is kept in device memory; a larger one is streamed from the
+    cache, or decoded during training (--data.cache-mib). Each device holds the whole data set; with
+    several processes (--distributed) it holds one shard, and the limit is for one shard."""
 
     def __post_init__(self) -> None:
         _settle(self, "data.")
         _require(self, "data.", "be between 8 and 4096 pixels", lambda x: 8 <= x <= 4096, "size")
+        _require(self, "data.", "be at least 0", lambda x: x >= 0, "cache_mib", "workers")
         _require(self, "data.", "be at least 2", lambda x: x >= 2, "folds")
         rule = f"be between 0 and {self.folds - 1} for {self.folds} folds"
         _require(self, "data.", rule, lambda x: 0 <= x < self.folds, "fold")
@@ -498,6 +507,8 @@ _INCIDENTAL = {
     "--data.root",
     "--data.table",
     "--data.cache",
+    "--data.cache-mib",
+    "--data.workers",
     "--data.strict",
     "--data.resident-mib",
     "--train.save-every",
@@ -594,6 +605,7 @@ def differences(ours: Config, theirs: Config) -> list[str]:
 # Version 0.2 did not have these fields. Their defaults are the behaviour of that version.
 _ADDED = {
     *("data.table", "data.columns", "data.patient_pattern", "data.classes"),
+    *("data.cache_mib", "data.workers"),
     *("train.extend", "train.init", "train.init_without", "train.freeze", "train.layer_decay"),
     *("train.accumulate", "train.remat", "train.shard_optimizer", "distributed"),
 }

@@ -196,13 +196,15 @@ def test_each_process_decodes_its_share(tmp_path: Path, images: Path) -> None:
     code = """
         import json, sys
         from pathlib import Path
+        import numpy as np
         from cnnjax.config import DeviceConfig, DistributedConfig
         from cnnjax.data import cache
+        from cnnjax.data.batches import Feeder
         from cnnjax.data.index import read_index
         from cnnjax.machine import devices
 
         folder, root = map(Path, sys.argv[1:])
-        devices.make_mesh(DeviceConfig(), DistributedConfig(**GIVEN))
+        mesh = devices.make_mesh(DeviceConfig(), DistributedConfig(**GIVEN))
         index, names = read_index(root, "PNEUMONIA"), []
         class Source:
             signature = index.source.signature
@@ -210,9 +212,21 @@ def test_each_process_decodes_its_share(tmp_path: Path, images: Path) -> None:
                 names.append(name)
                 return index.source.read(name)
         decoded = cache.load(index.split("test"), Source(), 16, folder=folder)
-        print(json.dumps([names, decoded.fingerprint, len(decoded.quarantine)]))
+        found = [sorted(names), decoded.fingerprint, len(decoded.quarantine)]
+        names.clear()
+        again = cache.load(index.split("test"), Source(), 16, folder=folder, limit_mib=0)
+        assert (sorted(names), again.fingerprint) == (found[0], decoded.fingerprint)
+        names.clear()
+        feeder = Feeder(again.images, again.labels, mesh, -1)
+        (batch,) = feeder.feed(np.arange(8)[None])
+        mine = np.concatenate([part.data for part in batch.images.addressable_shards])
+        first = 4 * GIVEN["process"]
+        np.testing.assert_array_equal(mine, decoded.images[first : first + 4])
+        assert sorted(names) == sorted(e.name for e in decoded.examples[first : first + 4])
+        print(json.dumps(found))
     """
     each = ended(start(2, code, tmp_path / "cache", images))
+    assert [status for status, _, _ in each] == [0, 0], each
     (first, *a), (second, *b) = (json.loads(output.splitlines()[-1]) for _, output, _ in each)
     assert (len(first), len(second)) == (10, 11)
     assert not set(first) & set(second)

@@ -6,6 +6,8 @@ import contextlib
 import csv
 import functools
 import json
+import multiprocessing
+import os
 import re
 import shutil
 import signal
@@ -665,25 +667,33 @@ def test_a_signal_saves_within_a_step(
 ) -> None:
     """And the run that goes on ends with the same bytes."""
     run, number, calls = tmp_path / "run", getattr(signal, name), []
-    order = train.calls
+    order, more = train.calls, {}
+    if name == "SIGINT":  # the images are decoded on the fly at first, and cached after that
+        more = {"resident_mib": 0, "cache_mib": 0, "workers": 1, "cache": tmp_path / "cache"}
 
     def signalled(*arguments: Any) -> Iterator[Any]:
         for each in order(*arguments):
             calls.append(1)
             if len(calls) == 9:  # the third step of the second epoch
-                signal.raise_signal(number)
+                for pid in [os.getpid(), *(p.pid for p in multiprocessing.active_children())]:
+                    os.kill(pid, number)  # as a terminal does
             yield each
 
     def command() -> int:
-        fit(config_for(tree, run))
+        config = config_for(tree, run)
+        fit(replace(config, data=replace(config.data, **more)))
         return 0
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(train, "calls", signalled)
         assert guarded(command) == 128 + number
     assert len(calls) == 9
-    assert "to resume a training, run the same command again" in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert "to resume a training, run the same command again" in told.err
+    assert ("decoded on the fly by 1 worker process\n" in told.out) == bool(more)
+    assert not multiprocessing.active_children()
     assert [path.name for path in (run / "checkpoints" / "within").iterdir()] == ["9"]
+    more.pop("cache_mib", None)
     assert guarded(command) == 0
     assert "resuming after epoch 1 and 3 steps" in capsys.readouterr().out
     assert outcome(run) == outcome(finished)

@@ -2,8 +2,9 @@
 
 The order of the images is a function of the run's key and the step number. A data set that fits on
 the device stays there, and the compiled step gathers each batch. A larger data set is read from the
-memory-mapped cache, a few batches ahead. With several processes, each process holds a part of the
-data set, or reads its part of each batch.
+memory-mapped cache, a few batches ahead; one that is too large for the cache is decoded by worker
+processes (`cnnjax.data.onthefly`). The three ways give the same batches to the bit. With several
+processes, each process holds a part of the data set, or reads its part of each batch.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from cnnjax.data.onthefly import Films, Workers
 from cnnjax.machine.devices import AXIS, divided, place, replicated
 from cnnjax.objectives import Batch
 
@@ -121,13 +123,15 @@ class Feeder:
     """Feeds the images of a data set to the devices of a mesh, each batch sharded over them.
 
     Args:
-        images: uint8 [n, height, width]; may be memory-mapped.
+        images: uint8 [n, height, width]; may be memory-mapped, or decoded when they are read.
         labels: int32 [n].
         mesh: the devices.
         resident_mib: largest size, in MiB per device, of a data set that is kept in device memory;
             below 0, data sets are always streamed.
         auxiliary: int32 [n], see `cnnjax.objectives.Batch`; None if there are none.
         weights: float32 [n], see `cnnjax.objectives.Batch`; None if there are none.
+        workers: number of processes that decode images which are neither resident nor cached; with
+            0, threads of this process do. They run until `close`.
 
     Attributes:
         mesh: the devices.
@@ -137,23 +141,32 @@ class Feeder:
 
     def __init__(
         self,
-        images: np.ndarray,
+        images: np.ndarray | Films,
         labels: np.ndarray,
         mesh: Mesh,
         resident_mib: int,
         auxiliary: np.ndarray | None = None,
         weights: np.ndarray | None = None,
+        workers: int = 0,
     ) -> None:
         self.mesh, self.side = mesh, images.shape[1]
-        self._set = images, labels, auxiliary, weights
+        self._images, self._others = images, (labels, auxiliary, weights)
         self._by_row = divided(mesh)
+        self._workers: Workers | None = None
         self.data: Resident | None = None
         if resident_bytes(images, mesh) <= resident_mib * 2**20:
             if mesh.is_multi_process:
                 held = _divided(images, mesh)
             else:
                 held = jax.device_put(np.asarray(images), replicated(mesh))
-            self.data = Resident(held, *place((labels, auxiliary, weights), replicated(mesh)))
+            self.data = Resident(held, *place(self._others, replicated(mesh)))
+        elif isinstance(images, Films) and workers:
+            self._workers = Workers(images, workers)
+
+    def close(self) -> None:
+        """Ends the worker processes, if there are any; the feeder stays usable."""
+        if self._workers is not None:
+            self._workers.close()
 
     def feed(self, rows: np.ndarray) -> Iterator[Batch | jax.Array]:
         """Yields one item for each step, from which `load` makes the batch.
@@ -166,17 +179,31 @@ class Feeder:
         if self.data is not None:
             yield from place(list(rows), self._at)
             return
-        if len(rows) == 1:  # nothing to read ahead; a thread may allocate its own heap
-            yield self._read(rows[0])
+        mine = rows[:, self._mine(rows.shape[1])]
+        if self._workers is not None:
+            parts = self._workers.batches(mine)
+        else:
+            parts = (self._images[np.maximum(some, 0)] for some in mine)
+        pairs = zip(rows, parts, strict=True)
+        if len(rows) == 1 and self._workers is None:
+            # Nothing to read ahead; a thread may allocate its own heap.
+            yield self._placed(*next(pairs))
             return
-        with ThreadPoolExecutor(1) as pool:
+        done = False
+        pool = ThreadPoolExecutor(1)
+        try:
             waiting: deque[Future[Batch]] = deque()
-            for step in rows:
-                waiting.append(pool.submit(self._read, step))
+            for _ in rows:
+                waiting.append(pool.submit(lambda: self._placed(*next(pairs))))
                 if len(waiting) > _AHEAD:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
+            done = True
+        finally:
+            pool.shutdown(cancel_futures=True)
+            if not done:
+                self.close()  # what the workers have prepared is not for the next feed
 
     def feed_together(self, rows: np.ndarray, together: int) -> Iterator[jax.Array]:
         """Yields the feeds of several steps as one array, for a data set on the devices.
@@ -204,28 +231,33 @@ class Feeder:
         short = -rows.shape[1] % self.mesh.size
         return np.pad(rows, ((0, 0), (0, short)), constant_values=-1)
 
-    def _read(self, rows: np.ndarray) -> Batch:
+    def _mine(self, batch: int) -> np.ndarray:
+        """Returns the places in a batch of the images for the devices of this process."""
+        slices = self._by_row.addressable_devices_indices_map((batch,)).values()
+        return np.sort(np.concatenate([np.arange(batch)[part] for part in slices]))
+
+    def _placed(self, rows: np.ndarray, images: np.ndarray) -> Batch:
+        """Puts a batch on the devices.
+
+        Args:
+            rows: int32 [batch], the rows of its images.
+            images: uint8 [part, height, width], the images for the devices of this process.
+        """
         at = np.maximum(rows, 0)
+        others = [None if x is None else x[at] for x in self._others]
         if not self.mesh.is_multi_process:
-            return Batch(*jax.device_put(jax.tree.map(lambda x: x[at], self._set), self._by_row))
-
-        def part(whole: np.ndarray) -> jax.Array:
-            """Reads the rows for the devices of this process."""
-
-            def rows(i: Any) -> np.ndarray:
-                return whole[at[i[0]]]
-
-            return jax.make_array_from_callback((len(at), *whole.shape[1:]), self._by_row, rows)
-
-        return Batch(*jax.tree.map(part, self._set))
+            return Batch(*jax.device_put((images, *others), self._by_row))
+        shape = len(rows), *images.shape[1:]
+        whole = jax.make_array_from_process_local_data(self._by_row, images, shape)
+        return Batch(whole, *place(others, self._by_row))
 
 
-def resident_bytes(images: np.ndarray, mesh: Mesh) -> int:
+def resident_bytes(images: np.ndarray | Films, mesh: Mesh) -> int:
     """Returns the number of bytes that the images take on each device."""
     return -(-images.nbytes // mesh.size) if mesh.is_multi_process else images.nbytes
 
 
-def _divided(images: np.ndarray, mesh: Mesh) -> jax.Array:
+def _divided(images: np.ndarray | Films, mesh: Mesh) -> jax.Array:
     """Shards uint8 [n, height, width] over the devices; each process reads only its own part."""
     each = -(-len(images) // mesh.size)
 

@@ -5,6 +5,10 @@ zip, checksums) and of the decode settings. The folder appears whole or not at a
 processes may look for it or create it at the same time. Its checksum is verified at each read, and
 a damaged array is decoded again; therefore nothing waits until the data are on disk. The processes
 of a run that share a cache folder each decode a part of the images.
+
+If the array would be larger than a limit, the folder holds only the facts that need all pixels: the
+files that cannot be decoded, and for each image a checksum, the mean and a thumbnail. The images
+are then decoded when they are read (`cnnjax.data.onthefly`). All else is the same to the bit.
 """
 
 from __future__ import annotations
@@ -24,10 +28,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm.auto import tqdm
 
-from cnnjax.data import duplicates
+from cnnjax.config import DataConfig
+from cnnjax.data import duplicates, onthefly
 from cnnjax.data.decoding import Undecodable, decode_all
 from cnnjax.data.examples import Example, Examples
 from cnnjax.data.kermany import viral_of
+from cnnjax.data.onthefly import Films
 from cnnjax.data.sources import Source
 from cnnjax.errors import InputError
 from cnnjax.machine import processes
@@ -46,13 +52,15 @@ _VERSION = 3  # increase it when decode() returns other pixels for the same file
 
 _ROWS = 4096  # rows that are converted to JSON at a time
 
+_BLOCK = 1024  # images that are held in memory at once where their pixels are not kept
+
 
 @dataclass(frozen=True)
 class Decoded:
     """Images as arrays, in the order of their index."""
 
-    images: np.ndarray
-    """uint8 [n, size, size], memory-mapped."""
+    images: np.ndarray | Films
+    """uint8 [n, size, size], memory-mapped, or decoded when they are read."""
     examples: Examples
     """The n examples that could be decoded."""
     quarantine: tuple[tuple[str, str], ...]
@@ -62,8 +70,8 @@ class Decoded:
     """SHA-256 over names under the root, labels, patients, weights and pixels; a copy of the data
     has the same. Files that cannot be decoded are included, since they take part in drawing the
     folds."""
-    films: np.ndarray | None = None
-    """uint8 [n, side, side], memory-mapped: the whole images, if `images` are crops to the lungs
+    films: np.ndarray | Films | None = None
+    """uint8 [n, side, side], like `images`: the whole images, if `images` are crops to the lungs
     (`cnnjax.data.framing`)."""
     boxes: np.ndarray | None = None
     """float32 [n, 4], the crop boxes: left, top, right, bottom, as fractions of the side of
@@ -88,6 +96,13 @@ class Decoded:
         return None if (weights == 1).all() else weights
 
     @property
+    def brightness(self) -> np.ndarray:
+        """float64 [n], the mean gray level of each image."""
+        if isinstance(self.images, Films):
+            return self.images.means
+        return np.array([image.mean() for image in self.images])
+
+    @property
     def viral(self) -> np.ndarray:
         """int32 [n], 1 for viral pneumonia, 0 for bacterial, -1 if the file name does not tell."""
         return np.fromiter(map(viral_of, self.examples.names), np.int32, len(self.examples))
@@ -102,8 +117,11 @@ def load(
     strict: bool = False,
     progress: bool = True,
     known: Mapping[str, np.ndarray] | None = None,
+    limit_mib: int = DataConfig.cache_mib,
 ) -> Decoded:
     """Returns the decoded images from the cache; images that it lacks are decoded into it.
+
+    If the images would take more than the limit, they are decoded when they are read.
 
     Args:
         examples: the images to load.
@@ -112,7 +130,9 @@ def load(
         folder: the cache folder; `cnnjax.machine.host.cache_folder()` if None.
         strict: raise an error for a file that cannot be decoded, instead of leaving it out.
         progress: show a progress bar on a terminal.
-        known: images that are already decoded, by name, uint8 [size, size].
+        known: images that are already decoded, by name, uint8 [size, size]; used if the images fit
+            the limit.
+        limit_mib: largest size of the array of all images, in MiB, that is cached.
 
     Raises:
         InputError: no image could be decoded, one could not and `strict` is set, or the cache
@@ -120,9 +140,14 @@ def load(
     """
     folder = cache_folder() if folder is None else folder
     examples = Examples.of(examples)
+    fits = len(examples) * size**2 <= limit_mib * 2**20
     key = _key(examples, source, size)
-    home = folder / f"images-{size}-{key[:32]}"
-    kept = _read(home)
+    home = folder / f"{'images' if fits else 'facts'}-{size}-{key[:32]}"
+
+    def read() -> _Kept | None:
+        return _read(home) if fits else _read_facts(home, source, size)
+
+    kept = read()
     missing = kept is None or not kept.final
     together = make_together(folder, missing)
     if missing or together:
@@ -130,10 +155,13 @@ def load(
             print(f"{home} is damaged and is created again", file=sys.stderr)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _decode_into(home, examples, source, size, progress, known or {}, together)
+            if fits:
+                _decode_into(home, examples, source, size, progress, known or {}, together)
+            else:
+                _survey_into(home, examples, source, size, progress, together)
         except OSError as error:
             raise no_cache(folder, error) from None
-        kept = _read(home)
+        kept = read()
     if kept is None:
         raise InputError(f"{home} cannot be read back; choose another disk with --data.cache")
     quarantine = kept.quarantine
@@ -164,7 +192,7 @@ def decoded_of(images: np.ndarray, examples: Sequence[Example]) -> Decoded:
 class _Kept(NamedTuple):
     """The content of a cache folder."""
 
-    images: np.ndarray
+    images: np.ndarray | Films
     quarantine: tuple[tuple[str, str], ...]
     pixels: str
     """The checksum of the images."""
@@ -180,6 +208,19 @@ def _read(home: Path) -> _Kept | None:
         quarantine = tuple((name, reason) for name, reason in done["quarantine"])
         if checksum(images) == done["pixels"]:
             return _Kept(images, quarantine, done["pixels"], bool(done.get("final", True)))
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return None
+
+
+def _read_facts(home: Path, source: Source, size: int) -> _Kept | None:
+    """Returns the content of a folder of `_survey_into`; None if it is missing or damaged."""
+    try:
+        done = json.loads((home / "done.json").read_text("utf-8"))
+        quarantine = tuple((name, reason) for name, reason in done["quarantine"])
+        arrays = {name: np.load(home / f"{name}.npy", mmap_mode="r") for name in onthefly.FACTS}
+        if {name: checksum(array) for name, array in arrays.items()} == done["facts"]:
+            return _Kept(Films(home, source, size), quarantine, done["pixels"], done["final"])
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError):
         pass
     return None
@@ -245,7 +286,7 @@ def _thumbnails(home: Path, kept: _Kept) -> np.ndarray:
     try:
         shape = len(kept.images), duplicates.SIDE, duplicates.SIDE
         out = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
-        _claim_disk(partial)
+        claim_disk(partial)
         duplicates.thumbnails(kept.images, out)
         partial.replace(path)
         told.write_text(json.dumps(made_from(out)), "utf-8")
@@ -293,14 +334,19 @@ def _decode_into(
             "final": all(one["final"] for one in each),
         }
         (work / "done.json").write_text(json.dumps(done), "utf-8")
-        if home.exists() and ((kept := _read(home)) is None or not kept.final):
-            home.rename(work.with_name("before"))  # removed with the work folder
-        try:
-            work.rename(home)
-        except OSError:
-            # Another process was first; its result is the same.
-            if not (home / "done.json").exists():
-                raise
+        _put(work, home, _read(home))
+
+
+def _put(work: Path, home: Path, before: _Kept | None) -> None:
+    """Renames a finished work folder; a damaged or passing one `before` gives way to it."""
+    if home.exists() and (before is None or not before.final):
+        home.rename(work.with_name("before"))  # removed with the work folder
+    try:
+        work.rename(home)
+    except OSError:
+        # Another process was first; its result is the same.
+        if not (home / "done.json").exists():
+            raise
 
 
 @contextlib.contextmanager
@@ -331,7 +377,7 @@ def joined(parts: Sequence[Path], whole: Path) -> None:
     arrays = [np.load(part, mmap_mode="r") for part in parts]
     shape = sum(map(len, arrays)), *arrays[0].shape[1:]
     out = np.lib.format.open_memmap(whole, mode="w+", dtype=arrays[0].dtype, shape=shape)
-    _claim_disk(whole)
+    claim_disk(whole)
     row = 0
     for part, array in zip(parts, arrays, strict=True):
         out[row : row + len(array)] = array
@@ -357,7 +403,7 @@ def _decode_part(
     names = Examples.of(examples).names
     shape = len(names), size, size
     images = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
-    _claim_disk(path)
+    claim_disk(path)
     quarantine: list[tuple[str, str]] = []
     row, final = 0, True
     new = [name for name in names if name not in known] if known else names
@@ -379,7 +425,97 @@ def _decode_part(
     return {"quarantine": quarantine, "final": final}
 
 
-def _claim_disk(path: Path) -> None:
+def _survey_into(
+    home: Path,
+    examples: Sequence[Example],
+    source: Source,
+    size: int,
+    progress: bool,
+    together: bool,
+) -> None:
+    """Decodes each image once, and keeps in a folder only the facts that need all pixels.
+
+    The checksum of all pixels is taken in order.
+    """
+    names = Examples.of(examples).names
+    width = max(len(os.fsencode(name)) for name in names)
+    facts = {
+        "names": ((), np.dtype(f"S{width}")),
+        "digests": ((), np.dtype(np.uint64)),
+        "means": ((), np.dtype(np.float64)),
+        "thumbnails": ((duplicates.SIDE,) * 2, np.dtype(np.uint8)),
+    }
+    with shared_work_folder(home, together) as work:
+        writes = processes.is_main() or not together
+        arrays = {}
+        for name, (shape, dtype) in facts.items() if writes else ():
+            path = work / f"{name}.npy"
+            arrays[name] = np.lib.format.open_memmap(
+                path, mode="w+", dtype=dtype, shape=(len(examples), *shape)
+            )
+            claim_disk(path)
+        digest = hashlib.sha256()
+        quarantine: list[tuple[str, str]] = []
+        row, final = 0, True
+        shown = progress and processes.is_main()
+        with tqdm(
+            desc="decoding", total=len(examples), unit="image", disable=None if shown else True
+        ) as bar:
+            for images, good, broken in _by_block(names, source, size, together):
+                digest.update(images.data)
+                quarantine += [(name, outcome.reason) for name, outcome in broken]
+                final = final and not any(outcome.passing for _, outcome in broken)
+                rows = slice(row, row + len(images))
+                row = rows.stop
+                if writes:
+                    arrays["names"][rows] = [os.fsencode(name) for name in good]
+                    arrays["digests"][rows] = [onthefly.digest_of(image) for image in images]
+                    arrays["means"][rows] = images.sum((1, 2), np.int64) / size**2
+                    duplicates.thumbnails(images, arrays["thumbnails"][rows])
+                bar.update(len(good) + len(broken))
+        if not writes:
+            return
+        for name in [*arrays]:
+            if together:  # another machine may read them
+                arrays[name].flush()
+            del arrays[name]
+            if quarantine:
+                _shorten(work / f"{name}.npy", row)
+        found = {name: checksum(np.load(work / f"{name}.npy", mmap_mode="r")) for name in facts}
+        pixels = digest.hexdigest()
+        told = [duplicates.SIDE, pixels, found.pop("thumbnails")]
+        (work / "thumbnails.json").write_text(json.dumps(told), "utf-8")
+        done = {"pixels": pixels, "quarantine": quarantine, "final": final, "facts": found}
+        (work / "done.json").write_text(json.dumps(done), "utf-8")
+        _put(work, home, _read_facts(home, source, size))
+
+
+def _by_block(
+    names: Sequence[str], source: Source, size: int, together: bool
+) -> Iterator[tuple[np.ndarray, list[str], list[tuple[str, Undecodable]]]]:
+    """Yields blocks of decoded images, uint8 [m, size, size], their names, and the broken files.
+
+    If `together`, each process decodes a part of a block and receives the others' parts.
+    """
+    for start in range(0, len(names), _BLOCK):
+        block = names[start : start + _BLOCK]
+        mine = processes.share(len(block)) if together else range(len(block))
+        outcomes = list(decode_all(source, block[mine.start : mine.stop], size))
+        whole = [image for image in outcomes if not isinstance(image, Undecodable)]
+        images = np.array(whole, np.uint8).reshape(-1, size, size)
+        found = [x if isinstance(x, Undecodable) else None for x in outcomes]
+        if together:
+            images = processes.concatenated(images)
+            found = [x and Undecodable(*x) for each in processes.gather(found) for x in each]
+        pairs = list(zip(block, found, strict=True))
+        yield (
+            images,
+            [name for name, x in pairs if x is None],
+            [(name, x) for name, x in pairs if x is not None],
+        )
+
+
+def claim_disk(path: Path) -> None:
     """Allocates the disk blocks of a sparse file; raises OSError if the disk is full.
 
     Without this, writing through a memory map to a full disk would end the process by a signal.

@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 
 from cnnjax.data.examples import Example, Examples
 from cnnjax.data.kermany import group_of
+from cnnjax.data.onthefly import Films
 from cnnjax.data.sources import Source
 from cnnjax.machine.files import write_atomically, write_rows
 from cnnjax.machine.host import cpu_cores
@@ -77,7 +78,7 @@ class Duplicate(NamedTuple):
     done: str
 
 
-def thumbnails(images: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+def thumbnails(images: np.ndarray | Films, out: np.ndarray | None = None) -> np.ndarray:
     """Returns uint8 [n, 32, 32], block means of uint8 [n, size, size]; they are written to `out`.
 
     Stacked images are reduced together, along rows and then along columns. The windows of a box
@@ -90,7 +91,7 @@ def thumbnails(images: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     found = np.empty((len(images), SIDE, SIDE), np.uint8) if out is None else out
 
     def reduce(start: int) -> None:
-        some = images[start : start + _STACKED]
+        some = np.asarray(images[start : start + _STACKED])
         stack = Image.fromarray(some.reshape(-1, some.shape[2]))
         for shape in ((SIDE, stack.height), (SIDE, SIDE * len(some))):
             stack = stack.resize(shape, Image.Resampling.BOX)

@@ -31,7 +31,7 @@ from cnnjax.data.names import (
     same_name,
     walk,
 )
-from cnnjax.data.sources import Arrays, Source, Tree, Zip
+from cnnjax.data.sources import SHARDS, Arrays, Source, Tree, Zip, name_of, record_of
 from cnnjax.data.table import read_rows
 from cnnjax.errors import InputError
 
@@ -345,9 +345,7 @@ def _from_names(root: Path, walked: Walked, source: Tree | Zip, reading: Reading
         if is_hidden(folder) or hidden(file):
             continue
         found_in = place(folder)
-        if not name.lower().endswith(IMAGE_SUFFIXES) and not (
-            found_in and _is_bare_dicom(name, source)
-        ):
+        if not _may_be_image(name, source) and not (found_in and _is_bare_dicom(name, source)):
             left_out.append((name, f"not {SUFFIXES}"))
         elif not found_in:
             left_out.append((name, "not in a class folder of train, val or test"))
@@ -367,9 +365,10 @@ def _from_names(root: Path, walked: Walked, source: Tree | Zip, reading: Reading
     for name in once:
         prefix, split, kind = place(name.rpartition("/")[0]) or ("", "", "")
         if prefix == top:
-            names.append(name)
-            splits.append(split)
-            kinds.append(kind)
+            for image in _images_of(name, source):
+                names.append(image)
+                splits.append(split)
+                kinds.append(kind)
         else:
             left_out.append((name, "in a second copy of the tree"))
     if not names:
@@ -396,7 +395,7 @@ def _from_flat(root: Path, walked: Walked, source: Tree | Zip, reading: Reading)
         folder, _, file = name.rpartition("/")
         if is_hidden(folder) or hidden(file):
             continue
-        if name.lower().endswith(IMAGE_SUFFIXES) or _is_bare_dicom(name, source):
+        if _may_be_image(name, source) or _is_bare_dicom(name, source):
             images.append(name)
         else:
             left_out.append((name, f"not {SUFFIXES}"))
@@ -427,8 +426,9 @@ def _from_flat(root: Path, walked: Walked, source: Tree | Zip, reading: Reading)
         if kind is None:
             left_out.append((name, "not in a class folder"))
         else:
-            names.append(name)
-            kinds.append(kind)
+            images = _images_of(name, source)
+            names += images
+            kinds += [kind] * len(images)
     found = _Found(names, [ALL] * len(names), kinds)
     return _index_of(root, found, source, reading, left_out=left_out)
 
@@ -453,6 +453,19 @@ def _expect_no_links_out(root: Path, walked: Walked) -> None:
             raise InputError(f"{root}: {name} is {reason}, or give the folder that holds both")
 
 
+def _may_be_image(name: str, source: Tree | Zip) -> bool:
+    """Returns whether the suffix is that of an image, or in a folder of an ArrayRecord file."""
+    suffixes = IMAGE_SUFFIXES + (SHARDS if isinstance(source, Tree) else ())
+    return name.lower().endswith(suffixes)
+
+
+def _images_of(name: str, source: Tree | Zip) -> list[str]:
+    """Returns the names of the images in a file: its own, or those of its records."""
+    if isinstance(source, Tree) and name.lower().endswith(SHARDS):
+        return [name_of(name, number) for number in range(source.records(name))]
+    return [name]
+
+
 def _is_bare_dicom(name: str, source: Tree | Zip) -> bool:
     """Returns whether the content of a file without the suffix .dcm is DICOM."""
     if not may_be_dicom(name):
@@ -465,13 +478,28 @@ def _is_bare_dicom(name: str, source: Tree | Zip) -> bool:
 
 def _patient(name: str, source: Source) -> str:
     """Returns the patient ID of an image: from the tag of a DICOM file, else from its name."""
+    record = record_of(name)
+    if record and isinstance(source, Tree) and not _holds_dicom(record[0], source):
+        return patient_of(name)
     if not isinstance(source, Arrays) and not name.lower().endswith((".jpeg", ".jpg", ".png")):
         with contextlib.suppress(OSError, dicom.DicomError):
-            encoded = source.root / name if isinstance(source, Tree) else source.read(name)
+            if isinstance(source, Tree) and not record:
+                encoded: Path | bytes | np.ndarray = source.root / name
+            else:
+                encoded = source.read(name)
             assert not isinstance(encoded, np.ndarray)
             if patient := dicom.patient_of(encoded):
                 return patient
     return patient_of(name)
+
+
+@functools.lru_cache(maxsize=1)  # the records of a file are asked for one after another
+def _holds_dicom(shard: str, source: Tree) -> bool:
+    """Returns whether the first record of an ArrayRecord file is a DICOM file."""
+    try:
+        return dicom.is_dicom(source.read(name_of(shard, 0)))
+    except OSError:
+        return False
 
 
 def _from_npz(path: Path, reading: Reading) -> Index:

@@ -280,7 +280,10 @@ def _each_film_once(
         InputError: see `cache.load`; with `--data.strict`, also if a radiograph is in two classes.
     """
     size, folder = framing.decoded_size(config), config.cache
-    decoded = cache.load(examples, index.source, size, folder=folder, strict=config.strict)
+    limit = config.cache_mib
+    decoded = cache.load(
+        examples, index.source, size, folder=folder, strict=config.strict, limit_mib=limit
+    )
     before = folds
     if len(decoded.examples) < len(examples):
         drawn = dict(zip(examples.names, folds.tolist(), strict=True))
@@ -308,7 +311,9 @@ def _each_film_once(
         raise InputError(f"{index.root}: every radiograph is in two classes; give each one class")
     left = examples.take(np.array([name not in reasons for name in examples.names]))
     known = _Known(decoded)
-    fewer = cache.load(left, index.source, size, folder=folder, progress=False, known=known)
+    fewer = cache.load(
+        left, index.source, size, folder=folder, progress=False, known=known, limit_mib=limit
+    )
     quarantine = (*fewer.quarantine, *reasons.items())
     return replace(fewer, quarantine=quarantine), after[~both], twice
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from cnnjax.data import dicom
 from cnnjax.data.bounds import read_entry, read_file
 from cnnjax.data.names import Walked, in_archive
-from cnnjax.errors import InputError
+from cnnjax.errors import InputError, first_line
 
 # Limits on an array in an .npz: the largest size in bytes; the size up to which any compression
 # ratio is accepted; and the largest ratio above that size (radiographs compress to about half).
@@ -37,14 +38,56 @@ class Source(Protocol):
 
 
 class Tree:
-    """The files of a folder."""
+    """The files of a folder, and the records of the ArrayRecord files among them.
+
+    Record 12 of the file `train/NORMAL/part-0.array_record` is the image of the name
+    `train/NORMAL/part-0.array_record/0000012`.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._shards: dict[str, Any] = {}
+        self._lock = threading.Lock()
 
     def read(self, name: str) -> bytes:
         """See `Source`."""
-        return read_file(self.root / name)
+        record = record_of(name)
+        if record is None:
+            return read_file(self.root / name)
+        shard, number = record
+        try:
+            encoded: bytes = self._shard(shard).read([number])[0]
+        except (RuntimeError, IndexError, InputError) as error:
+            raise OSError(f"broken in the ArrayRecord file: {first_line(error)}") from None
+        return encoded
+
+    def records(self, shard: str) -> int:
+        """Returns the number of records of an ArrayRecord file.
+
+        Raises:
+            InputError: the file cannot be read, or the package array-record is not installed.
+        """
+        number: int = self._shard(shard).num_records()
+        return number
+
+    def _shard(self, name: str) -> Any:
+        """Returns the reader of an ArrayRecord file, which any number of threads may use."""
+        with self._lock:
+            if name not in self._shards:
+                try:
+                    from array_record.python.array_record_module import ArrayRecordReader
+                except ImportError as error:
+                    raise InputError(
+                        f"{self.root / name} is an ArrayRecord file; reading it needs"
+                        f' pip install "cnnjax[stream]" ({first_line(error)})'
+                    ) from None
+                reader = ArrayRecordReader(str(self.root / name), options="readahead_buffer_size:0")
+                if not reader.ok():
+                    raise InputError(
+                        f"{self.root / name} cannot be read as an ArrayRecord file; restore it"
+                    )
+                self._shards[name] = reader
+            return self._shards[name]
 
     def head(self, name: str) -> bytes:
         """Returns the first `dicom.HEAD` bytes of a file; raises OSError."""
@@ -53,12 +96,33 @@ class Tree:
 
     def signature(self, name: str) -> tuple[int, ...]:
         """See `Source`."""
+        shard, _ = record_of(name) or (name, 0)
         try:
-            status = os.stat(os.path.join(self.root, name))  # noqa: PTH116, PTH118 (ten times faster)
+            status = os.stat(os.path.join(self.root, shard))  # noqa: PTH116, PTH118 (ten times faster)
         except OSError:  # broken link; reading reports it
             return -1, 0
         # A copy may preserve the modification time of the content, but not that of the inode.
         return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tree, (self.root,)
+
+
+SHARDS = (".array_record", ".arrayrecord")
+"""Suffixes of ArrayRecord files."""
+
+
+def name_of(shard: str, number: int) -> str:
+    """Returns the name of a record of an ArrayRecord file."""
+    return f"{shard}/{number:07}"
+
+
+def record_of(name: str) -> tuple[str, int] | None:
+    """Returns the ArrayRecord file and the number of a record; None if it is no record's name."""
+    shard, _, number = name.rpartition("/")
+    if shard.lower().endswith(SHARDS) and number.isascii() and number.isdecimal():
+        return shard, int(number)
+    return None
 
 
 class Zip:
@@ -69,6 +133,7 @@ class Zip:
     """
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         try:
             # All threads share one open file: ZipFile locks reads, and inflates outside the lock.
             self.archive = zipfile.ZipFile(path)
@@ -136,6 +201,9 @@ class Arrays:
         except (OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile) as error:
             raise InputError(f"{path} cannot be read as an .npz ({error})") from None
         self.loaded: dict[str, np.ndarray] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Arrays, (self.path,)
 
     def array(self, key: str) -> np.ndarray:
         """Returns an array by its name; raises InputError if it is broken or too large."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -79,7 +79,9 @@ def survey(config: DataConfig, seed: int, index: Index, shown: int = 8) -> Surve
     whole = replace(config, frame="whole", size=framing.decoded_size(config))
     # Load them as training and evaluation do, which then find them in the cache.
     parts = [
-        cache.load(examples, index.source, whole.size, folder=config.cache)
+        cache.load(
+            examples, index.source, whole.size, folder=config.cache, limit_mib=config.cache_mib
+        )
         for examples in (
             [e for e in index.examples if e.split != "test"],
             [e for e in index.examples if e.split == "test"],
@@ -97,20 +99,26 @@ def survey(config: DataConfig, seed: int, index: Index, shown: int = 8) -> Surve
         data = training_data(config, seed, lambda _: None, index=index)
     except InputError as error:
         refusal = str(error)
-    images = [image for part in parts for image in part.images]  # views of what is on disk
+    places = [(part.images, row) for part in parts for row in range(len(part.images))]
+
+    def image(i: int) -> np.ndarray:
+        images, row = places[i]
+        one: np.ndarray = images[row]
+        return one
+
     flat = np.flatnonzero(small.min((1, 2)) == small.max((1, 2)))
     return Survey(
         index,
         tuple(_layouts(index)),
         tuple(pair for part in parts for pair in part.quarantine),
-        tuple(examples[i].name for i in flat if images[i].min() == images[i].max()),
+        tuple(examples[i].name for i in flat.tolist() if image(i).min() == image(i).max()),
         pairs,
         tuple(p for p in pairs if side_of(p.image, config) != side_of(p.like, config)),
         leaking_patients(index, config),
         data,
         refusal,
         _lungless(data),
-        _some(index, examples, images, shown),
+        _some(index, examples, image, shown),
     )
 
 
@@ -121,7 +129,7 @@ def _lungless(data: TrainingData | None) -> tuple[str, ...] | None:
 
 
 def _some(
-    index: Index, examples: Sequence[Example], images: Sequence[np.ndarray], count: int
+    index: Index, examples: Sequence[Example], image: Callable[[int], np.ndarray], count: int
 ) -> dict[tuple[str, str], list[tuple[str, np.ndarray]]]:
     """Returns images of each split and class, evenly spaced in the order of their names."""
     found = {}
@@ -130,7 +138,7 @@ def _some(
             rows = [i for i, e in enumerate(examples) if (e.split, e.label) == (split, label)]
             if rows:
                 at = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)
-                found[split, name] = [(examples[rows[i]].name, images[rows[i]]) for i in at]
+                found[split, name] = [(examples[rows[i]].name, image(rows[i])) for i in at]
     return found
 
 

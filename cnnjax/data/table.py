@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from cnnjax.data.bounds import read_file
 from cnnjax.data.names import LEADS_OUT, in_archive
-from cnnjax.data.sources import Tree, Zip
+from cnnjax.data.sources import Tree, Zip, name_of, record_of
 from cnnjax.errors import InputError
 
 COLUMNS = ("path", "label", "patient", "split", "weight")
@@ -200,11 +200,16 @@ def _locator(source: Tree | Zip) -> Callable[[str], tuple[str, str, str]]:
         name = in_archive(relative)
         if not name:
             return "", "", f"is not below {root}; give its folder with --data.root"
-        if not (root / name).is_file():
+        shard, number = record_of(name) or (name, None)
+        if not (root / shard).is_file():
             return name, "", f"is not a file in {root}; paths are relative to --data.root"
-        target = os.path.realpath(root / name)
+        target = os.path.realpath(root / shard)
+        if number is not None:
+            if number >= source.records(shard):
+                return name, "", f"is not a record: {shard} has {source.records(shard)}, from 0"
+            name = name_of(shard, number)
         fault = "" if Path(target).is_relative_to(home) else f"is {LEADS_OUT}"
-        return name, target, fault
+        return name, target if number is None else name_of(target, number), fault
 
     return file
 

@@ -24,6 +24,7 @@ from cnnjax import lungs
 from cnnjax.config import Config, DataConfig, OperatingConfig
 from cnnjax.data import cache
 from cnnjax.data.decode import decode
+from cnnjax.data.onthefly import Films
 from cnnjax.data.prepare import TrainingData, open_index, training_data
 from cnnjax.errors import InputError
 from cnnjax.evaluation import rerender
@@ -172,13 +173,19 @@ def _rendered(
             yield name, images, at
 
 
-def _films(config: Config, data: TrainingData) -> np.ndarray:
+def _films(config: Config, data: TrainingData) -> np.ndarray | Films:
     """Returns the images of a run before cropping and resizing, uint8 [n, SIZE, SIZE]."""
     if data.decoded.films is not None:
         return data.decoded.films
     index = open_index(replace(config.data, size=rerender.SIZE), lambda _: None)
     examples = index.split("train", "val")
-    decoded = cache.load(examples, index.source, rerender.SIZE, folder=config.data.cache)
+    decoded = cache.load(
+        examples,
+        index.source,
+        rerender.SIZE,
+        folder=config.data.cache,
+        limit_mib=config.data.cache_mib,
+    )
     if decoded.examples != data.decoded.examples:
         raise InputError(f"{config.workdir}: the decodable images have changed since training")
     return decoded.images

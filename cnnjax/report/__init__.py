@@ -154,7 +154,13 @@ def _split(predictor: Predictor, config: DataConfig, split: str) -> tuple[Judged
     """Returns the predictions on a split, its images, and how many files cannot be decoded."""
     index = open_index(config, lambda _: None)
     predictor.expect_classes(index)
-    decoded = load(index.split(split), index.source, config.size, folder=config.cache)
+    decoded = load(
+        index.split(split),
+        index.source,
+        config.size,
+        folder=config.cache,
+        limit_mib=config.cache_mib,
+    )
     images = np.asarray(decoded.images)
     names = [example.name for example in decoded.examples]
     patients = [example.patient for example in decoded.examples]

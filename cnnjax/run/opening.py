@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from cnnjax.config import Config
 from cnnjax.data.cache import write_quarantine
 from cnnjax.data.duplicates import write_duplicates
+from cnnjax.data.onthefly import expect_workers
 from cnnjax.data.patients import write_split
 from cnnjax.data.prepare import TrainingData, protocol, training_data
 from cnnjax.errors import InputError
@@ -74,6 +75,8 @@ def open_run(
         append_line(workdir.sessions, {"devices": devices.describe(mesh), "versions": found})
         given = given._replace(network=network, objective=objective)
         with contextlib.closing(Run(config, data, workdir, mesh, given, weights)) as run:
+            if run.workers:
+                expect_workers()
             _describe(run)
             run.mend()
             yield run
@@ -110,11 +113,22 @@ def _expect_outputs(network: Any, objective: Objective, size: int, classes: int)
         expect_logits(network, size, classes, outputs=classes)
 
 
+def _place(run: Run) -> str:
+    """Returns where the images are during training, and why."""
+    if run.resident:
+        return "on the device"
+    data = run.config.data
+    over = f"larger than --data.resident-mib {data.resident_mib:,}"
+    if not run.workers:
+        return f"streamed from the cache\n  {over}"
+    by = f"{run.workers} worker process" + ("es" if run.workers > 1 else "")
+    return f"decoded on the fly by {by}\n  {over} and --data.cache-mib {data.cache_mib:,}"
+
+
 def _describe(run: Run) -> None:
     """Prints the split, the images, the network and the state of the run."""
     config, data = run.config, run.data
     size = config.data.size
-    place = "on the device" if run.resident else "streamed from the cache"
     print(f"split     {protocol(config.data, config.seed)}")
     for name, rows in (("train", data.train), ("validate", data.validation)):
         counts = np.bincount(data.labels[rows], minlength=len(data.classes))
@@ -128,7 +142,9 @@ def _describe(run: Run) -> None:
         both = {0, 1} <= set(viral)
         idle = "" if both else ": --train.auxiliary needs images of both causes"
         print(f"  by name  {known}{idle}")
-    print(f"images    {size} x {size}, {data.decoded.images.nbytes / 2**20:,.0f} MiB, {place}")
+    print(
+        f"images    {size} x {size}, {data.decoded.images.nbytes / 2**20:,.0f} MiB, {_place(run)}"
+    )
     name = type(run.network).__name__
     print(f"network   {name}, {run.parameters:,} parameters")
     print(f"workdir   {config.workdir}")

@@ -169,7 +169,7 @@ def _trivial_rules(data: TrainingData) -> dict[str, float]:
     With three or more classes the AUC is the mean over the classes, each against the rest.
     """
     labels = data.labels
-    brightness = np.array([image.mean() for image in data.decoded.images])
+    brightness = data.decoded.brightness
 
     def area(label: int, rows: np.ndarray) -> float:
         return metrics.auc(brightness[rows], labels[rows] == label) or 0.0

@@ -15,9 +15,11 @@ from jax.sharding import Mesh, NamedSharding
 from cnnjax.augment import make_augment
 from cnnjax.config import Config, TrainConfig
 from cnnjax.data.batches import Feeder, resident_bytes, step_rows
+from cnnjax.data.onthefly import Films
 from cnnjax.data.prepare import TrainingData
 from cnnjax.errors import TrainingError
 from cnnjax.machine import devices, processes
+from cnnjax.machine.host import cpu_cores
 from cnnjax.networks import second_head
 from cnnjax.objectives import Batch, Objective
 from cnnjax.optimizers import layers_of, make_optimizer
@@ -81,6 +83,7 @@ class Run:
         self.config, self.data, self.workdir, self.mesh = config, data, workdir, mesh
         self.network, self.objective = given.network, given.objective
         self.auxiliary = second_head(train, data.classes)
+        self._feeder: Feeder | None = None
         self.steps_per_epoch = math.ceil(len(data.train) / train.batch)
         layers = layers_of(self.network, config.data.size) if train.layer_decay < 1 else ()
         self._optimizer, self._learning_rate = make_optimizer(
@@ -133,13 +136,31 @@ class Run:
         held = resident_bytes(self.data.decoded.images, self.mesh)
         return held <= self.config.data.resident_mib * 2**20
 
+    @property
+    def workers(self) -> int:
+        """The number of processes that decode images during training; 0 if there is no need."""
+        if self.resident or not isinstance(self.data.decoded.images, Films):
+            return 0
+        return self.config.data.workers or cpu_cores()
+
     def feeder(self) -> Feeder:
-        """Returns the feeder, which copies the images to the devices."""
-        decoded, limit = self.data.decoded, self.config.data.resident_mib
-        auxiliary = decoded.viral if self.auxiliary else None
-        return Feeder(
-            decoded.images, self.data.labels, self.mesh, limit, auxiliary, decoded.weights
-        )
+        """Returns the feeder, which copies the images to the devices; each call returns the same.
+
+        Its worker processes, if there are any, end with the run.
+        """
+        if self._feeder is None:
+            decoded, limit = self.data.decoded, self.config.data.resident_mib
+            auxiliary = decoded.viral if self.auxiliary else None
+            self._feeder = Feeder(
+                decoded.images,
+                self.data.labels,
+                self.mesh,
+                limit,
+                auxiliary,
+                decoded.weights,
+                self.workers,
+            )
+        return self._feeder
 
     def new_state(self, key: jax.Array) -> TrainState:
         """Returns a random state before the first step; a pure function, for jit."""
@@ -328,7 +349,9 @@ class Run:
         )
 
     def close(self) -> None:
-        """Closes the files that the run writes to."""
+        """Closes the files that the run writes to, and ends its worker processes."""
+        if self._feeder is not None:
+            self._feeder.close()
         self.checkpoints.close()
         if self._events:
             self._events.close()

@@ -79,6 +79,8 @@ CLASSES: dict[str, tuple[str, ...]] = {
         "test_cache.py::test_unwritable_cache_is_named",
         "test_cache.py::test_a_damaged_cache_is_made_anew",
         "test_cache.py::test_interrupted_decoding_leaves_nothing",
+        "test_onthefly.py::test_a_film_that_has_changed_is_no_other_film",
+        "test_onthefly.py::test_facts_that_are_damaged_are_made_anew",
         "test_cache.py::test_what_killed_processes_left_goes_after_a_day",
         "test_programs.py",
         "test_cli.py::test_an_output_without_room_is_one_sentence",
@@ -120,6 +122,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
         "test_outputs.py::test_an_output_over_a_film_is_refused",
     ),
     "processes that are stopped or killed": (
+        "test_onthefly.py::test_films_that_go_and_workers_that_die_are_told",
         "test_durable.py",
         "test_outputs.py::test_what_was_written_stays_and_is_whole_when_the_work_fails",
         "test_outputs.py::test_a_killed_process_leaves_what_it_had_judged",

@@ -5,7 +5,8 @@
 Each reader makes one pass over the training images of each tree, and the readers alternate. Ours
 decodes into an empty cache (cold) or maps an existing one (warm). Pillow decodes at full size in a
 plain loop, Keras reads with `flow_from_directory`, and PyTorch with a `DataLoader` over Pillow.
-Then a short training measures the share of its time spent waiting for data. The first round is not
+Then short trainings measure the share of their time spent waiting for data, for each way in which
+the images reach the devices (docs/scaling.md). The first round is not
 counted; after it the files are in the operating system's cache.
 """
 
@@ -18,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import jax
@@ -38,9 +39,9 @@ from benchmarks.measure import (
     spread,
     write_json,
 )
-from cnnjax import train
+from cnnjax import recipes, train
 from cnnjax.cli import guarded
-from cnnjax.config import Config, DataConfig, DeviceConfig, ModelConfig, TrainConfig
+from cnnjax.config import Config, DataConfig, DeviceConfig, ModelConfig
 from cnnjax.data import cache
 from cnnjax.data.batches import Feeder
 from cnnjax.data.index import read_index
@@ -64,8 +65,12 @@ class Options:
     environments: Path = ENVIRONMENTS
     """Folder of the peers' environments (made by `python -m benchmarks.peers --setup`); missing
     ones are left out."""
+    reading: bool = True
+    """Measure the speed of the readers."""
     waiting: bool = True
-    """Also measure the time that training waits for data."""
+    """Measure the time that training waits for data."""
+    recipe: Literal["baseline", "pneumonia"] = "baseline"
+    """The recipe that is trained for the time that it waits; `pneumonia` at its own size."""
     json: Path | None = None
     """Write the rows and the circumstances to this file."""
 
@@ -147,7 +152,15 @@ def measure(options: Options, scratch: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def waiting_share(options: Options, scratch: Path, resident: bool) -> float:
+WAYS: dict[str, dict[str, int]] = {
+    "resident": {},
+    "streamed": {"resident_mib": 0},
+    "on-the-fly": {"resident_mib": 0, "cache_mib": 0},
+}
+"""The ways in which images reach the devices, and the fields of `DataConfig` that choose them."""
+
+
+def waiting_share(options: Options, scratch: Path, way: str) -> float:
     """Returns the share of the training time, from the second epoch on, spent waiting for data.
 
     The loop waits for each step here, so the time until the next batch is a wait for data only.
@@ -179,14 +192,19 @@ def waiting_share(options: Options, scratch: Path, resident: bool) -> float:
         steps = compile_steps(*arguments)
         return steps._replace(one=lambda *x: jax.block_until_ready(steps.one(*x)), together=1)
 
-    config = Config(
-        workdir=scratch / f"run-{resident}",
-        data=DataConfig(root=str(options.data), size=options.size, cache=scratch),
-        model=ModelConfig("baseline"),
-        train=TrainConfig(epochs=3),
+    config = recipes.pneumonia
+    if options.recipe == "baseline":
+        data = DataConfig(size=options.size)
+        config = Config(model=ModelConfig("baseline"), data=data)
+    data = replace(config.data, root=str(options.data), cache=scratch)
+    for name, value in WAYS[way].items():
+        data = replace(data, **{name: value})  # type: ignore[arg-type]
+    config = replace(
+        config,
+        workdir=scratch / f"run-{way}",
+        data=data,
+        train=replace(config.train, epochs=3),
     )
-    if not resident:
-        config = replace(config, data=replace(config.data, resident_mib=0))
     compile_steps, take_epoch = train.compile_steps, train.take_epoch
     fed = mock.patch.object(training, "Feeder", Watched)
     with fed, mock.patch.multiple(train, compile_steps=stepwise, take_epoch=epoch):
@@ -199,12 +217,11 @@ def main() -> int:
     options = tyro.cli(Options, description=__doc__)
     found = circumstances(DeviceConfig("cpu"))
     with tempfile.TemporaryDirectory() as folder:
-        rows = measure(options, Path(folder))
-        waiting = []
+        rows = measure(options, Path(folder)) if options.reading else []
+        waiting: list[dict[str, Any]] = []
         if options.waiting:
-            for feed in ("resident", "streamed"):
-                share = waiting_share(options, Path(folder), feed == "resident")
-                waiting.append({"feed": feed, "share": share})
+            for way in WAYS:
+                waiting.append({"feed": way, "share": waiting_share(options, Path(folder), way)})
     print(headline(found))
     keys = ["what", "by", "images", "images_per_second", "median_ms"]
     print_table(keys, [[row[key] for key in keys] for row in rows])

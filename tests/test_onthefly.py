@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
 import shutil
+import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -116,6 +119,39 @@ def test_films_that_go_and_workers_that_die_are_told(copy: Path, tmp_path: Path)
         assert not multiprocessing.active_children()
     finally:
         feeder.close()
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_process_that_is_killed(copy: Path, tmp_path: Path) -> None:
+    """And they do not run its script, which does not guard its work."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import multiprocessing, sys, time\n"
+        "from pathlib import Path\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "import numpy as np\n"
+        "from test_onthefly import prepared\n"
+        "from cnnjax.data.onthefly import Workers\n"
+        "again = prepared(Path(sys.argv[2]), Path(sys.argv[3]), 0)\n"
+        "batches = Workers(again.images, 1).batches(np.zeros((9, 2), int))\n"
+        "next(batches)\n"
+        "print(multiprocessing.active_children()[0].pid, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    command = [sys.executable, script, Path(__file__).parent, copy, tmp_path / "cache"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        (pid,) = process.stdout.readline().split()  # one line: the script ran once
+        os.kill(int(pid), 0)
+        process.kill()
+        assert process.stdout.read() == ""
+    for _ in range(300):
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    pytest.fail("the worker is still there")
 
 
 def test_a_film_that_has_changed_is_no_other_film(copy: Path, tmp_path: Path) -> None:

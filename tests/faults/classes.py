@@ -123,6 +123,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
     ),
     "processes that are stopped or killed": (
         "test_onthefly.py::test_films_that_go_and_workers_that_die_are_told",
+        "test_onthefly.py::test_workers_end_with_a_process_that_is_killed",
         "test_durable.py",
         "test_outputs.py::test_what_was_written_stays_and_is_whole_when_the_work_fails",
         "test_outputs.py::test_a_killed_process_leaves_what_it_had_judged",

@@ -20,6 +20,7 @@ from PIL import Image
 from cnnjax.data import dicom
 from cnnjax.data.bounds import read_file, read_stream
 from cnnjax.data.decode import DecodeError, decode, layout_of
+from cnnjax.data.examples import Texts
 from cnnjax.data.names import IMAGE_SUFFIXES, SUFFIXES, may_be_dicom, walk
 from cnnjax.errors import InputError
 from cnnjax.evaluation.explain import draw_box, normalized, overlay
@@ -217,7 +218,7 @@ def _inside(folder: Path) -> list[Film]:
         InputError: the folder holds no images or cannot be read.
     """
     walked = walk(folder, confined=False)
-    images = [name for name in walked.files if _is_image(folder, name)]
+    images = Texts(name for name in walked.files if _is_image(folder, name))
     once, again = walked.once(images)
     films = {name: _reader(folder / name) for name in once}
     for name, reason in walked.refused:

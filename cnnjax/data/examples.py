@@ -7,6 +7,7 @@ the pixels of the batches that are trained on; in columns an image costs its nam
 
 from __future__ import annotations
 
+import io
 import itertools
 import operator
 from array import array
@@ -43,19 +44,31 @@ class Texts(Sequence[str]):
     """
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
-        buffer, places = bytearray(), array("Q", [0])
+        buffer, places, place = io.BytesIO(), array("Q", [0]), 0
         for text in texts:
-            buffer += text.encode("utf-8", "surrogatepass")
-            places.append(len(buffer))
-        kind = np.uint32 if len(buffer) < 2**32 else np.uint64
+            place += buffer.write(text.encode("utf-8", "surrogatepass"))
+            places.append(place)
+        kind = np.uint32 if place < 2**32 else np.uint64
         bounds = np.frombuffer(places, np.uint64).astype(kind)
-        self._buffer, self._starts, self._ends = bytes(buffer), bounds[:-1], bounds[1:]
+        self._buffer, self._starts, self._ends = buffer.getvalue(), bounds[:-1], bounds[1:]
 
     def take(self, rows: np.ndarray | slice) -> Texts:
         """Returns the strings at these rows; the buffer is shared."""
         some = Texts.__new__(Texts)
         some._buffer, some._starts, some._ends = self._buffer, self._starts[rows], self._ends[rows]
         return some
+
+    def where(self, keep: Iterable[bool]) -> Texts:
+        """Returns the strings for which the other value is true."""
+        kept = np.fromiter(keep, bool, len(self))
+        return self if kept.all() else self.take(kept)
+
+    def order(self) -> np.ndarray:
+        """Returns the rows of the strings in sorted order, int64 [n]."""
+        if all(a <= b for a, b in itertools.pairwise(self)):
+            return np.arange(len(self))
+        texts = list(self)
+        return np.array(sorted(range(len(self)), key=texts.__getitem__), np.int64)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -126,7 +139,7 @@ class Examples(Sequence[Example]):
         split_numbers = np.fromiter(numbers, np.int8, n)
         patient_numbers, patient_names = _numbered(names, patients)
         self._columns = _Columns(
-            Texts(names),
+            names if isinstance(names, Texts) else Texts(names),
             split_numbers,
             tuple(split_number),
             np.fromiter(labels, np.int32, n),

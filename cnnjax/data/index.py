@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cnnjax.data import dicom
-from cnnjax.data.examples import Examples
+from cnnjax.data.examples import Examples, Texts
 from cnnjax.data.kermany import cause_of, patient_of
 from cnnjax.data.names import (
     IMAGE_SUFFIXES,
@@ -183,20 +183,21 @@ def read_index(
 class _Found(NamedTuple):
     """Images whose classes have no numbers yet, in columns."""
 
-    names: Sequence[str]
+    names: Texts
     splits: Sequence[str]
     kinds: Sequence[str]
     """The class names in the folders or the table, in the spelling of `same_name`."""
     patients: Sequence[str | None] | None = None
     weights: Sequence[float] | None = None
 
-    def at(self, rows: Sequence[int]) -> _Found:
-        """Returns the images at these rows."""
+    def at(self, rows: np.ndarray) -> _Found:
+        """Returns the images at these rows, int [m]."""
 
         def some(column: Sequence[Any] | None) -> Any:
             return None if column is None else [column[row] for row in rows]
 
-        return _Found(*map(some, self))
+        names, *others = self
+        return _Found(names.take(rows), *map(some, others))
 
 
 def _index_of(
@@ -232,14 +233,15 @@ def _index_of(
             if ours is None
         ]
         found = found._replace(kinds=[kind or "" for kind in told])
-        found = found.at([row for row, kind in enumerate(told) if kind is not None])
+        found = found.at(np.flatnonzero([kind is not None for kind in told]))
         kinds = ()
     classes = _classes(root, set(found.kinds) | set(kinds), reading)
     label = {name: k for k, name in enumerate(classes)}
     searched = _pattern(root, found, reading.patient_pattern)
+    rows = found.names.order()
     rank = {split: k for k, split in enumerate((*SPLITS, ALL))}
-    rows = sorted(range(len(found.names)), key=found.names.__getitem__)
-    found = found.at(sorted(rows, key=lambda row: rank[found.splits[row]]))
+    ranks = np.fromiter((rank[found.splits[row]] for row in rows), np.int8, len(rows))
+    found = found.at(rows[np.argsort(ranks, kind="stable")])
     examples = Examples(
         found.names,
         found.splits,
@@ -339,20 +341,22 @@ def _from_names(root: Path, walked: Walked, source: Tree | Zip, reading: Reading
     for folder in walked.folders:
         if not is_hidden(folder) and (found_in := place(folder)):
             class_folders.add(found_in)
-    images = []
-    for name in walked.files:
+
+    def is_image(name: str) -> bool:
         folder, _, file = name.rpartition("/")
         if is_hidden(folder) or hidden(file):
-            continue
+            return False
         found_in = place(folder)
         if not _may_be_image(name, source) and not (found_in and _is_bare_dicom(name, source)):
             left_out.append((name, f"not {SUFFIXES}"))
         elif not found_in:
             left_out.append((name, "not in a class folder of train, val or test"))
         else:
-            images.append(name)
             class_folders.add(found_in)
-    once, again = walked.once(images)
+            return True
+        return False
+
+    once, again = walked.once(walked.files.where(map(is_image, walked.files)))
     left_out += again
     if not class_folders:
         _expect_no_links_out(root, walked)
@@ -361,16 +365,17 @@ def _from_names(root: Path, walked: Walked, source: Tree | Zip, reading: Reading
     top = min({prefix for prefix, _, _ in class_folders}, key=lambda p: (len(p.split("/")), p))
     if top.count("/") > 1:
         raise InputError(f"{root} has its splits too deep, in {top}; give that folder as the root")
-    names, splits, kinds = [], [], []
-    for name in once:
-        prefix, split, kind = place(name.rpartition("/")[0]) or ("", "", "")
-        if prefix == top:
-            for image in _images_of(name, source):
-                names.append(image)
-                splits.append(split)
-                kinds.append(kind)
-        else:
-            left_out.append((name, "in a second copy of the tree"))
+
+    def in_top(name: str) -> bool:
+        found_in = place(name.rpartition("/")[0])
+        if found_in is not None and found_in[0] == top:
+            return True
+        left_out.append((name, "in a second copy of the tree"))
+        return False
+
+    names = _images_of(once.where(map(in_top, once)), source)
+    places = [place(name.rpartition("/")[0]) or ("", "", "") for name in names]
+    splits, kinds = [split for _, split, _ in places], [kind for *_, kind in places]
     if not names:
         _expect_no_links_out(root, walked)
         raise InputError(f"{root} holds class folders but no {SUFFIXES} in them")
@@ -390,16 +395,17 @@ def _from_flat(root: Path, walked: Walked, source: Tree | Zip, reading: Reading)
     """Finds class folders that lie side by side, without split folders."""
     is_hidden = functools.cache(_hidden)
     left_out = [pair for pair in walked.refused if not is_hidden(pair[0])]
-    images = []
-    for name in walked.files:
+
+    def is_image(name: str) -> bool:
         folder, _, file = name.rpartition("/")
         if is_hidden(folder) or hidden(file):
-            continue
+            return False
         if _may_be_image(name, source) or _is_bare_dicom(name, source):
-            images.append(name)
-        else:
-            left_out.append((name, f"not {SUFFIXES}"))
-    once, again = walked.once(images)
+            return True
+        left_out.append((name, f"not {SUFFIXES}"))
+        return False
+
+    once, again = walked.once(walked.files.where(map(is_image, walked.files)))
     left_out += again
     folders = {PurePosixPath(folder) for folder in {name.rpartition("/")[0] for name in once}}
     above = {parent for folder in folders for parent in folder.parents}
@@ -420,15 +426,12 @@ def _from_flat(root: Path, walked: Walked, source: Tree | Zip, reading: Reading)
             " should be; move them, or list the images in a table (--data.table)"
         )
     kind_of = {str(folder): same_name(folder.name) for folder in folders}
-    names, kinds = [], []
-    for name in once:
-        kind = kind_of.get(name.rpartition("/")[0])
-        if kind is None:
-            left_out.append((name, "not in a class folder"))
-        else:
-            images = _images_of(name, source)
-            names += images
-            kinds += [kind] * len(images)
+    left_out += [
+        (name, "not in a class folder") for name in once if name.rpartition("/")[0] not in kind_of
+    ]
+    names = once.where(name.rpartition("/")[0] in kind_of for name in once)
+    names = _images_of(names, source)
+    kinds = [kind_of[name.rpartition("/")[0]] for name in names]
     found = _Found(names, [ALL] * len(names), kinds)
     return _index_of(root, found, source, reading, left_out=left_out)
 
@@ -459,11 +462,17 @@ def _may_be_image(name: str, source: Tree | Zip) -> bool:
     return name.lower().endswith(suffixes)
 
 
-def _images_of(name: str, source: Tree | Zip) -> list[str]:
-    """Returns the names of the images in a file: its own, or those of its records."""
-    if isinstance(source, Tree) and name.lower().endswith(SHARDS):
-        return [name_of(name, number) for number in range(source.records(name))]
-    return [name]
+def _images_of(names: Texts, source: Tree | Zip) -> Texts:
+    """Returns the names of the images in files: their own, or those of their records."""
+    if not isinstance(source, Tree) or not any(name.lower().endswith(SHARDS) for name in names):
+        return names
+
+    def images(name: str) -> Iterable[str]:
+        if not name.lower().endswith(SHARDS):
+            return [name]
+        return (name_of(name, number) for number in range(source.records(name)))
+
+    return Texts(itertools.chain.from_iterable(map(images, names)))
 
 
 def _is_bare_dicom(name: str, source: Tree | Zip) -> bool:
@@ -536,7 +545,7 @@ def _from_npz(path: Path, reading: Reading) -> Index:
         raise InputError(f"{path} holds no train_images and train_labels, as MedMNIST files do")
     names = _MEDMNIST_CLASSES if max(numbers) < 2 else [str(k) for k in range(1 + max(numbers))]
     kinds = [names[number] for number in numbers]
-    return _index_of(path, _Found(found, splits, kinds), source, reading, names)
+    return _index_of(path, _Found(Texts(found), splits, kinds), source, reading, names)
 
 
 def _from_table(path: Path, columns: str, root: Path, reading: Reading) -> Index:
@@ -550,7 +559,7 @@ def _from_table(path: Path, columns: str, root: Path, reading: Reading) -> Index
     rows = read_rows(path, columns, source)
     kind = functools.cache(same_name)
     found = _Found(
-        [row.name for row in rows],
+        Texts(row.name for row in rows),
         [row.split or ALL for row in rows],
         [kind(row.label) for row in rows],
         [row.patient for row in rows] if rows[0].patient is not None else None,

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
+from cnnjax.data.examples import Texts
 from cnnjax.errors import InputError
 
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png", ".dcm")
@@ -29,7 +30,7 @@ class Walked:
 
     home: str = ""
     """The real path of the folder; empty for an archive."""
-    files: list[str] = field(default_factory=list)
+    files: Texts = field(default_factory=Texts)
     """The names of the files, each once."""
     linked: dict[str, str] = field(default_factory=dict)
     """The real path of each file that is a link, or that lies below one; links may give several
@@ -38,20 +39,20 @@ class Walked:
     refused: list[tuple[str, str]] = field(default_factory=list)
     """(name, reason) of each file or link that is not followed."""
 
-    def once(self, names: Iterable[str]) -> tuple[list[str], list[tuple[str, str]]]:
-        """Returns the names of distinct files, and (name, reason) of the others.
+    def once(self, names: Texts) -> tuple[Texts, list[tuple[str, str]]]:
+        """Returns the names of distinct files, sorted, and (name, reason) of the others.
 
         Of several names of a file, the one that is not a link is kept, or else the first.
         """
         if not self.linked:
-            return sorted(names), []
+            return names.take(names.order()), []
         kept: dict[str, str] = {}
         again: list[tuple[str, str]] = []
         for name in sorted(names, key=lambda name: (self._is_link(name), name)):
             first = kept.setdefault(self.linked.get(name) or f"{self.home}/{name}", name)
             if first != name:
                 again.append((name, "a link to an image that is listed"))
-        return sorted(kept.values()), again
+        return Texts(sorted(kept.values())), again
 
     def _is_link(self, name: str) -> bool:
         return not self.linked.get(name, f"/{name}").endswith(f"/{name}")
@@ -105,6 +106,12 @@ def walk(root: Path, *, confined: bool) -> Walked:
     """
     home = os.path.realpath(root)
     found = Walked("" if home == "/" else home)
+    found.files = Texts(_files(root, home, confined, found))
+    return found
+
+
+def _files(root: Path, home: str, confined: bool, found: Walked) -> Iterator[str]:
+    """Yields the names of the files, and adds the rest to `found`."""
     followed: set[str] = set()
     # (name, target, targets of it and the folders above) of folders to list
     waiting: list[tuple[str, str, tuple[str, ...]]] = [("", home, (home,))]
@@ -112,10 +119,10 @@ def walk(root: Path, *, confined: bool) -> Walked:
         folder, real, above = waiting.pop()
         prefix = f"{folder}/" if folder else ""
         names, others = _listed(root / folder, prefix)
-        found.files += names
         if folder and real != f"{found.home}/{folder}":
             beside = real.rstrip("/")
             found.linked |= {name: f"{beside}/{name.removeprefix(prefix)}" for name in names}
+        yield from names
         for entry in others:
             name = prefix + entry.name
             target = os.path.join(real, entry.name)  # noqa: PTH118
@@ -136,18 +143,17 @@ def walk(root: Path, *, confined: bool) -> Walked:
             elif not entry.is_file() and Path(target).exists():
                 found.refused.append((name, NOT_REGULAR))
             else:
-                found.files.append(name)
                 if target != f"{found.home}/{name}":
                     found.linked[name] = target
-    return found
+                yield name
 
 
 def _listed(folder: Path, prefix: str) -> tuple[list[str], list[os.DirEntry[str]]]:
     """Returns the content of a folder, without hidden entries.
 
     Returns:
-        The names of regular files, each after the prefix; and all other entries, sorted by name in
-        reverse.
+        The names of regular files, each after the prefix, sorted; and all other entries, sorted by
+        name in reverse.
     """
     plain, others = [], []
     try:
@@ -164,4 +170,4 @@ def _listed(folder: Path, prefix: str) -> tuple[list[str], list[os.DirEntry[str]
         raise InputError(
             f"{folder} cannot be read ({error.strerror}); change its permissions"
         ) from None
-    return plain, sorted(others, key=lambda entry: entry.name, reverse=True)
+    return sorted(plain), sorted(others, key=lambda entry: entry.name, reverse=True)

@@ -15,6 +15,7 @@ import numpy as np
 
 from cnnjax.data import dicom
 from cnnjax.data.bounds import read_entry, read_file
+from cnnjax.data.examples import Texts
 from cnnjax.data.names import Walked, in_archive
 from cnnjax.errors import InputError, first_line
 
@@ -151,7 +152,7 @@ class Zip:
                 self.walked.folders.append(name)
             else:
                 self.infos[name] = info
-        self.walked.files = list(self.infos)
+        self.walked.files = Texts(self.infos)
 
     def __reduce__(self) -> tuple[type[Zip], tuple[Path]]:
         return Zip, (self.path,)  # another process opens the file again

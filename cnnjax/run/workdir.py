@@ -10,10 +10,11 @@ import csv
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import filelock
@@ -190,19 +191,26 @@ class Workdir:
 
     def read_split(self) -> list[dict[str, str]]:
         """Returns the rows of the run's split: image, patient, label and role of each image."""
-        rows = read_table(self.split, ("image", "patient", "label", "role"))
-        with _undamaged(self.split):
-            for row in rows:
+        return list(self._split_rows())
+
+    def _split_rows(self) -> Iterator[dict[str, str]]:
+        """Yields the rows of `read_split`, one at a time."""
+        for row in _rows_of(self.split, ("image", "patient", "label", "role")):
+            with _undamaged(self.split):
                 int(row["label"])
-        return rows
+            yield row
 
     def trained_on(self, names: Iterable[str]) -> int:
         """Counts the names that match a training image of the run by split, class and file name."""
         if not self.split.exists():
             return 0
-        rows = self.read_split()
-        ours = {PurePosixPath(row["image"]).parts[-3:] for row in rows if row["role"] == "train"}
-        return sum(PurePosixPath(name).parts[-3:] in ours for name in names)
+
+        def place(name: str) -> str:
+            return "/".join(name.split("/")[-3:])
+
+        theirs = Counter(map(place, names))
+        rows = (row["image"] for row in self._split_rows() if row["role"] == "train")
+        return sum(theirs[each] for each in theirs.keys() & map(place, rows))
 
     def read_drawn(self) -> bool:
         """Returns whether the run was trained on drawn images (phantoms)."""
@@ -247,7 +255,8 @@ class Workdir:
         """
         if not self.checkpoints.exists():
             return
-        validated = {row["image"] for row in self.read_split() if row["role"] == "validation"}
+        rows = self._split_rows()
+        validated = {row["image"] for row in rows if row["role"] == "validation"}
         validates = {name for name, held in zip(names, held_out, strict=True) if held}
         if moved := sorted(validated ^ validates):
             now, was = ("train", "validation") if moved[0] in validated else ("validation", "train")
@@ -386,18 +395,25 @@ def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
     Raises:
         InputError: the file does not exist, or a row lacks one of the columns.
     """
+    return list(_rows_of(path, columns))
+
+
+def _rows_of(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
+    """Yields the rows of `read_table`, one at a time."""
     try:
         with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-            rows = [
-                {name: cell and read_cell(cell) for name, cell in row.items() if name is not None}
-                for row in csv.DictReader(file)
-            ]
+            for cells in csv.DictReader(file):
+                row = {
+                    name: cell and read_cell(cell)
+                    for name, cell in cells.items()
+                    if name is not None
+                }
+                if any(row.get(column) is None for column in columns):
+                    raise InputError(f"{path} lacks some of {', '.join(columns)}; restore it")
+                yield row
     except (OSError, csv.Error) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise InputError(f"{path} cannot be read ({reason}); restore it") from None
-    if any(row.get(column) is None for row in rows for column in columns):
-        raise InputError(f"{path} lacks some of {', '.join(columns)}; restore it")
-    return rows
 
 
 @contextmanager

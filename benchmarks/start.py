@@ -5,10 +5,11 @@
 Draws a tree of small images of noise with the names of the published data set, and decodes it into
 a cache. Then starts a training of the streamed images (`--data.resident-mib 0`) in processes of
 their own: from the start of the process to the first batch, without compiling, and on for some
-steps. A last process counts the bytes of all objects that reading the data leaves in memory. The
-growth of both from the smallest to the largest tree, divided by that of the number of images, is
-the memory of an image. Memory is anonymous (`RssAnon`): the pages of memory-mapped files are the
-system's, which takes them back when it needs them. Linux only.
+steps. The seconds of the processor depend less on what else runs. Another process counts the bytes
+of all objects that reading the data leaves in memory. The growth of the memory from the smallest
+to the largest tree, divided by that of the number of images, is the memory of an image. Memory is
+anonymous (`RssAnon`): the pages of memory-mapped files are the system's, which takes them back
+when it needs them. Linux only.
 """
 
 from __future__ import annotations
@@ -132,14 +133,18 @@ def starting(root: Path, cache: Path, size: int) -> dict[str, float]:
         run = stack.enter_context(open_run(_config(root, cache, size, folder)))
         feeds = run.feeder().feed(run.order(1)[: 1 + _STEPS])
         batch = next(feeds)
-        seconds, first = time.perf_counter() - _START, time.monotonic()
+        found = {
+            "seconds": time.perf_counter() - _START,
+            "cpu_seconds": time.process_time(),
+            "first_batch": time.monotonic(),
+        }
         steps = compile_steps(run.mesh, run.train_step, run.placement)
         given = devices.place((run.key(0), run.objective), devices.replicated(run.mesh))
         state = run.first_state()
         for feed in itertools.chain([batch], feeds):
             state, _ = steps.one(state, None, feed, given)
         jax.block_until_ready(state)
-    return {"seconds": seconds, "first_batch": first}
+    return found
 
 
 def holding(root: Path, cache: Path, size: int) -> dict[str, float]:
@@ -189,19 +194,22 @@ def measure(options: Options, folder: Path) -> list[dict[str, Any]]:
     trees = [(images, folder / f"{images}-films") for images in options.images]
     for images, root in trees:
         draw(root, images)
-        rows.append({"images": images, "seconds": [], "reading_peak": [], "peak": []})
+        rows.append({"images": images, "reading_peak": [], "peak": []})
+        rows[-1] |= {"seconds": [], "cpu_seconds": []}
         for what in ("starting", "holding"):  # the first fills the cache
             found, _ = _child(what, root, folder / "cache", options.size)
         rows[-1] |= found
     for _ in range(options.rounds):
         for row, (_, root) in zip(rows, trees, strict=True):
             found, memory = _child("starting", root, folder / "cache", options.size)
-            row["seconds"].append(found["seconds"])
+            for key in ("seconds", "cpu_seconds"):
+                row[key].append(found[key])
             reading = [held for at, held in memory.items() if at <= found["first_batch"]]
             row["reading_peak"].append(max(reading))
             row["peak"].append(max(memory.values()))
     for row in rows:
-        row |= {key: float(np.median(row[key])) for key in ("seconds", "reading_peak", "peak")}
+        for key in ("seconds", "cpu_seconds", "reading_peak", "peak"):
+            row[key] = float(np.median(row[key]))
     for row in rows[1:]:
         for key in ("held_bytes", "reading_peak", "peak"):
             more = row["images"] - rows[0]["images"]
@@ -222,8 +230,8 @@ def main() -> int:
         rows = measure(options, folder.resolve())
     found = circumstances(DeviceConfig("cpu"))
     print(headline(found))
-    keys = ["images", "seconds", "held_bytes", "reading_peak", "peak"]
-    keys += [f"{key}_per_image" for key in keys[2:]]
+    keys = ["images", "seconds", "cpu_seconds", "held_bytes", "reading_peak", "peak"]
+    keys += [f"{key}_per_image" for key in keys[3:]]
     print_table(keys, [[row.get(key) for key in keys] for row in rows])
     if options.json is not None:
         write_json(options.json, {"circumstances": found, "rows": rows})

@@ -373,9 +373,10 @@ def _from_names(root: Path, walked: Walked, source: Tree | Zip, reading: Reading
         left_out.append((name, "in a second copy of the tree"))
         return False
 
-    names = _images_of(once.where(map(in_top, once)), source)
-    places = [place(name.rpartition("/")[0]) or ("", "", "") for name in names]
-    splits, kinds = [split for _, split, _ in places], [kind for *_, kind in places]
+    files = once.where(map(in_top, once))
+    names, rows = _images_of(files, source)
+    places = [place(name.rpartition("/")[0]) or ("", "", "") for name in files]
+    splits, kinds = [places[row][1] for row in rows], [places[row][2] for row in rows]
     if not names:
         _expect_no_links_out(root, walked)
         raise InputError(f"{root} holds class folders but no {SUFFIXES} in them")
@@ -429,10 +430,10 @@ def _from_flat(root: Path, walked: Walked, source: Tree | Zip, reading: Reading)
     left_out += [
         (name, "not in a class folder") for name in once if name.rpartition("/")[0] not in kind_of
     ]
-    names = once.where(name.rpartition("/")[0] in kind_of for name in once)
-    names = _images_of(names, source)
-    kinds = [kind_of[name.rpartition("/")[0]] for name in names]
-    found = _Found(names, [ALL] * len(names), kinds)
+    files = once.where(name.rpartition("/")[0] in kind_of for name in once)
+    names, rows = _images_of(files, source)
+    kinds = [kind_of[name.rpartition("/")[0]] for name in files]
+    found = _Found(names, [ALL] * len(names), [kinds[row] for row in rows])
     return _index_of(root, found, source, reading, left_out=left_out)
 
 
@@ -462,17 +463,22 @@ def _may_be_image(name: str, source: Tree | Zip) -> bool:
     return name.lower().endswith(suffixes)
 
 
-def _images_of(names: Texts, source: Tree | Zip) -> Texts:
-    """Returns the names of the images in files: their own, or those of their records."""
-    if not isinstance(source, Tree) or not any(name.lower().endswith(SHARDS) for name in names):
-        return names
+def _images_of(files: Texts, source: Tree | Zip) -> tuple[Texts, np.ndarray]:
+    """Returns the names of the images in files, their own or those of records; and their files.
 
-    def images(name: str) -> Iterable[str]:
-        if not name.lower().endswith(SHARDS):
-            return [name]
-        return (name_of(name, number) for number in range(source.records(name)))
-
-    return Texts(itertools.chain.from_iterable(map(images, names)))
+    Returns:
+        The names of n images; int [n], the row of each image's file.
+    """
+    rows = np.arange(len(files))
+    if not isinstance(source, Tree) or not any(name.lower().endswith(SHARDS) for name in files):
+        return files, rows
+    records = [source.records(name) if name.lower().endswith(SHARDS) else None for name in files]
+    names = Texts(
+        image
+        for name, count in zip(files, records, strict=True)
+        for image in ([name] if count is None else (name_of(name, k) for k in range(count)))
+    )
+    return names, rows.repeat([1 if count is None else count for count in records])
 
 
 def _is_bare_dicom(name: str, source: Tree | Zip) -> bool:
@@ -559,10 +565,10 @@ def _from_table(path: Path, columns: str, root: Path, reading: Reading) -> Index
     rows = read_rows(path, columns, source)
     kind = functools.cache(same_name)
     found = _Found(
-        Texts(row.name for row in rows),
-        [row.split or ALL for row in rows],
-        [kind(row.label) for row in rows],
-        [row.patient for row in rows] if rows[0].patient is not None else None,
-        [row.weight for row in rows],
+        rows.names,
+        rows.splits or [ALL] * len(rows.names),
+        list(map(kind, rows.labels)),
+        rows.patients,
+        rows.weights,
     )
     return _index_of(path, found, source, reading)

@@ -9,15 +9,19 @@ commas, semicolons or tabs; the encoding is UTF-8.
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import functools
 import io
 import math
 import os
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cnnjax.data.bounds import read_file
+from cnnjax.data.examples import Texts
 from cnnjax.data.names import LEADS_OUT, in_archive
 from cnnjax.data.sources import Tree, Zip, name_of, record_of
 from cnnjax.errors import InputError
@@ -32,20 +36,21 @@ _SPLITS = {
 }
 
 
-class Row(NamedTuple):
-    """A row of the table: one image."""
+class Rows(NamedTuple):
+    """The columns of a table; a row is an image."""
 
-    name: str
-    """Path relative to the root, with forward slashes."""
-    label: str
-    patient: str | None
+    names: Texts
+    """Paths relative to the root, with forward slashes."""
+    labels: list[str]
+    patients: list[str] | None
     """None if the table has no such column."""
-    split: str | None
+    splits: list[str] | None
     """None if the table has no such column."""
-    weight: float
+    weights: list[float] | None
+    """None if the table has no such column."""
 
 
-def read_rows(path: Path, columns: str, source: Tree | Zip) -> list[Row]:
+def read_rows(path: Path, columns: str, source: Tree | Zip) -> Rows:
     """Reads a table.
 
     Args:
@@ -63,7 +68,9 @@ def read_rows(path: Path, columns: str, source: Tree | Zip) -> list[Row]:
     _, header = next(rows, (1, []))
     place = _places(path, header, names)
     locate = _locator(source)
-    found: list[Row] = []
+    found: list[str] = []
+    kept: dict[str, list[Any]] = {name: [] for name in place if name != "path"}
+    same: dict[str, str] = {}  # one object for the equal texts of many rows
     seen: dict[str, int] = {}
     missing: list[tuple[int, str]] = []
     for number, cells in rows:
@@ -94,23 +101,24 @@ def read_rows(path: Path, columns: str, source: Tree | Zip) -> list[Row]:
         first = seen.setdefault(file, number)
         if first != number:
             raise _wrong(path, number, f"{row['path']} is the image of row {first}; keep one row")
-        found.append(
-            Row(
-                name,
-                row["label"],
-                row.get("patient"),
-                _split(path, number, row["split"]) if "split" in row else None,
-                _weight(path, number, row["weight"]) if "weight" in row else 1.0,
-            )
-        )
+        found.append(name)
+        for column, values in kept.items():
+            cell = row[column]
+            if column == "split":
+                values.append(_split(path, number, cell))
+            elif column == "weight":
+                values.append(_weight(path, number, cell))
+            else:
+                values.append(same.setdefault(cell, cell))
     if missing:
         more = f" (the same problem in {len(missing) - 1:,} more rows)" if len(missing) > 1 else ""
         raise _wrong(path, *missing[0], more)
     if not found:
         raise InputError(f"{path} has no rows below its header; add one for each image")
-    if not any(row.weight for row in found):
+    if "weight" in kept and not any(kept["weight"]):
         raise InputError(f"{path}: the column {names['weight']} is 0 in every row")
-    return found
+    others = (kept.get(name) for name in ("patient", "split", "weight"))
+    return Rows(Texts(found), kept["label"], *others)
 
 
 def _names(columns: str) -> dict[str, str]:
@@ -132,13 +140,13 @@ def _names(columns: str) -> dict[str, str]:
 def _cells(path: Path, names: dict[str, str]) -> Iterator[tuple[int, list[str]]]:
     """Yields (number, cells without surrounding spaces) of each row, the header first."""
     try:
-        text = read_file(path).decode("utf-8-sig")
+        content = read_file(path)
+        first = content.partition(b"\n")[0].decode("utf-8-sig")
     except OSError as error:
         reason = error.strerror or error
         raise InputError(f"the table {path} cannot be read ({reason})") from None
     except UnicodeDecodeError:
         raise InputError(f"{path} is not UTF-8 text; save it as CSV in UTF-8") from None
-    first = text.partition("\n")[0]
     wanted = {name.casefold() for name in names.values()}
 
     def found(separator: str) -> int:
@@ -146,10 +154,13 @@ def _cells(path: Path, names: dict[str, str]) -> Iterator[tuple[int, list[str]]]
         return len(wanted & {cell.strip().casefold() for cell in header})
 
     separator = max(",;\t", key=found)
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    text = io.TextIOWrapper(io.BytesIO(content), "utf-8-sig", newline="")
+    rows = csv.reader(text, delimiter=separator, strict=True)
     try:
         for number, cells in enumerate(rows, 1):
             yield number, [cell.strip() for cell in cells]
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text; save it as CSV in UTF-8") from None
     except csv.Error as error:
         raise InputError(f"{path}, line {rows.line_num}: {error}; save it as CSV again") from None
 
@@ -174,7 +185,10 @@ def _places(path: Path, header: list[str], names: dict[str, str]) -> dict[str, i
 
 
 def _locator(source: Tree | Zip) -> Callable[[str], tuple[str, str, str]]:
-    """Returns a function that maps a path to its name, the file it leads to, and any error."""
+    """Returns a function that maps a path to its name, the file it leads to, and any error.
+
+    The file is given by its path below the root, without links.
+    """
     if isinstance(source, Zip):
         archive = source
 
@@ -185,6 +199,14 @@ def _locator(source: Tree | Zip) -> Callable[[str], tuple[str, str, str]]:
         return entry
     root = source.root
     home, plain = os.path.realpath(root), os.path.abspath(root)  # noqa: PTH100
+
+    @functools.lru_cache(1024)
+    def below(name: str) -> str | None:
+        """Returns the real path of a file or folder, relative to the root; None if it leads out."""
+        target = Path(os.path.realpath(root / name))
+        if not target.is_relative_to(home):
+            return None
+        return target.relative_to(home).as_posix() if name else ""
 
     def file(path: str) -> tuple[str, str, str]:
         relative = path
@@ -200,16 +222,21 @@ def _locator(source: Tree | Zip) -> Callable[[str], tuple[str, str, str]]:
         name = in_archive(relative)
         if not name:
             return "", "", f"is not below {root}; give its folder with --data.root"
+        folder = name.rpartition("/")[0]
+        with contextlib.suppress(OSError):
+            if stat.S_ISREG(os.lstat(f"{root}/{name}").st_mode) and below(folder) == folder:
+                return name, name, ""
         shard, number = record_of(name) or (name, None)
         if not (root / shard).is_file():
             return name, "", f"is not a file in {root}; paths are relative to --data.root"
-        target = os.path.realpath(root / shard)
+        target = below(shard)
         if number is not None:
             if number >= source.records(shard):
                 return name, "", f"is not a record: {shard} has {source.records(shard)}, from 0"
             name = name_of(shard, number)
-        fault = "" if Path(target).is_relative_to(home) else f"is {LEADS_OUT}"
-        return name, target if number is None else name_of(target, number), fault
+        if target is None:
+            return name, "", f"is {LEADS_OUT}"
+        return name, target if number is None else name_of(target, number), ""
 
     return file
 

@@ -53,13 +53,15 @@ def test_folds_are_a_function_of_the_seed() -> None:
     assert (grouped_folds(given, 5, 7) != grouped_folds(given, 5, 8)).any()
 
 
-@pytest.mark.parametrize("folds", [2, 5])
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_folds_are_those_of_scikit_learn(folds: int, seed: int) -> None:
+@pytest.mark.parametrize(
+    ("folds", "seed", "classes"),
+    [(2, 0, 2), (2, 1, 2), (5, 0, 2), (5, 1, 3), (5, 2, 9), (10, 0, 2)],
+)
+def test_folds_are_those_of_scikit_learn(folds: int, seed: int, classes: int) -> None:
     rng = np.random.default_rng(seed)
     images = [
-        Example(f"train/{i}.png", "train", int(rng.random() < 0.7), f"p{rng.integers(120)}")
-        for i in range(400)
+        Example(f"train/{i}.png", "train", label, f"p{rng.integers(120)}")
+        for i, label in enumerate(np.minimum(rng.geometric(0.3, 400) - 1, classes - 1).tolist())
     ]
     labels = [e.label for e in images]
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)

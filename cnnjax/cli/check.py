@@ -105,10 +105,10 @@ def _described(found: Survey, protocol: str) -> Iterator[str]:
         yield f"  training would refuse this: {found.refusal}"
         return
     for name, rows in (("train", found.data.train), ("validate", found.data.validation)):
-        examples = [found.data.decoded.examples[i] for i in rows]
-        count = Counter(e.label for e in examples)
+        examples = found.data.decoded.examples.take(rows)
+        count = Counter(examples.labels.tolist())
         images = ", ".join(f"{count[k]:,} {c}" for k, c in enumerate(classes))
-        yield f"  {name:<8} {images}; {len({e.patient for e in examples}):,} patients"
+        yield f"  {name:<8} {images}; {len({*examples.patients}):,} patients"
 
 
 def _counted(values: Iterator[str]) -> str:

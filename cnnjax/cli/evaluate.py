@@ -111,7 +111,7 @@ class Evaluate:
                 print(f"  note: the run was trained on {DRAWN}")
             elif config.root == "phantom" != root:
                 print(f"  note: the run was trained on {root}; give --data to evaluate on it")
-            if seen := workdir.trained_on(e.name for e in decoded.examples):
+            if seen := workdir.trained_on(decoded.examples.names):
                 print(f"  warning: the run was trained on {seen:,} images with the same names")
         point, threshold = predictor.operating, self.threshold
         several = predictor.classes if predictor.has_softmax else ()
@@ -120,7 +120,7 @@ class Evaluate:
         logits = processes.concatenated(predictor.logits(framed))
         if not processes.is_main():
             return 0
-        patients = [e.patient for e in decoded.examples]
+        patients = decoded.examples.patients
         if isinstance(point, SoftmaxPoint):
             probabilities = point.probabilities(logits)
             judged = metrics.evaluate(point.calibrated(logits), decoded.labels, patients)

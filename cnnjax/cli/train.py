@@ -148,7 +148,7 @@ def _advice(config: Config) -> str:
     from cnnjax.data.prepare import open_index
 
     try:
-        splits = {e.split for e in open_index(config.data, lambda _: None).examples}
+        splits = open_index(config.data, lambda _: None).examples.splits
     except InputError:  # the data set is no longer there
         return ""
     if "test" not in splits:

@@ -291,7 +291,7 @@ def _numbered(names: Sequence[str], patients: Iterable[str]) -> tuple[np.ndarray
         len(names),
     )
     own = np.flatnonzero(numbers < 0).tolist()
-    again = len({names[row] for row in own}) < len(own)
+    again = len(np.unique([hash(names[row]) for row in own])) < len(own)
     for row in own if again or known else ():
         if again or names[row] in known:
             numbers[row] = known.setdefault(names[row], len(known))

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from cnnjax.config import DataConfig
 from cnnjax.data import cache, duplicates, framing
 from cnnjax.data.decode import Layout, layout_of
-from cnnjax.data.examples import Example
+from cnnjax.data.examples import Example, Examples
 from cnnjax.data.index import ALL, SPLITS, Index
 from cnnjax.data.prepare import (
     TrainingData,
@@ -83,8 +83,8 @@ def survey(config: DataConfig, seed: int, index: Index, shown: int = 8) -> Surve
             examples, index.source, whole.size, folder=config.cache, limit_mib=config.cache_mib
         )
         for examples in (
-            [e for e in index.examples if e.split != "test"],
-            [e for e in index.examples if e.split == "test"],
+            index.examples.take(~index.examples.of_split("test")),
+            index.examples.take(index.examples.of_split("test")),
         )
         if examples
     ]
@@ -167,20 +167,18 @@ def to_json(found: Survey, config: DataConfig, seed: int) -> dict[str, Any]:
             for side, e in (("image", p.image), ("like", p.like))
         } | {"bits": p.bits}
 
-    def part(examples: Sequence[Example]) -> dict[str, Any]:
-        count = Counter(e.label for e in examples)
+    def part(examples: Examples) -> dict[str, Any]:
+        count = Counter(examples.labels.tolist())
         return {
             "images": {name: count[label] for label, name in enumerate(classes)},
-            "patients": len({e.patient for e in examples}),
+            "patients": len({*examples.patients}),
         }
 
-    splits = {s: [e for e in index.examples if e.split == s] for s in (*SPLITS, ALL)}
+    splits = {s: index.examples.take(index.examples.of_split(s)) for s in (*SPLITS, ALL)}
     sides = None
     if found.data is not None:
         rows = {"train": found.data.train, "validation": found.data.validation}
-        sides = {
-            name: part([found.data.decoded.examples[i] for i in at]) for name, at in rows.items()
-        }
+        sides = {name: part(found.data.decoded.examples.take(at)) for name, at in rows.items()}
     return {
         "root": str(index.root),
         "classes": list(classes),

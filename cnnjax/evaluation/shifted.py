@@ -82,8 +82,8 @@ def held_out_logits(
     config = Workdir(run).read_config()
     data = training_data(config.data, config.seed, lambda _: None, mesh)
     rows = data.validation
-    examples = [data.decoded.examples[i] for i in rows]
-    names = [example.name for example in examples]
+    examples = data.decoded.examples.take(rows)
+    names = list(examples.names)
     facts = facts or {}
     known = [repr(facts.get(PurePosixPath(name).name)) for name in names] if renderings else []
     made_from = np.array([data.decoded.fingerprint, str(rerender.VERSION), *names, *known])
@@ -113,7 +113,7 @@ def held_out_logits(
             partial.replace(run / f"shifted-{views}.npz")
             found[views] = sets
     labels = data.decoded.labels[rows]
-    patients = tuple(example.patient for example in examples)
+    patients = tuple(examples.patients)
     return {views: HeldOut(labels, patients, sets or {}) for views, sets in found.items()}
 
 
@@ -146,7 +146,7 @@ def _rendered(
         held-out images, int64 [k].
     """
     rows, size = data.validation, config.data.size
-    names = [data.decoded.examples[i].name for i in rows]
+    names = list(data.decoded.examples.take(rows).names)
     folder = (config.data.cache or cache_folder()) / home
     framer = lungs.Framer(size, mesh) if config.data.frame == "lungs" else None
     films = None
@@ -212,7 +212,9 @@ def external(predictor: Predictor, root: Path) -> dict[str, float]:
     if (root / "metadata.csv").exists():
         with (root / "metadata.csv").open(newline="", encoding="utf-8") as file:
             views = {row["file"]: row["view"] for row in csv.DictReader(file)}
-        seen = np.array([views.get(PurePosixPath(e.name).name, "") for e in decoded.examples])
+        seen = np.array(
+            [views.get(PurePosixPath(name).name, "") for name in decoded.examples.names]
+        )
         for view in sorted(set(seen.tolist()) - {""}):
             area = auc(logits[seen == view], decoded.labels[seen == view])
             found |= {view: area} if area is not None else {}

@@ -140,7 +140,7 @@ def _held_out_images(
         decoded = training_data(config.data, config.seed, lambda _: None).decoded
         if decoded.fingerprint != read_json(workdir.data, "fingerprint"):
             return None
-        place = {example.name: i for i, example in enumerate(decoded.examples)}
+        place = {name: i for i, name in enumerate(decoded.examples.names)}
         images = decoded.images if decoded.films is None else decoded.films
         squares = np.asarray(images[[place[name] for name in names]])
         return Images(squares, open_index(config.data, lambda _: None).source)
@@ -162,8 +162,7 @@ def _split(predictor: Predictor, config: DataConfig, split: str) -> tuple[Judged
         limit_mib=config.cache_mib,
     )
     images = np.asarray(decoded.images)
-    names = [example.name for example in decoded.examples]
-    patients = [example.patient for example in decoded.examples]
+    names, patients = list(decoded.examples.names), decoded.examples.patients
     judged = Judged(names, decoded.labels, patients, predictor.logits(images))
     return judged, Images(images, index.source), len(decoded.quarantine)
 

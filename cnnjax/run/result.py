@@ -90,7 +90,7 @@ def conclude(run: Run) -> Result:
         }
         for kind in KINDS
     }
-    patients = [data.decoded.examples[i].patient for i in data.validation]
+    patients = data.decoded.examples.take(data.validation).patients
     judged: dict[str, metrics.Evaluation] = {}
     off = processes.no_bars()
     for kind, out in tqdm(outputs.items(), "intervals", leave=False, disable=off):
@@ -158,8 +158,8 @@ def _write_validation(
     both = np.hstack([outputs[k].reshape(len(data.validation), -1) for k in ("best", "latest")])
     with write_atomically(path) as file:
         write_rows(file, [["image", "patient", "label", *logits]])
-        for i, row in zip(data.validation, both.tolist(), strict=True):
-            e = data.decoded.examples[i]
+        held_out = data.decoded.examples.take(data.validation)
+        for e, row in zip(held_out, both.tolist(), strict=True):
             write_rows(file, [[e.name, e.patient, e.label, *row]])
 
 

@@ -220,6 +220,28 @@ def test_thumbnails_are_kept_and_made_anew_where_they_are_damaged(
         assert kept.read_bytes() == whole
 
 
+def test_comparisons_are_kept_until_a_file_changes(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = sorted((copy / "train" / "PNEUMONIA").iterdir())[:2]
+    shutil.copy(one, other)
+    tested = min((copy / "test" / "PNEUMONIA").iterdir())
+    first, said = prepared(copy)
+    assert len(first.duplicates) == 1
+    with monkeypatch.context() as patched:
+        for name in ("find", "copied"):
+            patched.setattr(duplicates, name, lambda *_: pytest.fail("compared again"))
+        again, told = prepared(copy)
+        assert (again.duplicates, told) == (first.duplicates, said)
+    (kept,) = (copy.parent / "cache").glob("images-*/duplicates.json")
+    kept.write_text("{")
+    assert prepared(copy)[0].duplicates == first.duplicates
+    shutil.copy(tested, other)
+    changed, told = prepared(copy)
+    assert changed.duplicates == ()
+    assert any("1 files of test are copies from train or val" in line for line in told)
+
+
 def test_duplicates_csv(copy: Path, tmp_path: Path) -> None:
     one, other, mirrored = sorted((copy / "train" / "PNEUMONIA").iterdir())[:3]
     shutil.copy(one, other)

@@ -7,10 +7,8 @@ the pixels of the batches that are trained on; in columns an image costs its nam
 
 from __future__ import annotations
 
-import io
 import itertools
 import operator
-from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, SupportsIndex, overload
@@ -44,13 +42,16 @@ class Texts(Sequence[str]):
     """
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
-        buffer, places, place = io.BytesIO(), array("Q", [0]), 0
-        for text in texts:
-            place += buffer.write(text.encode("utf-8", "surrogatepass"))
-            places.append(place)
-        kind = np.uint32 if place < 2**32 else np.uint64
-        bounds = np.frombuffer(places, np.uint64).astype(kind)
-        self._buffer, self._starts, self._ends = buffer.getvalue(), bounds[:-1], bounds[1:]
+        texts, parts, lengths = iter(texts), [], [np.zeros(1, np.uint32)]
+        # A buffer that grows would leave holes in memory, since it moves each time.
+        while some := [
+            text.encode("utf-8", "surrogatepass") for text in itertools.islice(texts, _PART)
+        ]:
+            parts.append(b"".join(some))
+            lengths.append(np.fromiter(map(len, some), np.uint32, len(some)))
+        kind = np.uint32 if sum(map(len, parts)) < 2**32 else np.uint64
+        bounds = np.concatenate(lengths).cumsum(dtype=kind)
+        self._buffer, self._starts, self._ends = b"".join(parts), bounds[:-1], bounds[1:]
 
     def take(self, rows: np.ndarray | slice) -> Texts:
         """Returns the strings at these rows; the buffer is shared."""

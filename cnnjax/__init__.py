@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from cnnjax.run.result import Result
     from cnnjax.train import fit
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 __all__ = [
     "AugmentConfig",

@@ -53,6 +53,9 @@ def variants(recipe: Config) -> dict[str, Config]:
     def with_data(**changes: Any) -> Config:
         return replace(recipe, data=replace(recipe.data, **changes))
 
+    # What releases 0.1 to 0.3 had besides.
+    moves: dict[str, Any] = {"zoom": 0.1, "rotate": 5.0, "shift": 0.04, "black": 0.5}
+    weighted: dict[str, Any] = {"class_weights": True, "label_smoothing": 0.05, "ema": 0.98}
     return {
         RECIPE: recipe,
         "whole-films": with_data(frame="whole"),
@@ -61,13 +64,10 @@ def variants(recipe: Config) -> dict[str, Config]:
         "crops-of-0.25": augmented(crop=0.25),
         "no-tone": augmented(gamma=0.0, contrast=0.0, brightness=0.0),
         "no-sharpness": augmented(sharpness=0.0),
-        "no-moves": augmented(zoom=0.0, rotate=0.0, shift=0.0),
-        "no-black": augmented(black=0.0),
+        "with-moves": augmented(**moves),
         "no-local-contrast": modelled(local_contrast=False),
         "strong-tone": augmented(gamma=0.5, contrast=0.4, brightness=0.15, sharpness=1.0),
-        "no-moving-average": trained(ema=0.0),
-        "no-class-weights": trained(class_weights=False),
-        "no-smoothing": trained(label_smoothing=0.0),
+        "with-class-weights-smoothing-ema": trained(**weighted),
         "no-auxiliary": trained(auxiliary=0.0),
         "with-flips": augmented(flip=True),
         "with-erasing-and-noise": augmented(erase=0.2, noise=0.05),
@@ -79,7 +79,8 @@ def variants(recipe: Config) -> dict[str, Config]:
         "release-1": replace(
             recipe,
             data=replace(recipe.data, frame="whole"),
-            augment=replace(recipe.augment, crop=1.0),
+            augment=replace(recipe.augment, crop=1.0, **moves),
+            train=replace(recipe.train, **weighted),
         ),
         POST: replace(
             baseline.CONFIG,

@@ -57,13 +57,13 @@ def test_ablation_makes_a_table_and_goes_on_where_it_was(tree: Path, tmp_path: P
         augment=AugmentConfig(0, 0, True),
         train=TrainConfig(epochs=1, batch=16),
     )
-    options = ablation.Options(config, seeds=(0,), only=("recipe", "no-class-weights"))
+    options = ablation.Options(config, seeds=(0,), only=("recipe", "with-mixup"))
     rows = ablation.ablate(options)
     assert [(row["variant"], row["validation"]) for row in rows] == [
         ("recipe", "patients"),
-        ("no-class-weights", "patients"),
+        ("with-mixup", "patients"),
         ("recipe", "blocks"),
-        ("no-class-weights", "blocks"),
+        ("with-mixup", "blocks"),
     ]
     worst = [group["auc"] for group in rows[0]["groups"].values()]
     assert rows[0]["score"] == pytest.approx(sum(worst) / len(worst))
@@ -72,7 +72,7 @@ def test_ablation_makes_a_table_and_goes_on_where_it_was(tree: Path, tmp_path: P
         (path.parent.parent.name, path.parent.name): json.loads(path.read_text())
         for path in (tmp_path / "runs").glob("*/*/config.json")
     }
-    assert configs["no-class-weights", "blocks-0"]["train"]["class_weights"] is False
+    assert configs["with-mixup", "blocks-0"]["train"]["mixup"] == 0.2
     assert configs["recipe", "blocks-0"]["data"]["fold"] == 2
     written = {path: path.read_bytes() for path in (tmp_path / "runs").rglob("throughput.jsonl")}
     assert ablation.ablate(options) == rows

@@ -126,6 +126,7 @@ def test_step_time_writes_its_rows(tmp_path: Path) -> None:
     assert plot.read_text().startswith("<?xml")
 
 
+@pytest.mark.slow
 def test_a_peer_is_proven_to_be_the_same_network_and_timed(tmp_path: Path) -> None:
     """Though another fails."""
     flags = ["--peers", "torch", "numpy", "--networks", "resnet", "--batches", "4", "--size", "32"]

@@ -136,35 +136,36 @@ def test_an_output_over_a_film_is_refused(
 PROGRAM = "import sys; from cnnjax import cli; cli.main(sys.argv[1:])"
 
 
-def test_a_killed_process_leaves_what_it_had_judged(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["p.json", pytest.param("p.jsonl", marks=pytest.mark.slow)])
+def test_a_killed_process_leaves_what_it_had_judged(
+    folder: Path, tmp_path: Path, name: str
+) -> None:
     """Of standard output, CSV and JSON, and in order; a pipe gets them while others are judged."""
     held = tmp_path / "z-held.png"  # the last film: a pipe into which nobody writes an end
     os.mkfifo(held)
     writer = os.open(held, os.O_RDWR)
-    csv, lines, array = (tmp_path / name for name in ("p.csv", "p.jsonl", "p.json"))
+    csv, out = tmp_path / "p.csv", tmp_path / name
     command = [sys.executable, "-c", PROGRAM, "predict", folder, held]
-    for out in (lines, array):
-        process = subprocess.Popen(
-            [*command, "--json", out, "--csv", csv],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        assert process.stdout is not None
-        too_long = threading.Timer(120, process.kill)
-        too_long.start()
-        printed = [json.loads(process.stdout.readline()) for _ in range(200)]
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        too_long.cancel()
-        process.stdout.close()
-        assert [Path(row["path"]).name for row in printed] == [
-            f"film-{i:03}.png" for i in range(200)
-        ]
-        assert len(csv.read_text().splitlines()) > 128
-        text = out.read_text()
-        kept = json.loads(text + "]") if out == array else list(map(json.loads, text.splitlines()))
-        assert kept[:128] == printed[:128]
+    process = subprocess.Popen(
+        [*command, "--json", out, "--csv", csv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdout is not None
+    too_long = threading.Timer(120, process.kill)
+    too_long.start()
+    printed = [json.loads(process.stdout.readline()) for _ in range(200)]
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    too_long.cancel()
+    process.stdout.close()
+    assert [Path(row["path"]).name for row in printed] == [f"film-{i:03}.png" for i in range(200)]
+    assert len(csv.read_text().splitlines()) > 128
+    text = out.read_text()
+    lines = map(json.loads, text.splitlines())
+    kept = json.loads(text + "]") if name == "p.json" else list(lines)
+    assert kept[:128] == printed[:128]
     os.close(writer)
 
 

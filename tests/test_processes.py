@@ -284,7 +284,8 @@ def test_where_one_is_killed_the_others_end_with_a_sentence(
     expect_alike(lines(tmp_path / "several"), lines(tmp_path / "one"))
 
 
-@pytest.mark.parametrize("process", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("process", [0, 1])
 def test_a_process_that_nobody_joins_ends_with_a_sentence(process: int) -> None:
     code = """
         import sys

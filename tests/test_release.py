@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -144,21 +143,21 @@ needs_radiographs = pytest.mark.skipif(not DATA.exists(), reason=f"no radiograph
 
 
 @needs_radiographs
-@pytest.mark.parametrize("of", [(3,), pytest.param(range(5), id="all", marks=pytest.mark.slow)])
-def test_a_network_has_the_recorded_figure_on_the_fold_that_it_never_saw(of: Sequence[int]) -> None:
+@pytest.mark.slow
+def test_each_network_has_the_recorded_figure_on_the_fold_that_it_never_saw() -> None:
     released = release.read()
     images, labels, fold = radiographs(released)
     recorded = released.about["figures"]["auc_by_fold"]
     assert len(released.members) == len(recorded) == released.about["folds"]["folds"] == 5
     trained = []
-    for k in of:
+    for k in range(5):
         network, area = alone(released, k), recorded[k]
         held_out, seen = fold == k, fold == (k + 1) % len(recorded)
         judged = auc(network.logits(as_framed(images[held_out])), labels[held_out])
         assert judged == pytest.approx(area, abs=3e-4)
         trained.append(auc(network.logits(as_framed(images[seen])), labels[seen]))
     # On what they were trained on they do better, or the folds are others.
-    assert np.mean(trained) > np.mean([recorded[k] for k in of])
+    assert np.mean(trained) > np.mean([recorded[k] for k in range(5)])
 
 
 def alone(released: release.Release, k: int) -> Predictor:

@@ -159,7 +159,9 @@ class Worker:
         if not line:
             self._errors.seek(0)
             said = self._errors.read().strip().splitlines() or ["no error message"]
-            raise InputError(f"{self.name} stopped: {said[-1]}")
+            status = self._process.wait()
+            reason = f"by signal {-status}" if status < 0 else said[-1]
+            raise InputError(f"{self.name} stopped: {reason}")
         return json.loads(line)
 
 

@@ -47,13 +47,14 @@ def with_local_contrast(x: Any, gaussian: np.ndarray) -> Any:
     """Returns [batch, height, width, 2]: the one channel of x and its local contrast."""
 
     def around(x: Any) -> Any:
-        return keras.ops.transpose(gaussian @ x @ gaussian.T, (0, 2, 3, 1))
+        # TensorFlow 2.21 ends by a signal in a product of stacks of matrices on some processors
+        # with AVX-512; tensordot is one product of two matrices.
+        x = keras.ops.tensordot(x, gaussian, [[1], [1]])  # [batch, width, 1, height]
+        x = keras.ops.tensordot(x, gaussian, [[1], [1]])  # [batch, 1, height, width]
+        return keras.ops.transpose(x, (0, 2, 3, 1))
 
-    def apart(x: Any) -> Any:
-        return keras.ops.transpose(x, (0, 3, 1, 2))
-
-    centred = x - around(apart(x))
-    local = centred * keras.ops.rsqrt(around(apart(centred * centred)) + 0.01)
+    centred = x - around(x)
+    local = centred * keras.ops.rsqrt(around(centred * centred) + 0.01)
     return keras.ops.concatenate([x, local], -1)
 
 

@@ -46,6 +46,7 @@ def test_every_variant_of_the_ablation_differs_from_the_recipe() -> None:
         ablation.Options(replace(pneumonia.CONFIG, data=DataConfig(fold=1)))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_scripts")
 def test_ablation_makes_a_table_and_goes_on_where_it_was(tree: Path, tmp_path: Path) -> None:
     import ablation

@@ -231,6 +231,7 @@ def test_the_learning_rate_of_a_layer_is_a_share_of_the_one_above() -> None:
     assert found == {name: -(0.5 ** (4 - i)) for i, name in enumerate(layers)}
 
 
+@pytest.mark.slow
 def test_a_run_is_extended_as_if_it_had_been_longer(data: TrainingData, tmp_path: Path) -> None:
     config = config_for(tmp_path / "run", epochs=2)
     fit(config, data=data)

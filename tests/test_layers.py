@@ -320,7 +320,8 @@ print(*losses, *np.asarray(steps.make_eval_step(model)(state, batch)))
 
 
 @needs_onednn
-@pytest.mark.parametrize("network", ["baseline", pytest.param("resnet", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["baseline", "resnet"])
 def test_a_process_of_its_own_trains_the_same_with_onednn(network: str, tmp_path: Path) -> None:
     """And the next one need not compile it again."""
 

@@ -152,6 +152,7 @@ def test_the_page_says_what_the_run_found(run: Path, text: str) -> None:
     assert "--train.learning-rate" in page.text
 
 
+@pytest.mark.slow
 def test_another_split_is_judged(run: Path, tree: Path, tmp_path: Path) -> None:
     out = tmp_path / "page.html"
     command = ["report", "--run", str(run), "--data", str(tree), "--out", str(out)]
